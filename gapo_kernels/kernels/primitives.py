@@ -1,0 +1,81 @@
+"""What the kernels share: which token a row predicts, where a row lies, and the aligned part of it.
+
+Names: i_ program or row index, o_ offsets, m_ masks, b_ values in registers.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sequence_of_row(i_row, cu_seqlens, sequences, length, PACKED: tl.constexpr):
+    """The sequence that a row belongs to, and the first row after that sequence (beyond the last: no sequence)."""
+    if PACKED:
+        # The last s with cu_seqlens[s] <= row: a few loads that all programs share in the L2 cache.
+        low = i_row * 0
+        high = low + sequences
+        while low < high:
+            middle = (low + high + 1) // 2
+            if tl.load(cu_seqlens + middle).to(tl.int64) <= i_row:
+                low = middle
+            else:
+                high = middle - 1
+        i_sequence = low
+        end = tl.load(cu_seqlens + i_sequence + 1, mask=i_sequence < sequences, other=0).to(tl.int64)
+    else:
+        i_sequence = i_row // length
+        end = (i_sequence + 1) * length
+    return i_sequence, end
+
+
+@triton.jit
+def predicted_label(o_row, end, labels, ignore_index, SHIFT: tl.constexpr):
+    """Labels of rows that end before row `end`, and whether each is predicted. Rows may be a block or a scalar."""
+    o_label = o_row + SHIFT
+    m_row = o_label < end
+    b_label = tl.load(labels + o_label, mask=m_row, other=0).to(tl.int64)
+    return b_label, m_row & (b_label != ignore_index)
+
+
+@triton.jit
+def row_offset(o_row, length, stride_sequence, stride_row):
+    """Offset of a row's first logit, int64: 2B * T * V passes 2^31 at ordinary sizes."""
+    return (o_row // length) * stride_sequence + (o_row % length) * stride_row
+
+
+@triton.jit
+def aligned_part(row, vocabulary, VEC: tl.constexpr):
+    """The row's first 16-byte aligned element, how many stand before it, and how many whole vectors' elements follow.
+
+    With an odd row stride (V = 50257) only every eighth row is aligned; without this the compiler must assume that
+    none is, and loads element by element.
+    """
+    # Bytes to the next 16-byte boundary, in elements.
+    element_bytes: tl.constexpr = 16 // VEC
+    b_head = ((16 - row.to(tl.int64) % 16) % 16 // element_bytes).to(tl.int32)
+    b_head = tl.minimum(b_head, vocabulary)
+    first = tl.multiple_of(row + b_head, 16)
+    return first, b_head, (vocabulary - b_head) // VEC * VEC
+
+
+@triton.jit
+def ragged_offsets(vocabulary, b_head, b_whole, LANES: tl.constexpr):
+    """Offsets in the row, and their mask, of the elements before the aligned part and after its last whole vector."""
+    o_lane = tl.arange(0, LANES)
+    o_ragged = tl.where(o_lane < b_head, o_lane, o_lane + b_whole)
+    return o_ragged, o_lane < vocabulary - b_whole
+
+
+@triton.jit
+def exp(x):
+    """e^x. In float32 by way of exp2, one special-function instruction: tl.exp adds three for denormal results."""
+    if x.dtype == tl.float64:  # a constant would be rounded to float32, so the detour costs digits here
+        return tl.exp(x)
+    else:
+        return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
+def float_from_bits(bits):
+    """A float64 argument, exact: Triton passes Python floats as float32."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)

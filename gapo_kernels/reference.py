@@ -1,0 +1,123 @@
+"""The eager specification of GAPO: readable line by line beside the paper, exact, slow, and public.
+
+Functions have the names and keywords of the fused API. Inputs in float16 and bfloat16 are computed in float32, float64
+throughout in float64. Everything else is tested against this module in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gapo_kernels import validation
+from gapo_kernels.layout import align_targets, sequence_count, sequence_of_rows
+from gapo_kernels.objective import gapo_objective, sequence_means, sft_terms
+from gapo_kernels.outputs import GAPOOutput
+
+__all__ = ["fused_gapo_loss", "gapo_objective", "sequence_logps"]
+
+
+def _token_sums(
+    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, shift: bool, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """Sum of the predicted tokens' log-probs (S,), and their number (S,) int64."""
+    vocabulary = logits.shape[-1]
+    if not torch.compiler.is_compiling():
+        validation.check_values(labels, vocabulary, cu_seqlens, shift, ignore_index)
+    targets = align_targets(labels, cu_seqlens, shift, ignore_index)
+    predicted = targets != ignore_index
+    in_range = (targets >= 0) & (targets < vocabulary)
+
+    # Rows that predict nothing are blanked before the softmax, so that not even a NaN in them reaches the gradient.
+    logits = logits.masked_fill(~predicted.unsqueeze(-1), 0)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logps = torch.log_softmax(logits, -1).gather(-1, targets.where(in_range, 0).unsqueeze(-1)).squeeze(-1)
+    logps = logps.where(in_range, torch.nan).masked_fill(~predicted, 0)
+
+    if cu_seqlens is None:
+        return logps.sum(-1), predicted.sum(-1)
+    members = sequence_of_rows(targets, cu_seqlens) == torch.arange(
+        sequence_count(labels, cu_seqlens), device=labels.device
+    ).unsqueeze(-1)  # (S, N)
+    return logps.expand_as(members).masked_fill(~members, 0).sum(-1), (members & predicted).sum(-1)
+
+
+def sequence_logps(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    length_normalized: bool = True,
+    shift: bool = True,
+    ignore_index: int = -100,
+    cu_seqlens: Tensor | None = None,
+    inplace_backward: bool = False,
+    return_counts: bool = False,
+    backend: str = "reference",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Eager twin of `gapo_kernels.sequence_logps`; `inplace_backward` and `backend` are accepted and change nothing."""
+    validation.check_logits_and_labels(logits, labels, cu_seqlens, ignore_index)
+    sums, counts = _token_sums(logits, labels, cu_seqlens, shift, ignore_index)
+    logps = sequence_means(sums, counts, length_normalized)
+    return (logps, counts) if return_counts else logps
+
+
+def fused_gapo_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    anchor_logits: Tensor | None = None,
+    anchor_margin: Tensor | None = None,
+    beta: float = 2.0,
+    gamma: float = 0.5,
+    label_smoothing: float = 0.0,
+    loss_type: str = "sigmoid",
+    length_normalized: bool = True,
+    sft_weight: float = 0.0,
+    shift: bool = True,
+    ignore_index: int = -100,
+    cu_seqlens: Tensor | None = None,
+    reduction: str = "mean",
+    inplace_backward: bool = False,
+    backend: str = "reference",
+) -> GAPOOutput:
+    """Eager twin of `gapo_kernels.fused_gapo_loss`; `inplace_backward` and `backend` are accepted and change nothing."""
+    validation.check_hyperparameters(beta, gamma, label_smoothing, loss_type, reduction, sft_weight)
+    validation.check_logits_and_labels(logits, labels, cu_seqlens, ignore_index)
+    validation.check_pairs(logits, cu_seqlens)
+    validation.check_anchor(logits, cu_seqlens, anchor_logits, anchor_margin)
+
+    # s(y), the mean log-prob of a completion's tokens, and the preference margin M = s(chosen) - s(rejected)
+    sums, counts = _token_sums(logits, labels, cu_seqlens, shift, ignore_index)
+    chosen, rejected = sequence_means(sums, counts, length_normalized).chunk(2)
+    margin = chosen - rejected
+    valid = (counts > 0).view(2, -1).all(0)
+
+    # M~, the margin at the anchor, is a constant; without an anchor it is 0 and the loss is SimPO's
+    if anchor_logits is not None:
+        with torch.no_grad():
+            anchor_sums, _ = _token_sums(anchor_logits, labels, cu_seqlens, shift, ignore_index)
+            anchor_chosen, anchor_rejected = sequence_means(anchor_sums, counts, length_normalized).chunk(2)
+            anchor_margin = anchor_chosen - anchor_rejected
+    elif anchor_margin is None:
+        anchor_margin = torch.zeros_like(margin)
+    anchor_margin = anchor_margin.detach().to(margin.dtype).clone()
+
+    # L = -(1 - eps) log sigma(z) - eps log sigma(-z) with z = beta * (M - M~) - gamma, averaged over the valid pairs
+    loss, weight = gapo_objective(
+        margin,
+        anchor_margin,
+        beta=beta,
+        gamma=gamma,
+        label_smoothing=label_smoothing,
+        loss_type=loss_type,
+        valid=valid,
+        reduction=reduction,
+    )
+    sft_loss = torch.zeros_like(chosen[0])
+    if sft_weight:
+        pairs = margin.shape[0]
+        sft_loss, sft_shares = sft_terms(sums[:pairs], counts[:pairs], valid, sft_weight)
+        loss = loss + (sft_weight * sft_loss if reduction == "mean" else sft_shares)
+    gap = margin - anchor_margin
+    fields = (chosen, rejected, margin, anchor_margin, gap, weight, sft_loss, valid)
+    return GAPOOutput(loss, *(field.detach() for field in fields))

@@ -1,0 +1,98 @@
+"""`gapo_step`: probe, anchor and loss on one kept graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gapo_kernels import validation
+from gapo_kernels.anchor import GeometricAnchor
+from gapo_kernels.objective import gapo_objective, sft_terms
+from gapo_kernels.outputs import GAPOOutput
+
+PROBES = ("loss", "margin")
+
+
+def gapo_step(
+    logps_fn: Callable[[], Tensor | tuple[Tensor, Tensor]],
+    anchor: GeometricAnchor | None,
+    *,
+    beta: float = 2.0,
+    gamma: float = 0.5,
+    probe: str = "loss",
+    label_smoothing: float = 0.0,
+    loss_type: str = "sigmoid",
+    sft_weight: float = 0.0,
+) -> GAPOOutput:
+    """One GAPO step's loss (arXiv 2602.04909) with two forwards; the caller runs `out.loss.backward()`.
+
+    logps_fn runs once with grad. Its graph serves the probe's gradient, from which the anchor is made, and is kept for
+    the final backward, so a second clean forward is not needed: the gradients are bitwise the same. It runs once more
+    without grad at the anchor, for M~. The weights are theta again when this function returns.
+
+    Args:
+        logps_fn: () -> (2B,) differentiable sequence log-probs under the current weights, chosen then rejected (as from
+            `sequence_logps`); or (logps, counts), counts (2B,) the number of predicted tokens.
+        anchor: what moves the weights; None trains and evaluates without an anchor, the SimPO loss.
+        beta, gamma: the logistic's argument is z = beta * gap - gamma.
+        probe: the objective uphill of which the anchor lies: "loss", J = mean -log sigma(beta M - gamma), as the
+            authors' code has it, or "margin", J = -mean M, as the paper has it.
+        label_smoothing, loss_type: of the final loss, as in `fused_gapo_loss`.
+        sft_weight: adds sft_weight * NLL over the chosen tokens; needs counts and length-normalised logps.
+
+    Returns:
+        GAPOOutput; only its `loss` carries gradient.
+
+    Raises:
+        ValueError: sft_weight without counts, shapes or hyperparameters out of range, no parameter has a gradient.
+        FloatingPointError: the probe's gradient is not finite; the weights are where they were.
+    """
+    validation.check_hyperparameters(beta, gamma, label_smoothing, loss_type, sft_weight=sft_weight)
+    validation.check_choice(probe, PROBES, "probe")
+    margin, logps, counts = _margin(logps_fn())
+    if sft_weight and counts is None:
+        raise ValueError("sft_weight needs token counts: logps_fn must return (logps, counts), got logps alone")
+    pairs = margin.shape[0]
+    valid = torch.ones_like(margin, dtype=torch.bool) if counts is None else (counts > 0).view(2, pairs).all(0)
+
+    anchor_margin = torch.zeros_like(margin)
+    if anchor is not None and anchor.direction == "gaussian":
+        with anchor.perturbed(), torch.no_grad():
+            anchor_margin = _margin(logps_fn())[0]
+    elif anchor is not None and (counts is None or valid.any()):
+        with anchor.perturbed(_probe(probe, margin, beta, gamma, valid), retain_graph=True), torch.no_grad():
+            anchor_margin = _margin(logps_fn())[0]
+
+    options = dict(beta=beta, gamma=gamma, label_smoothing=label_smoothing, loss_type=loss_type, valid=valid)
+    loss, weight = gapo_objective(margin, anchor_margin, **options)
+    sft_loss = torch.zeros_like(loss)
+    if sft_weight:
+        sft_loss, _ = sft_terms((logps * counts)[:pairs], counts[:pairs], valid, sft_weight)
+        loss = loss + sft_weight * sft_loss
+    fields = (*logps.split(pairs), margin, anchor_margin, margin - anchor_margin, weight, sft_loss, valid)
+    return GAPOOutput(loss, *(field.detach() for field in fields))
+
+
+def _margin(result: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """M (B,) with the logps (2B,) and counts (2B,) that it came from."""
+    logps, counts = result if isinstance(result, tuple) else (result, None)
+    if not isinstance(logps, Tensor) or not logps.is_floating_point():
+        raise TypeError(f"logps_fn must return floating-point log-probs, got {validation.describe(logps)}")
+    if logps.dim() != 1 or logps.shape[0] == 0 or logps.shape[0] % 2:
+        raise ValueError(
+            f"logps_fn must return log-probs of shape (2B,), chosen then rejected, got {tuple(logps.shape)}"
+        )
+    if counts is not None and counts.shape != logps.shape:
+        raise ValueError(f"counts must have the log-probs' shape, {tuple(logps.shape)}, got {tuple(counts.shape)}")
+    if logps.dtype in (torch.float16, torch.bfloat16):
+        logps = logps.float()
+    chosen, rejected = logps.chunk(2)
+    return chosen - rejected, logps, counts
+
+
+def _probe(probe: str, margin: Tensor, beta: float, gamma: float, valid: Tensor) -> Tensor:
+    if probe == "loss":
+        return gapo_objective(margin, beta=beta, gamma=gamma, valid=valid)[0]
+    return -margin.masked_fill(~valid, 0).sum() / valid.sum().clamp(min=1)

@@ -1,0 +1,188 @@
+"""Checks of what users pass in. Every message says what was expected and what was got."""
+
+from __future__ import annotations
+
+import os
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from gapo_kernels.layout import align_targets
+
+LOSS_TYPES = ("sigmoid", "hinge")
+REDUCTIONS = ("mean", "none")
+BACKENDS = ("auto", "triton", "torch", "reference")
+
+
+def check_choice(value: str, choices: tuple[str, ...], name: str) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_number(value: float, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if value != value or value in (float("inf"), float("-inf")):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def check_hyperparameters(
+    beta: float, gamma: float, label_smoothing: float, loss_type: str, reduction: str = "mean", sft_weight: float = 0.0
+) -> None:
+    check_choice(loss_type, LOSS_TYPES, "loss_type")
+    check_choice(reduction, REDUCTIONS, "reduction")
+    for name, value in (
+        ("beta", beta),
+        ("gamma", gamma),
+        ("label_smoothing", label_smoothing),
+        ("sft_weight", sft_weight),
+    ):
+        check_number(value, name)
+    if beta <= 0:
+        raise ValueError(f"beta must be > 0, got {beta}")
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
+    if sft_weight < 0:
+        raise ValueError(f"sft_weight must be >= 0, got {sft_weight}")
+
+
+def check_margin(margin: Tensor, name: str, like: Tensor | None = None) -> None:
+    if not isinstance(margin, Tensor) or not margin.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {describe(margin)}")
+    if margin.dim() != 1 or margin.shape[0] == 0:
+        raise ValueError(f"{name} must have shape (B,) with B >= 1, got {tuple(margin.shape)}")
+    if like is not None and margin.shape != like.shape:
+        raise ValueError(f"{name} must have shape {tuple(like.shape)}, one value a pair, got {tuple(margin.shape)}")
+    if like is not None:
+        check_device(margin, like, name, "margin")
+
+
+def check_valid(valid: Tensor, margin: Tensor) -> None:
+    if not isinstance(valid, Tensor) or valid.dtype != torch.bool:
+        raise TypeError(f"valid must be a bool tensor, got {describe(valid)}")
+    if valid.shape != margin.shape:
+        raise ValueError(f"valid must have shape {tuple(margin.shape)}, one value a pair, got {tuple(valid.shape)}")
+    check_device(valid, margin, "valid", "margin")
+
+
+def describe(value: object) -> str:
+    return f"a {value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
+
+
+def check_device(tensor: Tensor, like: Tensor, name: str, like_name: str) -> None:
+    if tensor.device != like.device:
+        raise ValueError(f"{name} must be on the device of {like_name}, {like.device}, got {tensor.device}")
+
+
+def check_logits_and_labels(logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> None:
+    """Ranks, shapes, dtypes and devices; nothing that would wait for a GPU."""
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        raise TypeError(f"logits must be a floating-point tensor, got {describe(logits)}")
+    if logits.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"logits must be float16, bfloat16, float32 or float64, got {logits.dtype}")
+    if not isinstance(labels, Tensor) or labels.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64):
+        raise TypeError(f"labels must be an integer tensor (int64), got {describe(labels)}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt)):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    packed = cu_seqlens is not None
+    if logits.dim() != (2 if packed else 3):
+        expected = "(N, V) when cu_seqlens is given" if packed else "(S, T, V), or (N, V) with cu_seqlens"
+        raise ValueError(f"logits must have shape {expected}, got {tuple(logits.shape)}")
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"labels must have the logits' shape without the vocabulary, {tuple(logits.shape[:-1])}, "
+            f"got {tuple(labels.shape)}"
+        )
+    if logits.shape[-1] == 0:
+        raise ValueError(f"logits must have a vocabulary of at least one token, got shape {tuple(logits.shape)}")
+    check_last_stride(logits, "logits")
+    check_device(labels, logits, "labels", "logits")
+    if packed:
+        check_cu_seqlens(cu_seqlens, logits)
+
+
+def check_last_stride(tensor: Tensor, name: str) -> None:
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(
+            f"{name} must be contiguous in their last dimension (stride 1), got strides {tuple(tensor.stride())}; "
+            f"nothing is copied silently: pass {name}.contiguous()"
+        )
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, logits: Tensor) -> None:
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be an int32 tensor, got {describe(cu_seqlens)}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(f"cu_seqlens must have shape (S + 1,) with S >= 1, got {tuple(cu_seqlens.shape)}")
+    check_device(cu_seqlens, logits, "cu_seqlens", "logits")
+
+
+def check_pairs(logits: Tensor, cu_seqlens: Tensor | None) -> None:
+    sequences = logits.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if sequences == 0 or sequences % 2:
+        raise ValueError(
+            f"expected 2B sequences, the B chosen rows and then the B rejected rows with B >= 1, got {sequences}"
+        )
+
+
+def check_anchor(
+    logits: Tensor, cu_seqlens: Tensor | None, anchor_logits: Tensor | None, anchor_margin: Tensor | None
+) -> None:
+    if anchor_logits is not None and anchor_margin is not None:
+        raise ValueError("anchor_logits and anchor_margin were both given; expected at most one of them")
+    if anchor_logits is not None:
+        if not isinstance(anchor_logits, Tensor) or anchor_logits.dtype != logits.dtype:
+            raise TypeError(f"anchor_logits must have the logits' dtype, {logits.dtype}, got {describe(anchor_logits)}")
+        if anchor_logits.shape != logits.shape:
+            raise ValueError(
+                f"anchor_logits must have the logits' shape, {tuple(logits.shape)}, got {tuple(anchor_logits.shape)}"
+            )
+        check_last_stride(anchor_logits, "anchor_logits")
+        check_device(anchor_logits, logits, "anchor_logits", "logits")
+    if anchor_margin is not None:
+        check_margin(anchor_margin, "anchor_margin")
+        pairs = (logits.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1) // 2
+        if anchor_margin.shape[0] != pairs:
+            raise ValueError(
+                f"anchor_margin must have shape ({pairs},), one value a pair, got {tuple(anchor_margin.shape)}"
+            )
+        check_device(anchor_margin, logits, "anchor_margin", "logits")
+
+
+def check_inplace(logits: Tensor) -> None:
+    """The gradient may replace the logits only where every element has memory of its own."""
+    extent = 1
+    for stride, size in sorted((logits.stride(d), logits.shape[d]) for d in range(logits.dim())):
+        if size > 1:
+            if stride < extent:
+                raise ValueError(
+                    "inplace_backward=True writes the gradient over the logits, so no two logits may share memory; "
+                    f"got shape {tuple(logits.shape)} with strides {tuple(logits.stride())}"
+                )
+            extent = stride * size
+
+
+def check_values(labels: Tensor, vocabulary: int, cu_seqlens: Tensor | None, shift: bool, ignore_index: int) -> None:
+    """What only the values tell: cu_seqlens' order and labels' range.
+
+    It reads the tensors back, so it runs for CPU tensors, and for others only with GAPO_KERNELS_DEBUG=1: elsewhere
+    a label out of range makes its pair's loss NaN, and rows outside of cu_seqlens count as ignored.
+    """
+    if labels.device.type != "cpu" and os.environ.get("GAPO_KERNELS_DEBUG") != "1":
+        return
+    if cu_seqlens is not None:
+        steps = cu_seqlens.diff()
+        if cu_seqlens[0] != 0 or cu_seqlens[-1] != labels.shape[0] or (steps < 0).any():
+            raise ValueError(
+                f"cu_seqlens must rise from 0 to the number of rows, {labels.shape[0]}, got {cu_seqlens.tolist()}"
+            )
+    targets = align_targets(labels, cu_seqlens, shift, ignore_index)
+    wrong = ((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)
+    if wrong.any():
+        *row, position = wrong.nonzero()[0].tolist()
+        value = targets[(*row, position)].item()
+        where = f"row {row[0]}, position {position + shift}" if row else f"row {position + shift}"
+        raise ValueError(
+            f"labels must be in [0, {vocabulary}) or ignore_index ({ignore_index}), got {value} at {where}"
+        )
