@@ -35,7 +35,7 @@ test-cpu: $(READY)
 
 # Triton's interpreter changes what @triton.jit means for a whole process, and so does compiling ahead of time.
 test-interpreter: $(READY)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q $(LIBRARY_TESTS) -m interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q $(LIBRARY_TESTS) -m kernels
 
 test-compile: $(READY)
 	$(BIN)/python -m pytest -q tests/compile

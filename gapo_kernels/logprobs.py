@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gapo_kernels import ops, reference, validation
 
@@ -23,7 +22,6 @@ class _SequenceLogps(torch.autograd.Function):
         return logps, counts
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_logps, _):
         logits, labels, cu_seqlens, counts, row_shift, row_total = ctx.saved_tensors
         # d s / d logits[row] = (onehot - softmax) / n

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gapo_kernels import ops, reference, validation
 from gapo_kernels.outputs import GAPOOutput
@@ -37,7 +36,6 @@ class _FusedGAPOLoss(torch.autograd.Function):
         return tuple(fields)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_loss, *_):
         logits, labels, cu_seqlens, coefficients, row_shift, row_total = ctx.saved_tensors
         # reduction="none": one upstream gradient a pair, for its chosen and its rejected row

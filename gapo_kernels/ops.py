@@ -1,12 +1,13 @@
 """The registered operators: one opaque boundary per hot call, for eager mode, torch.compile and opcheck alike.
 
-They dispatch to a back end's launchers, `cpu` or `kernels`, which share their signatures. Nothing here is
-differentiable: `logprobs.py` and `loss.py` put an autograd.Function around them.
+They dispatch to a back end's launchers, `cpu` or `kernels`, which share their signatures. What makes them differentiable
+is an autograd.Function around them, in `logprobs.py` and `loss.py`.
 """
 
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Optional
 
@@ -26,6 +27,7 @@ def resolve_backend(backend: str, device: torch.device) -> str:
 
 
 def _launchers(backend: str, device: torch.device) -> ModuleType:
+    """The back end's launchers, or a RuntimeError that says what is missing."""
     if backend == "torch":
         return cpu
     try:
@@ -43,6 +45,11 @@ def _launchers(backend: str, device: torch.device) -> ModuleType:
     return kernels
 
 
+def _on(device: torch.device) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+
+
 @torch.library.custom_op("gapo_kernels::logps_forward", mutates_args=())
 def logps_forward(
     logits: Tensor,
@@ -56,7 +63,8 @@ def logps_forward(
     """s (S,), counts (S,) int64, and per row (R,) the shift and total that `logps_backward` takes."""
     launchers = _launchers(backend, logits.device)
     validation.check_values(labels, logits.shape[-1], cu_seqlens, shift, ignore_index)
-    return launchers.logps_forward(logits, labels, cu_seqlens, length_normalized, shift, ignore_index)
+    with _on(logits.device):
+        return launchers.logps_forward(logits, labels, cu_seqlens, length_normalized, shift, ignore_index)
 
 
 @logps_forward.register_fake
@@ -92,22 +100,23 @@ def loss_forward(
     """objective.PairResults' ten fields, then per row (R,) the shift and total that `logps_backward` takes."""
     launchers = _launchers(backend, logits.device)
     validation.check_values(labels, logits.shape[-1], cu_seqlens, shift, ignore_index)
-    results, row_shift, row_total = launchers.loss_forward(
-        logits,
-        labels,
-        anchor_logits,
-        anchor_margin,
-        cu_seqlens,
-        beta,
-        gamma,
-        label_smoothing,
-        loss_type,
-        length_normalized,
-        sft_weight,
-        shift,
-        ignore_index,
-        reduction,
-    )
+    with _on(logits.device):
+        results, row_shift, row_total = launchers.loss_forward(
+            logits,
+            labels,
+            anchor_logits,
+            anchor_margin,
+            cu_seqlens,
+            beta,
+            gamma,
+            label_smoothing,
+            loss_type,
+            length_normalized,
+            sft_weight,
+            shift,
+            ignore_index,
+            reduction,
+        )
     return (*results, row_shift, row_total)
 
 
@@ -142,14 +151,24 @@ def logps_backward(
 ) -> Tensor:
     """d logits, contiguous: scale[sequence] * (softmax - onehot) on predicting rows, zero elsewhere."""
     launchers = _launchers(backend, logits.device)
-    return launchers.logps_backward(
-        scale, logits, labels, cu_seqlens, row_shift, row_total, shift, ignore_index, inplace=False
-    )
+    arguments = (scale, logits, labels, cu_seqlens, row_shift, row_total, shift, ignore_index)
+    with _on(logits.device):
+        return launchers.logps_backward(*arguments, inplace=False)
 
 
 @logps_backward.register_fake
 def _(scale, logits, *options):
     return logits.new_empty(logits.shape)
+
+
+def _once_differentiable(ctx, grad):
+    raise RuntimeError(
+        "fused_gapo_loss and sequence_logps are differentiable once; for a gradient of their gradient use "
+        "gapo_kernels.reference"
+    )
+
+
+logps_backward.register_autograd(_once_differentiable)
 
 
 @torch.library.custom_op("gapo_kernels::logps_backward_", mutates_args=("logits",))
@@ -166,7 +185,9 @@ def logps_backward_(
 ) -> None:
     """`logps_backward`, the gradient written over the logits."""
     launchers = _launchers(backend, logits.device)
-    launchers.logps_backward(scale, logits, labels, cu_seqlens, row_shift, row_total, shift, ignore_index, inplace=True)
+    arguments = (scale, logits, labels, cu_seqlens, row_shift, row_total, shift, ignore_index)
+    with _on(logits.device):
+        launchers.logps_backward(*arguments, inplace=True)
 
 
 def logits_gradient(
