@@ -30,7 +30,11 @@ def gapo_step(
 
     logps_fn runs once with grad. Its graph serves the probe's gradient, from which the anchor is made, and is kept for
     the final backward, so a second clean forward is not needed: the gradients are bitwise the same. It runs once more
-    without grad at the anchor, for M~. The weights are theta again when this function returns.
+    without grad at the anchor, for M~. The weights are theta again when this function returns or raises.
+
+    Both runs must compute the same function. Switch dropout off (`model.eval()`, or its probabilities to 0): in train
+    mode two masks are drawn, the gap is mostly their difference, and nothing here can see it. The kept graph is walked
+    twice: checkpoint activations with use_reentrant=False.
 
     Args:
         logps_fn: () -> (2B,) differentiable sequence log-probs under the current weights, chosen then rejected (as from
@@ -58,11 +62,9 @@ def gapo_step(
     valid = torch.ones_like(margin, dtype=torch.bool) if counts is None else (counts > 0).view(2, pairs).all(0)
 
     anchor_margin = torch.zeros_like(margin)
-    if anchor is not None and anchor.direction == "gaussian":
-        with anchor.perturbed(), torch.no_grad():
-            anchor_margin = _margin(logps_fn())[0]
-    elif anchor is not None and (counts is None or valid.any()):
-        with anchor.perturbed(_probe(probe, margin, beta, gamma, valid), retain_graph=True), torch.no_grad():
+    if anchor is not None:
+        objective = None if anchor.direction == "gaussian" else _probe(probe, margin, beta, gamma, valid)
+        with anchor.perturbed(objective, retain_graph=True), torch.no_grad():
             anchor_margin = _margin(logps_fn())[0]
 
     options = dict(beta=beta, gamma=gamma, label_smoothing=label_smoothing, loss_type=loss_type, valid=valid)
@@ -84,6 +86,8 @@ def _margin(result: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Ten
         raise ValueError(
             f"logps_fn must return log-probs of shape (2B,), chosen then rejected, got {tuple(logps.shape)}"
         )
+    if counts is not None and not isinstance(counts, Tensor):
+        raise TypeError(f"logps_fn must return counts as a tensor, got {validation.describe(counts)}")
     if counts is not None and counts.shape != logps.shape:
         raise ValueError(f"counts must have the log-probs' shape, {tuple(logps.shape)}, got {tuple(counts.shape)}")
     if logps.dtype in (torch.float16, torch.bfloat16):

@@ -1,0 +1,743 @@
+"""`GeometricAnchor`: where the weights go, that they come back bit for bit, what is counted and what is refused."""
+
+import math
+import os
+import signal
+import sys
+import threading
+import weakref
+
+import pytest
+import tiny_models
+import torch
+from torch import nn
+
+from gapo_kernels import GeometricAnchor
+
+AWKWARD = [-0.0, 0.0, 5e-324, 1e-38, -1e-30, 1.0]  # what arithmetic on the way back would not reproduce
+
+
+def bits(params):
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return [param.detach().clone().view(integers[param.element_size()]) for param in params]
+
+
+def same(params, saved):
+    return all(torch.equal(one, other) for one, other in zip(bits(params), saved))
+
+
+def make_params(dtype=torch.float64, shapes=((3, 4), (6,), (2, 5))):
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)) for shape in shapes]
+    params[1].data.copy_(torch.tensor(AWKWARD, dtype=torch.float64))
+    return params
+
+
+def make_grads(params, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype) for p in params]
+
+
+@pytest.fixture
+def params():
+    return make_params()
+
+
+@pytest.fixture
+def anchor(params):
+    return GeometricAnchor(params, rho=0.1)
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_raises():
+    """As in a terminal: a job that a script starts in the background inherits SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+    torch.set_grad_enabled(True)  # an interrupt inside torch's own no_grad would leave it off for the tests that follow
+
+
+# ---- Where the weights go ----
+
+
+def deltas(params, grads, rho, geometry):
+    """GAPO.md, section 3, in float64."""
+    theta, grads = [p.detach().double() for p in params], [g.double() for g in grads]
+    scaled = [t * g for t, g in zip(theta, grads)] if geometry == "asam" else grads
+    norm = torch.cat([s.flatten() for s in scaled]).norm()
+    step = rho / (norm + 1e-12)
+    return norm, [(t**2 * g if geometry == "asam" else g) * step for t, g in zip(theta, grads)]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-15), (torch.float32, 1e-6)], ids=str)
+@pytest.mark.parametrize("geometry", ["asam", "sam"])
+def test_the_weights_are_at_theta_plus_delta_and_the_stats_say_so(geometry, dtype, tolerance):
+    params = make_params(dtype)
+    grads, before = make_grads(params), bits(params)
+    given = [grad.clone() for grad in grads]
+    anchor = GeometricAnchor(params, rho=0.1, geometry=geometry)
+    norm, expected = deltas(params, grads, 0.1, geometry)
+    theta = [p.detach().double().clone() for p in params]
+    with anchor.perturbed(grads=grads) as entered:
+        assert entered is anchor
+        moved = [p.detach().double().clone() for p in params]
+    assert same(params, before)
+    assert all(torch.equal(*two) for two in zip(grads, given))
+    for at, t, delta in zip(moved, theta, expected):
+        torch.testing.assert_close(at, t + delta, atol=tolerance, rtol=tolerance)
+    applied = torch.cat([(at - t).flatten() for at, t in zip(moved, theta)])
+    assert anchor.stats.grad_norm == pytest.approx(norm.item(), rel=tolerance)
+    intended = torch.cat([delta.flatten() for delta in expected]).norm().item()
+    assert anchor.stats.intended_norm == pytest.approx(intended, rel=tolerance)
+    assert anchor.stats.applied_norm == pytest.approx(applied.norm().item(), rel=tolerance)
+    assert anchor.stats.changed_fraction == applied.count_nonzero().item() / applied.numel()
+    assert f"grad_norm={norm:.6g}" in repr(anchor.stats)
+    if geometry == "sam":
+        assert anchor.stats.intended_norm == pytest.approx(0.1, rel=tolerance)
+
+
+def test_an_objective_gives_the_gradients_and_keeps_its_graph(params, anchor):
+    objective = sum((p**3).sum() for p in params)
+    before = bits(params)
+    expected = deltas(params, [3 * p.detach() ** 2 for p in params], 0.1, "asam")[1]
+    theta = [p.detach().clone() for p in params]
+    with anchor.perturbed(objective):
+        for p, t, delta in zip(params, theta, expected):
+            torch.testing.assert_close(p.detach(), t + delta, atol=1e-14, rtol=0)
+    assert same(params, before) and all(p.grad is None for p in params)
+    objective.backward()  # saved theta itself; the move has gone unseen
+    assert all(torch.equal(p.grad, 3 * p.detach() ** 2) for p in params)
+
+
+def test_without_retain_graph_the_graph_is_freed(params, anchor):
+    objective = sum((p**3).sum() for p in params)
+    with anchor.perturbed(objective, retain_graph=False):
+        pass
+    with pytest.raises(RuntimeError, match="second time"):
+        objective.backward()
+
+
+def test_the_norm_of_a_large_float32_matrix_is_right():
+    # One float32 sum over this many elements is off by 2e-3 on CPUs, and delta with it.
+    param = nn.Parameter(torch.randn(49152, 576, generator=torch.Generator().manual_seed(0)))
+    anchor = GeometricAnchor([param], rho=0.05, geometry="sam")
+    with anchor.perturbed(grads=[param.detach()]):
+        pass
+    assert anchor.stats.grad_norm == pytest.approx(param.detach().double().square().sum().sqrt().item(), rel=1e-7)
+    assert anchor.stats.intended_norm == pytest.approx(0.05, rel=1e-6)
+
+
+def test_bfloat16_to_nearest_hardly_moves():
+    generator = torch.Generator().manual_seed(0)
+    param = nn.Parameter(torch.randn(200, 300, generator=generator).bfloat16())
+    grad = torch.randn(200, 300, generator=generator).bfloat16()
+    anchor = GeometricAnchor([param], rho=0.05, rounding="nearest")
+    before, theta = bits([param]), param.detach().float()
+    norm, (delta,) = deltas([param], [grad], 0.05, "asam")
+    with anchor.perturbed(grads=[grad]):
+        assert torch.equal(param.detach(), (theta + delta.float()).bfloat16())
+        applied = param.detach().double() - theta.double()
+    assert same([param], before)
+    assert anchor.stats.grad_norm == pytest.approx(norm.item(), rel=1e-6)
+    assert anchor.stats.intended_norm == pytest.approx(delta.norm().item(), rel=1e-6)
+    assert anchor.stats.applied_norm == pytest.approx(applied.norm().item(), rel=1e-6)
+    assert anchor.stats.changed_fraction == (applied != 0).double().mean().item() < 0.01
+    assert anchor.stats.applied_norm < anchor.stats.intended_norm / 2
+
+
+@pytest.mark.parametrize("geometry", ["asam", "sam"])
+def test_a_radius_of_zero_moves_nothing(params, geometry):
+    anchor = GeometricAnchor(params, rho=0.0, geometry=geometry)
+    with anchor.perturbed(grads=make_grads(params)):
+        assert all(torch.equal(p.detach(), q) for p, q in zip(params, make_params()))
+    assert anchor.stats.applied_norm == anchor.stats.changed_fraction == 0 < anchor.stats.grad_norm
+
+
+def test_gradients_of_zero_move_nothing(params, anchor):
+    before = bits(params)
+    with anchor.perturbed(grads=[torch.zeros_like(p) for p in params]):
+        pass
+    assert anchor.stats.grad_norm == anchor.stats.intended_norm == 0 and same(params, before)
+
+
+def test_views_and_transposed_parameters():
+    storage = torch.randn(8, 6, dtype=torch.float64)
+    params = [nn.Parameter(storage[::2, 1:].t()), nn.Parameter(storage[1::2, :3])]
+    assert not any(p.is_contiguous() for p in params)
+    grads, whole = make_grads(params), storage.clone()
+    theta = [p.detach().clone() for p in params]
+    _, expected = deltas(params, grads, 0.5, "asam")
+    with GeometricAnchor(params, rho=0.5).perturbed(grads=grads):
+        for p, t, delta in zip(params, theta, expected):
+            torch.testing.assert_close(p.detach(), t + delta, atol=1e-15, rtol=0)
+    assert torch.equal(storage, whole)
+
+
+def test_parameters_that_share_memory_come_back():
+    storage = torch.randn(6, dtype=torch.float64)
+    params = [nn.Parameter(storage), nn.Parameter(storage[:4])]
+    before = storage.clone()
+    with GeometricAnchor(params, rho=0.5).perturbed(grads=[torch.ones_like(p) for p in params]):
+        assert not torch.equal(storage, before)
+    assert torch.equal(storage, before)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_parameters_on_several_devices(params):
+    grads = make_grads(params)
+    _, expected = deltas(params, grads, 0.1, "asam")
+    theta = [p.detach().clone() for p in params]
+    spread = [nn.Parameter(p.detach().to(d)) for p, d in zip(params, ("cuda", "cpu", "cuda"))]
+    before = bits(spread)
+    anchor = GeometricAnchor(spread, rho=0.1)
+    with anchor.perturbed(grads=[grad.to(p.device) for grad, p in zip(grads, spread)]):
+        for p, t, delta in zip(spread, theta, expected):
+            torch.testing.assert_close(p.detach().cpu(), t + delta, atol=1e-14, rtol=0)
+    assert same(spread, before)
+    assert anchor.stats.changed_fraction > 0.5
+
+
+# ---- Which weights move ----
+
+
+def moved_names(anchor, **perturbed):
+    theta = [p.detach().clone() for p in anchor.params]
+    with anchor.perturbed(**perturbed):
+        return [n for n, p, t in zip(anchor.names, anchor.params, theta) if not torch.equal(p, t)]
+
+
+def test_frozen_parameters_are_left_out_and_unused_ones_stay(params):
+    params[0].requires_grad_(False)
+    anchor = GeometricAnchor([("a", params[0]), ("b", params[1]), ("c", params[2])], rho=0.1)
+    assert anchor.names == ["b", "c"] and anchor.params[0] is params[1] and anchor.params[1] is params[2]
+    assert moved_names(anchor, objective=(params[0].sum() * params[2]).sum()) == ["c"]
+    assert moved_names(anchor, grads=[torch.ones(6), None]) == ["b"]
+    assert anchor.stats.changed_fraction < 6 / 16  # of all weights in scope
+
+
+def test_a_tied_parameter_is_moved_once(params):
+    anchor = GeometricAnchor([params[0], params[2], params[0]], rho=0.1)
+    assert len(anchor.params) == 2
+    theta, grads = params[0].detach().clone(), make_grads([params[0], params[2]])
+    with anchor.perturbed(grads=grads):
+        _, (delta, _) = deltas([nn.Parameter(theta), make_params()[2]], grads, 0.1, "asam")
+        torch.testing.assert_close(params[0].detach(), theta + delta, atol=1e-15, rtol=0)
+
+
+def layer_names(prefix, names, layers):
+    return {f"{prefix}.{i}.{name}" for i in layers for name in names}
+
+
+LLAMA_LAYER = ["input_layernorm.weight", "post_attention_layernorm.weight"]
+LLAMA_LAYER += [f"self_attn.{n}_proj.weight" for n in "qkvo"] + [f"mlp.{n}_proj.weight" for n in ("gate", "up", "down")]
+GEMMA2_LAYER = LLAMA_LAYER + ["pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight"]
+GPT2_LAYER = [
+    f"{name}.{kind}"
+    for name in ("ln_1", "ln_2", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    for kind in ("weight", "bias")
+]
+GPT2_NORM = {"transformer.ln_f.weight", "transformer.ln_f.bias"}
+EMBEDDING, HEAD, NORM = {"model.embed_tokens.weight"}, {"lm_head.weight"}, {"model.norm.weight"}
+SCOPES = {
+    ("llama", "backbone"): EMBEDDING | NORM | layer_names("model.layers", LLAMA_LAYER, range(3)),
+    ("llama", "all"): EMBEDDING | NORM | HEAD | layer_names("model.layers", LLAMA_LAYER, range(3)),
+    ("llama", 0): NORM | HEAD | layer_names("model.layers", LLAMA_LAYER, range(3)),
+    ("llama", 2): NORM | HEAD | layer_names("model.layers", LLAMA_LAYER, [2]),
+    ("gemma2", "backbone"): EMBEDDING | NORM | layer_names("model.layers", GEMMA2_LAYER, range(3)),
+    ("gemma2", "all"): EMBEDDING | NORM | layer_names("model.layers", GEMMA2_LAYER, range(3)),
+    ("gemma2", 1): EMBEDDING | NORM | layer_names("model.layers", GEMMA2_LAYER, [1, 2]),
+    ("gpt2", "backbone"): {"transformer.wte.weight", "transformer.wpe.weight"}
+    | GPT2_NORM
+    | layer_names("transformer.h", GPT2_LAYER, range(3)),
+    ("gpt2", 1): {"transformer.wte.weight"} | GPT2_NORM | layer_names("transformer.h", GPT2_LAYER, [1, 2]),
+}
+
+
+@pytest.mark.parametrize("name, scope", SCOPES, ids=str)
+def test_scopes_of_transformers_models(name, scope):
+    model = tiny_models.build(name)
+    anchor = GeometricAnchor.from_model(model, scope=scope, rho=0.2, geometry="sam")
+    names = {id(param): n for n, param in model.named_parameters()}
+    assert {names[id(param)] for param in anchor.params} == SCOPES[name, scope]
+    assert len(anchor.params) == len(SCOPES[name, scope])
+    assert (anchor.rho, anchor.geometry) == (0.2, "sam")
+
+
+def test_a_compiled_models_scopes_are_the_models():
+    model = tiny_models.build("llama")
+    for scope in ("backbone", "all", 1):
+        compiled = GeometricAnchor.from_model(torch.compile(model), scope=scope)
+        assert [id(p) for p in compiled.params] == [id(p) for p in GeometricAnchor.from_model(model, scope=scope).params]
+
+
+@pytest.mark.parametrize("scope, adapters", [("backbone", 6), ("all", 6), (1, 4)])
+def test_with_lora_only_the_adapters_move(scope, adapters):
+    peft = pytest.importorskip("peft", reason="LoRA needs peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(tiny_models.build("llama"), config)
+    anchor = GeometricAnchor.from_model(model, scope=scope, rho=0.1)
+    assert len(anchor.params) == adapters and all("lora_" in name for name in anchor.names)
+    ids, labels = tiny_models.preference_batch()
+    before = bits(model.parameters())
+    moved = moved_names(anchor, objective=model(ids, labels=labels).loss)
+    assert moved == anchor.names and same(model.parameters(), before)
+
+
+def test_models_without_a_backbone_are_refused():
+    with pytest.raises(ValueError, match="expected a model with a backbone .* got Linear; pass scope='all'"):
+        GeometricAnchor.from_model(nn.Linear(2, 2))
+    assert GeometricAnchor.from_model(nn.Linear(2, 2), scope="all").names == ["weight", "bias"]
+    bare = nn.Module()
+    bare.model = nn.Linear(2, 2)
+    assert GeometricAnchor.from_model(bare).names == ["weight", "bias"]
+    with pytest.raises(ValueError, match="a decoder with a list of layers, a final norm and a head, got Module"):
+        GeometricAnchor.from_model(bare, scope=0)
+
+
+@pytest.mark.parametrize(
+    "scope, message",
+    [
+        ("head", "scope must be 'backbone', 'all' or the first layer's number, got 'head'"),
+        (True, "scope must be 'backbone', 'all' or the first layer's number, got True"),
+        (1.0, "scope must be 'backbone', 'all' or the first layer's number, got 1.0"),
+        (3, r"scope as a layer's number must be in \[0, 3\), got 3"),
+        (-1, r"scope as a layer's number must be in \[0, 3\), got -1"),
+    ],
+)
+def test_scopes_that_are_refused(scope, message):
+    with pytest.raises(ValueError, match=message):
+        GeometricAnchor.from_model(tiny_models.build("llama"), scope=scope)
+
+
+# ---- The gaussian direction ----
+
+
+def noise_of(anchor):
+    theta = [p.detach().clone() for p in anchor.params]
+    with anchor.perturbed():
+        return torch.cat([(p.detach() - t).flatten() for p, t in zip(anchor.params, theta)])
+
+
+def gaussian(params, seed=0):
+    return GeometricAnchor(params, rho=0.5, geometry="sam", direction="gaussian", seed=seed)
+
+
+def test_noise_is_a_function_of_seed_and_step(params):
+    first, second = gaussian(params), gaussian(params)
+    noises = [noise_of(first) for _ in range(3)]
+    assert all(torch.equal(noise_of(second), noise) for noise in noises)
+    assert not torch.equal(noises[0], noises[1]) and not torch.equal(noises[1], noises[2])
+    assert not torch.equal(noise_of(gaussian(params, seed=1)), noises[0])
+    assert noises[0].norm() == pytest.approx(0.5)
+
+
+def test_noise_is_standard_normal():
+    param = nn.Parameter(torch.ones(400, 500))
+    noise = noise_of(gaussian([param], seed=-5)) * math.sqrt(200_000) / 0.5
+    assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01 and abs(noise.pow(4).mean() - 3) < 0.1
+
+
+def test_a_resumed_anchor_continues(params):
+    anchor = gaussian(params, seed=7)
+    noise_of(anchor)
+    saved = anchor.state_dict()
+    expected = noise_of(anchor)
+    resumed = gaussian(params)
+    resumed.load_state_dict(saved)
+    assert resumed.state_dict() == saved == {"step": 1, "seed": 7}
+    assert torch.equal(noise_of(resumed), expected)
+
+
+def test_a_use_that_failed_is_repeated_with_the_same_noise(params):
+    expected = noise_of(gaussian(params))
+    anchor = gaussian(params)
+    with pytest.raises(ZeroDivisionError), anchor.perturbed():
+        1 / 0
+    assert torch.equal(noise_of(anchor), expected)
+
+
+def test_the_global_random_state_is_left_alone(params):
+    before = torch.get_rng_state()
+    noise_of(gaussian(params))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---- Back to theta, whatever happens ----
+
+THROWN = [RuntimeError("CUDA error"), torch.OutOfMemoryError("out of memory"), KeyboardInterrupt(), SystemExit(1)]
+
+
+def assert_usable(anchor):
+    theta = bits(anchor.params)
+    with anchor.perturbed(grads=make_grads(anchor.params)):
+        assert not same(anchor.params, theta)
+    assert same(anchor.params, theta)
+
+
+@pytest.mark.parametrize("thrown", THROWN, ids=lambda e: type(e).__name__)
+def test_an_exception_inside_finds_the_weights_back(params, anchor, thrown):
+    before = bits(params)
+    try:
+        with anchor.perturbed(grads=make_grads(params)):
+            params[0].data.fill_(math.nan)  # nor does it matter what the body did to them
+            raise thrown
+    except BaseException as error:
+        assert error is thrown and same(params, before)
+    assert_usable(anchor)
+
+
+class FailingWrites:
+    """Breaks Tensor.copy_ on some of its calls, after half of the tensor has been written."""
+
+    def __init__(self, monkeypatch, thrown, calls):
+        self.calls, self.count, self.thrown = set(calls), 0, thrown
+        self.copy = torch.Tensor.copy_
+        monkeypatch.setattr(torch.Tensor, "copy_", lambda tensor, *args: self.write(tensor, *args))
+
+    def write(self, tensor, source):
+        self.count += 1
+        if self.count - 1 in self.calls:
+            half = tensor.shape[0] // 2
+            self.copy(tensor[:half], torch.full_like(tensor[:half], math.nan))
+            raise self.thrown
+        return self.copy(tensor, source)
+
+
+@pytest.mark.parametrize("thrown", THROWN, ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize(
+    "calls",
+    [[0], [1], [2], [3], [4], [5], [3, 5], [3, 4], [0, 1], [2, 4]],  # 0-2 are the moves, then they are put back
+    ids=str,
+)
+def test_writes_that_fail_half_way(params, anchor, thrown, calls, monkeypatch):
+    before, entered = bits(params), False
+    writes = FailingWrites(monkeypatch, thrown, calls)
+    try:
+        with anchor.perturbed(grads=make_grads(params)):
+            entered = True
+    except BaseException as error:
+        assert error is thrown and same(params, before)
+    else:
+        pytest.fail("the exception was swallowed")
+    assert entered == (calls[0] > 2)
+    writes.calls.clear()
+    assert_usable(anchor)
+
+
+def test_a_failure_while_restoring_keeps_the_bodys_exception_as_its_context(params, anchor, monkeypatch):
+    before = bits(params)
+    FailingWrites(monkeypatch, KeyboardInterrupt(), [4])
+    with pytest.raises(KeyboardInterrupt) as caught, anchor.perturbed(grads=make_grads(params)):
+        raise ValueError("the body's")
+    assert "the body's" in str(caught.value.__context__) and same(params, before)
+
+
+def test_a_weight_that_cannot_be_put_back_says_so_and_the_others_are(params, anchor, monkeypatch):
+    before = bits(params)
+    writes = FailingWrites(monkeypatch, RuntimeError("device lost"), [])
+    with pytest.raises(RuntimeError, match="device lost"), anchor.perturbed(grads=make_grads(params)):
+        writes.calls.update(range(writes.count, writes.count + 3))  # every attempt at the first that is put back
+    assert [same([p], [b]) for p, b in zip(params, before)] == [True, True, False]
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_gradients_that_are_not_finite_move_nothing(params, anchor, poison, monkeypatch):
+    before, grads = bits(params), make_grads(params)
+    grads[2][1, 3] = poison
+    writes = FailingWrites(monkeypatch, RuntimeError("a write"), range(9))
+    with pytest.raises(FloatingPointError, match="the weights were left where they are. Look for NaN or inf"):
+        with anchor.perturbed(grads=grads):
+            pytest.fail("entered")
+    assert writes.count == 0 and same(params, before)
+    writes.calls.clear()
+    assert_usable(anchor)
+
+
+def test_out_of_memory_while_copying(params, anchor, monkeypatch):
+    before, clones, clone = bits(params), [], torch.Tensor.clone
+
+    def limited(tensor):
+        clones.append(tensor)
+        if len(clones) == 3:
+            raise torch.OutOfMemoryError("out of memory")
+        return clone(tensor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "clone", limited)
+        with pytest.raises(torch.OutOfMemoryError), anchor.perturbed(grads=make_grads(params)):
+            pytest.fail("entered")
+    assert same(params, before)
+    assert_usable(anchor)
+
+
+def test_perturbed_inside_perturbed(params, anchor):
+    before = bits(params)
+    with anchor.perturbed(grads=make_grads(params)):
+        inside = bits(params)
+        with pytest.raises(RuntimeError, match=r"perturbed\(\) inside perturbed\(\): the weights are at the anchor"):
+            with anchor.perturbed(grads=make_grads(params, seed=2)):
+                pytest.fail("entered")
+        assert same(params, inside) and not same(params, before)
+    assert same(params, before)
+    assert_usable(anchor)
+
+
+def test_two_anchors_nest(params, anchor):
+    before, other = bits(params), GeometricAnchor(params, rho=0.3)
+    with anchor.perturbed(grads=make_grads(params)):
+        inside = bits(params)
+        with other.perturbed(grads=make_grads(params, seed=2)):
+            pass
+        assert same(params, inside)
+    assert same(params, before)
+
+
+@pytest.mark.parametrize("moves", [3, 2], ids=["in-the-body", "in-the-move"])
+def test_an_exception_kept_for_later_keeps_no_copy_of_the_weights(params, anchor, monkeypatch, moves):
+    clone, copies = torch.Tensor.clone, []
+
+    def limited(tensor):
+        if len(copies) == moves:
+            raise torch.OutOfMemoryError("out of memory")
+        copy = clone(tensor)
+        copies.append(weakref.ref(copy))
+        return copy
+
+    monkeypatch.setattr(torch.Tensor, "clone", limited)
+    with pytest.raises(torch.OutOfMemoryError) as kept, anchor.perturbed(grads=make_grads(params)):
+        raise torch.OutOfMemoryError("out of memory")
+    assert kept.tb is not None and len(copies) == moves
+    assert sum(copy() is not None for copy in copies) <= 3 - moves  # the one that the failing line was at
+
+
+# ---- Ctrl-C ----
+
+
+def test_a_ctrl_c_inside_waits_until_the_weights_are_back(params, anchor):
+    before, handler, ended = bits(params), signal.getsignal(signal.SIGINT), False
+    try:
+        with anchor.perturbed(grads=make_grads(params)):
+            signal.raise_signal(signal.SIGINT)
+            ended = True
+    except KeyboardInterrupt:
+        assert ended and same(params, before)
+    else:
+        pytest.fail("the interrupt was swallowed")
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert_usable(anchor)
+
+
+def test_a_second_ctrl_c_does_not_wait(params, anchor):
+    before = bits(params)
+    try:
+        with anchor.perturbed(grads=make_grads(params)):
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            pytest.fail("it waited")
+    except KeyboardInterrupt:
+        assert same(params, before)
+    assert_usable(anchor)
+
+
+def test_the_handler_in_place_gets_every_ctrl_c(params, anchor):
+    calls, before = [], signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, lambda *_: calls.append(same(params, theta)))
+    try:
+        theta = bits(params)
+        with anchor.perturbed(grads=make_grads(params)):
+            signal.raise_signal(signal.SIGINT)
+            assert calls == []
+            signal.raise_signal(signal.SIGINT)
+        assert calls == [False, True]
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.SIG_DFL], ids=str)
+def test_handlers_that_are_no_functions_stay(params, anchor, handler):
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with anchor.perturbed(grads=make_grads(params)):
+            assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_other_threads_have_no_ctrl_c_to_hold(params, anchor):
+    failures = []
+
+    def work():
+        try:
+            assert_usable(anchor)
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert not failures
+
+
+def test_a_ctrl_c_at_any_line_finds_the_weights_back(params, anchor):
+    """Interrupts a use at every line of this library and of contextlib in turn, in the entry, the body and the exit."""
+    grads, before, files = make_grads(params), bits(params), (os.path.join("gapo_kernels", ""), "contextlib.py")
+
+    def use(at):
+        """Number of lines that were passed; SIGINT comes just before line number `at`."""
+        lines = 0
+
+        def trace(frame, event, argument):
+            nonlocal lines
+            if not any(file in frame.f_code.co_filename for file in files):
+                return None
+            if event == "line":
+                lines += 1
+                if lines == at:
+                    os.kill(os.getpid(), signal.SIGINT)
+            return trace
+
+        previous = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            with anchor.perturbed(grads=grads):
+                pass
+        finally:
+            sys.settrace(previous)
+        return lines
+
+    lines = use(at=0)
+    assert lines > 60
+    for at in range(1, lines + 1):
+        try:
+            use(at)
+        except KeyboardInterrupt as error:  # kept alive: nothing is put back by its going
+            assert same(params, before), f"line {at} of {lines}: {error!r}"
+        else:
+            pytest.fail(f"the interrupt at line {at} of {lines} was swallowed")
+        assert torch.is_grad_enabled(), f"line {at} of {lines}"
+        assert_usable(anchor)
+
+
+# ---- What is refused ----
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        (dict(rho=-0.1), ValueError, "rho must be >= 0, got -0.1"),
+        (dict(rho=math.nan), ValueError, "rho must be finite, got nan"),
+        (dict(rho="0.1"), TypeError, "rho must be a number, got str"),
+        (dict(geometry="l2"), ValueError, "geometry must be one of 'asam', 'sam', got 'l2'"),
+        (dict(direction="up"), ValueError, "direction must be one of 'pessimistic', 'gaussian', got 'up'"),
+        (dict(rounding="up"), ValueError, "rounding must be one of 'stochastic', 'nearest', got 'up'"),
+        (dict(seed=0.5), TypeError, "seed must be an int, got float"),
+        (dict(compute_dtype="bfloat16"), TypeError, "compute_dtype must be a torch.dtype or None, got str"),
+        (
+            dict(compute_dtype=torch.bfloat16),
+            NotImplementedError,
+            "compute_dtype torch.bfloat16 differs from parameter 0's torch.float64.*leave compute_dtype out",
+        ),
+        (dict(process_group=object()), NotImplementedError, "process_group is not available yet: train on one process"),
+    ],
+    ids=str,
+)
+def test_options_that_are_refused(params, options, error, message):
+    with pytest.raises(error, match=message):
+        GeometricAnchor(params, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_stochastic_rounding_is_refused(dtype):
+    params = make_params(dtype)
+    with pytest.raises(NotImplementedError, match=f"w1 is {dtype}; stochastic rounding .* use float32 parameters, or"):
+        GeometricAnchor([("w0", make_params()[0]), ("w1", params[1])])
+    anchor = GeometricAnchor(params, rounding="nearest", compute_dtype=dtype)
+    before = bits(params)
+    with anchor.perturbed(grads=make_grads(params)):
+        pass
+    assert same(params, before)
+
+
+def test_a_model_cast_to_16_bits_after_the_anchor_was_made_is_refused():
+    model = nn.Linear(3, 2)
+    anchor = GeometricAnchor(model.named_parameters())
+    model.bfloat16()
+    with pytest.raises(NotImplementedError, match="weight is torch.bfloat16; stochastic rounding"):
+        with anchor.perturbed(grads=make_grads(anchor.params)):
+            pytest.fail("entered")
+
+
+def test_parameters_that_are_refused(params):
+    with pytest.raises(TypeError, match="parameters or .* pairs, got str"):
+        GeometricAnchor(["weight"])
+    with pytest.raises(ValueError, match="at least one parameter that requires grad, got none"):
+        GeometricAnchor([])
+    with pytest.raises(ValueError, match="at least one parameter that requires grad, got none"):
+        GeometricAnchor([p.requires_grad_(False) for p in params])
+
+
+def test_probes_that_are_refused(params, anchor):
+    used = params[0].sum()
+    with pytest.raises(ValueError, match="an objective or its grads, got neither"), anchor.perturbed():
+        pass
+    with pytest.raises(ValueError, match="an objective or its grads, got both"):
+        with anchor.perturbed(used, grads=make_grads(params)):
+            pass
+    with pytest.raises(ValueError, match="one entry for each of the 3 parameters, got 2"):
+        with anchor.perturbed(grads=make_grads(params)[:2]):
+            pass
+    with pytest.raises(ValueError, match=r"gradient of parameter 1 must have shape \(6,\), got \(3, 4\)"):
+        with anchor.perturbed(grads=[make_grads(params)[0]] * 3):
+            pass
+    for nothing in (dict(grads=[None] * 3), dict(objective=torch.ones((), requires_grad=True) * 2)):
+        with pytest.raises(ValueError, match="no parameter of the anchor has a gradient under the objective"):
+            with anchor.perturbed(**nothing):
+                pass
+    with pytest.raises(ValueError, match="objective must have a graph, got a constant"), anchor.perturbed(torch.ones(())):
+        pass
+    with pytest.raises(ValueError, match=r"objective must be a scalar, got shape \(3, 4\)"):
+        with anchor.perturbed(params[0] * 2):
+            pass
+    assert_usable(anchor)
+
+
+# ---- Several ranks, sharded parameters ----
+
+
+@pytest.fixture
+def one_rank_group():
+    distributed = torch.distributed
+    if not distributed.is_available():
+        pytest.skip("this torch has no torch.distributed")
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield distributed.group.WORLD
+    distributed.destroy_process_group()
+
+
+def test_sharded_parameters_are_refused(one_rank_group, params):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = fully_shard(nn.Linear(4, 4), mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(NotImplementedError, match=r"weight is a DTensor \(FSDP2\); sharded parameters are not available"):
+        GeometricAnchor(model.named_parameters())
+    for mark, what in (("_fsdp_flattened", "sharded by FSDP"), ("ds_id", "partitioned by DeepSpeed")):
+        params = make_params()
+        setattr(params[1], mark, True)
+        with pytest.raises(NotImplementedError, match=f"parameter 1 is {what}; sharded parameters are not available"):
+            GeometricAnchor(params)
+    with pytest.raises(NotImplementedError, match="process_group is not available yet"):
+        GeometricAnchor(make_params(), process_group=one_rank_group)
+    assert_usable(GeometricAnchor(make_params()))  # one rank alone is one process
+
+
+def test_several_ranks_are_refused_also_when_they_come_later(params, anchor, monkeypatch):
+    before = bits(params)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(NotImplementedError, match="runs 2 ranks, and each would move to an anchor of its own"):
+        with anchor.perturbed(grads=make_grads(params)):
+            pytest.fail("entered")
+    with pytest.raises(NotImplementedError, match="train on one process"):
+        GeometricAnchor(params)
+    assert same(params, before)

@@ -1,0 +1,529 @@
+"""`gapo_step` against the authors' recipe, restated here step by step, and on the edges of its contract.
+
+The restatement is deliberate: GAPO.md sections 2 and 3 in plain torch, three forwards and two backwards, with nothing
+of the library in it. Everything else is compared with `gapo_kernels.reference`.
+"""
+
+import math
+import random
+import signal
+import warnings
+
+import pytest
+import tiny_models
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gapo_kernels import GAPOOutput, GeometricAnchor, gapo_objective, gapo_step, reference, sequence_logps
+
+RHO = 0.3  # large, so that an anchor that is not there is seen
+VOCABULARY = 11
+
+
+def plain_logps(logits, labels):
+    """Mean log-prob of each row's predicted tokens, by hand."""
+    targets = labels[:, 1:]
+    logps = torch.log_softmax(logits[:, :-1], -1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    kept = targets != -100
+    return (logps * kept).sum(-1) / kept.sum(-1).clamp(min=1)
+
+
+def gradients(params):
+    return [None if param.grad is None else param.grad.clone() for param in params]
+
+
+def assert_close(actual, expected, tolerance):
+    for name, one, other in zip(range(len(expected)), actual, expected):
+        torch.testing.assert_close(one, other, atol=tolerance, rtol=0, msg=lambda m: f"entry {name}: {m}")
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_raises():
+    """As in a terminal: a job that a script starts in the background inherits SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+# ---- The authors' recipe ----
+
+SCOPES = {  # which parameters move; a tied head has its name in the embedding
+    "llama": {
+        "backbone": ("model.",),
+        "all": ("model.", "lm_head."),
+        1: ("model.layers.1.", "model.layers.2.", "model.norm.", "lm_head."),
+    },
+    "gemma2": {
+        "backbone": ("model.",),
+        "all": ("model.",),
+        1: ("model.layers.1.", "model.layers.2.", "model.norm.", "model.embed_tokens."),
+    },
+    "gpt2": {
+        "backbone": ("transformer.",),
+        "all": ("transformer.",),
+        1: ("transformer.h.1.", "transformer.h.2.", "transformer.ln_f.", "transformer.wte."),
+    },
+}
+
+
+def authors_recipe(model, ids, labels, moved, geometry, probe, beta, gamma):
+    """Probe forward and backward, anchor forward, clean forward, backward: loss, M~ and every gradient."""
+
+    def margin():
+        logps = plain_logps(model(ids).logits, labels)
+        pairs = len(logps) // 2
+        return logps[:pairs] - logps[pairs:]
+
+    # 1, 2: g = dJ/dtheta
+    m = margin()
+    objective = (torch.log1p(torch.exp(-(beta * m - gamma)))).mean() if probe == "loss" else -m.mean()
+    objective.backward()
+    g = [p.grad.clone() for p in moved]
+    model.zero_grad()
+
+    # 3: delta
+    theta = [p.detach().clone() for p in moved]
+    if geometry == "asam":
+        norm = math.sqrt(sum(((t * d) ** 2).sum().item() for t, d in zip(theta, g)))
+        delta = [RHO * t**2 * d / (norm + 1e-12) for t, d in zip(theta, g)]
+    else:
+        norm = math.sqrt(sum((d**2).sum().item() for d in g))
+        delta = [RHO * d / (norm + 1e-12) for d in g]
+
+    # 4: M~ at theta + delta, and back
+    with torch.no_grad():
+        for p, t, d in zip(moved, theta, delta):
+            p.copy_(t + d)
+        anchor = margin()
+        for p, t in zip(moved, theta):
+            p.copy_(t)
+
+    loss = torch.log1p(torch.exp(-(beta * (margin() - anchor) - gamma))).mean()
+    loss.backward()
+    return loss.detach(), anchor, gradients(model.parameters())
+
+
+@pytest.fixture(scope="module", params=tiny_models.NAMES)
+def named_model(request):
+    return request.param, tiny_models.build(request.param)
+
+
+@pytest.mark.parametrize("scope", ["backbone", "all", 1])
+@pytest.mark.parametrize("probe", ["loss", "margin"])
+@pytest.mark.parametrize("geometry", ["asam", "sam"])
+def test_it_equals_the_authors_recipe(named_model, geometry, probe, scope):
+    name, model = named_model
+    ids, labels = tiny_models.preference_batch()
+    options = dict(beta=2.5, gamma=0.4)
+    moved = [p for n, p in model.named_parameters() if n.startswith(SCOPES[name][scope])]
+    model.zero_grad()
+    loss, anchor_margin, expected = authors_recipe(model, ids, labels, moved, geometry, probe, **options)
+
+    model.zero_grad()
+    anchor = GeometricAnchor.from_model(model, scope=scope, rho=RHO, geometry=geometry)
+    out = gapo_step(lambda: sequence_logps(model(ids).logits, labels), anchor, probe=probe, **options)
+    out.loss.backward()
+
+    assert {id(p) for p in anchor.params} == {id(p) for p in moved}
+    assert out.gap.abs().min() > 1e-3  # an anchor that did nothing would pass the rest too easily
+    torch.testing.assert_close(out.loss.detach(), loss, atol=1e-9, rtol=0)
+    torch.testing.assert_close(out.anchor_margin, anchor_margin, atol=1e-9, rtol=0)
+    assert_close(gradients(model.parameters()), expected, 1e-9)
+
+
+@pytest.mark.parametrize("logps", [sequence_logps, plain_logps], ids=["fused", "plain"])
+@pytest.mark.parametrize("name", tiny_models.NAMES)
+def test_the_kept_graph_gives_bitwise_the_gradients_of_a_second_clean_forward(name, logps):
+    model = tiny_models.build(name, torch.float32)
+    ids, labels = tiny_models.preference_batch()
+    anchor = GeometricAnchor.from_model(model, rho=RHO)
+
+    def margin():
+        chosen, rejected = logps(model(ids).logits, labels).chunk(2)
+        return chosen - rejected
+
+    grads = torch.autograd.grad(gapo_objective(margin())[0], anchor.params, allow_unused=True)
+    with anchor.perturbed(grads=grads), torch.no_grad():
+        anchor_margin = margin()
+    loss = gapo_objective(margin(), anchor_margin)[0]
+    loss.backward()
+    expected = gradients(model.parameters())
+
+    model.zero_grad()
+    out = gapo_step(lambda: logps(model(ids).logits, labels), anchor)
+    out.loss.backward()
+    assert torch.equal(out.loss, loss) and torch.equal(out.anchor_margin, anchor_margin)
+    assert all(torch.equal(*two) for two in zip(gradients(model.parameters()), expected))
+
+
+@pytest.mark.parametrize("name", tiny_models.NAMES)
+def test_activation_checkpointing_changes_nothing(name):
+    ids, labels = tiny_models.preference_batch()
+    results = []
+    for checkpointed in (False, True):
+        model = tiny_models.build(name)
+        runs = []
+        model.get_submodule("transformer.h.0.mlp" if name == "gpt2" else "model.layers.0.mlp").register_forward_pre_hook(
+            lambda *_: runs.append(torch.is_grad_enabled())
+        )
+        if checkpointed:
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        out = gapo_step(
+            lambda: sequence_logps(model(ids, use_cache=False).logits, labels),
+            GeometricAnchor.from_model(model, rho=RHO),
+        )
+        out.loss.backward()
+        assert len(runs) == (4 if checkpointed else 2)  # the probe's and the final backward each run it again
+        results.append([out.loss.detach(), out.anchor_margin, *gradients(model.parameters())])
+    assert_close(results[1], results[0], 1e-12)
+
+
+# ---- A language model in two layers, for everything else ----
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(VOCABULARY, 6), nn.Linear(6, VOCABULARY)).double()
+
+
+@pytest.fixture
+def anchor(model):
+    return GeometricAnchor(model.named_parameters(), rho=RHO)
+
+
+def batch(pairs=3, seed=0, empty=()):
+    """ids, labels (2 pairs, 7); the rows in `empty` have no completion token."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(VOCABULARY, (2 * pairs, 7), generator=generator)
+    labels = ids.clone()
+    labels[:, :2] = -100
+    labels[0, 5:] = -100
+    labels[list(empty)] = -100
+    return ids, labels
+
+
+def logps_fn(model, ids, labels, logps=sequence_logps, **options):
+    return lambda: logps(model(ids), labels, **options)
+
+
+def state(model):
+    return [param.detach().clone() for param in model.parameters()]
+
+
+def same(model, saved):
+    return all(torch.equal(param.view(torch.int64), s.view(torch.int64)) for param, s in zip(state(model), saved))
+
+
+def test_logps_fn_runs_twice_with_grad_at_theta_and_without_at_the_anchor(model, anchor):
+    ids, labels = batch()
+    before, calls = state(model), []
+
+    def logps():
+        calls.append((torch.is_grad_enabled(), same(model, before)))
+        return sequence_logps(model(ids), labels)
+
+    out = gapo_step(logps, anchor)
+    assert calls == [(True, True), (False, False)]
+    assert same(model, before)
+    assert isinstance(out, GAPOOutput) and out.loss.requires_grad
+    assert not any(field.requires_grad for field in out[1:])
+    assert all(param.grad is None for param in model.parameters())
+
+
+def test_micro_batches_accumulate(model, anchor):
+    alone = []
+    for seed in (1, 2):
+        model.zero_grad()
+        gapo_step(logps_fn(model, *batch(seed=seed)), anchor).loss.backward()
+        alone.append(gradients(model.parameters()))
+    model.zero_grad()
+    for seed in (1, 2):
+        before = gradients(model.parameters())
+        out = gapo_step(logps_fn(model, *batch(seed=seed)), anchor)
+        assert all(a is b or torch.equal(a, b) for a, b in zip(gradients(model.parameters()), before))
+        out.loss.backward()
+    assert_close(gradients(model.parameters()), [a + b for a, b in zip(*alone)], 1e-15)
+
+
+OPTIONS = [
+    {},
+    dict(beta=1.5, gamma=-0.2, label_smoothing=0.1),
+    dict(loss_type="hinge", beta=0.7),
+    dict(sft_weight=0.3),
+    dict(sft_weight=0.3, label_smoothing=0.2, beta=3.0),
+]
+
+
+@pytest.mark.parametrize("with_anchor", [True, False], ids=["anchor", "no-anchor"])
+@pytest.mark.parametrize("empty", [(), (1,), (3, 1), range(6)], ids=["full", "chosen", "two-pairs", "all"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_loss_fields_and_gradients_are_the_references(model, anchor, options, empty, with_anchor):
+    ids, labels = batch(empty=empty)
+    logps = logps_fn(model, ids, labels, return_counts=True)
+    out = gapo_step(logps, anchor if with_anchor else None, **options)
+    out.loss.backward()
+    actual = gradients(model.parameters())
+
+    model.zero_grad()
+    given = dict(anchor_margin=out.anchor_margin) if with_anchor else {}
+    expected = reference.fused_gapo_loss(model(ids), labels, **given, **options)
+    expected.loss.backward()
+    assert_close(out, expected, 1e-12)
+    assert_close(actual, gradients(model.parameters()), 1e-12)
+    if with_anchor:
+        assert (out.gap[out.valid].abs() > 1e-4).all()
+    if len(empty) == 6:
+        assert out.loss == 0 and not out.valid.any() and not any(grad.any() for grad in actual)
+
+
+@pytest.mark.parametrize("probe", ["loss", "margin"])
+def test_an_inert_pair_has_no_part_in_the_anchor(model, anchor, probe):
+    ids, labels = batch(empty=(1,))
+    kept = [0, 2, 3, 5]
+    all_pairs = gapo_step(logps_fn(model, ids, labels, return_counts=True), anchor, probe=probe)
+    without = gapo_step(logps_fn(model, ids[kept], labels[kept]), anchor, probe=probe)
+    torch.testing.assert_close(all_pairs.anchor_margin[[0, 2]], without.anchor_margin, atol=1e-14, rtol=0)
+    torch.testing.assert_close(all_pairs.loss, without.loss, atol=1e-14, rtol=0)
+
+
+@pytest.mark.parametrize("logps", [reference.sequence_logps, plain_logps], ids=["reference", "plain"])
+def test_any_source_of_log_probs_will_do(model, anchor, logps):
+    ids, labels = batch()
+    results = []
+    for source in (sequence_logps, logps):
+        model.zero_grad()
+        out = gapo_step(logps_fn(model, ids, labels, source), anchor)
+        out.loss.backward()
+        results.append([*(field.detach() for field in out), *gradients(model.parameters())])
+    assert_close(results[1], results[0], 1e-13)
+
+
+def test_16_bit_log_probs_are_computed_in_float32(model, anchor):
+    out = gapo_step(lambda: sequence_logps(model(batch()[0]), batch()[1]).bfloat16(), anchor)
+    assert {field.dtype for field in out} == {torch.float32, torch.bool}
+
+
+def test_the_gaussian_direction_needs_no_probe(model):
+    ids, labels = batch()
+    outs = []
+    for _ in range(2):
+        anchor = GeometricAnchor(model.parameters(), rho=RHO, direction="gaussian", seed=3)
+        outs.append(gapo_step(logps_fn(model, ids, labels), anchor))
+    assert_close(outs[1], outs[0], 0)
+    again = gapo_step(logps_fn(model, ids, labels), anchor)  # the next step has noise of its own
+    assert (again.gap - outs[0].gap).abs().min() > 1e-6
+
+
+def test_a_radius_of_zero_is_a_gap_of_zero(model):
+    out = gapo_step(logps_fn(model, *batch()), GeometricAnchor(model.parameters(), rho=0.0))
+    assert not out.gap.any()
+
+
+def test_a_compiled_model(model, anchor):
+    ids, labels = batch()
+    results = []
+    for used in (model, torch.compile(model, backend="aot_eager")):
+        for _ in range(2):  # the second step runs what the first compiled
+            model.zero_grad()
+            out = gapo_step(logps_fn(used, ids, labels, plain_logps), anchor)
+            out.loss.backward()
+        results.append([out.loss.detach(), out.anchor_margin, *gradients(model.parameters())])
+    assert_close(results[1], results[0], 1e-12)
+
+
+def test_autocast_around_the_step_does_not_hide_the_anchor():
+    # Autocast caches its casts of the weights: the forward at the anchor would read theta's, and the gap would be 0.
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(VOCABULARY, 6), nn.Linear(6, VOCABULARY))
+    ids, labels = batch()
+
+    def autocast_inside():
+        with torch.autocast("cpu", torch.bfloat16):
+            return plain_logps(model(ids), labels)
+
+    anchor = GeometricAnchor(model[1].parameters(), rho=RHO)
+    expected = gapo_step(autocast_inside, anchor)
+    with torch.autocast("cpu", torch.bfloat16), pytest.warns(UserWarning, match="autocast computes with torch.bfloat16"):
+        out = gapo_step(logps_fn(model, ids, labels, plain_logps), anchor)
+        assert torch.equal(plain_logps(model(ids), labels).chunk(2)[0], out.chosen_logps)  # theta's casts again
+    assert_close(out, expected, 0)
+    assert out.gap.abs().max() > 0.1
+
+
+class WaitCounter(TorchDispatchMode):
+    """Counts what would wait for a GPU: every read of a tensor's value."""
+
+    waits = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.waits += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_step_waits_for_the_device_once(model, anchor):
+    ids, labels = batch(empty=(1,))
+    logps = logps_fn(model, ids, labels, reference.sequence_logps, return_counts=True)
+    with WaitCounter() as outside:
+        with torch.no_grad():
+            logps()  # on the CPU the labels are checked, which reads them
+    with WaitCounter() as counter:
+        gapo_step(logps, anchor, sft_weight=0.1)
+    assert counter.waits == 2 * outside.waits + 1
+    with WaitCounter() as counter:
+        assert anchor.stats.applied_norm > 0
+    assert counter.waits == 1
+
+
+# ---- Faults ----
+
+
+class Faults:
+    """Throws at one random place of a step, once: in either forward, in a write to the weights, or between lines."""
+
+    def __init__(self, monkeypatch, seed):
+        self.random = random.Random(seed)
+        self.thrown = {}
+        self.countdown = None
+        self.copy = torch.Tensor.copy_
+        monkeypatch.setattr(torch.Tensor, "copy_", lambda tensor, *args: self.write(tensor, *args))
+
+    def arm(self):
+        self.kind = self.random.choice(["error", "interrupt", "memory", "ctrl-c", "nan"])
+        self.countdown = self.random.randrange(6)  # two forwards, and two parameters there and back
+
+    def disarm(self):
+        self.countdown = None
+
+    def write(self, tensor, *args):
+        # Half of the tensor is written when the fault comes.
+        if self.countdown == 0 and tensor.dim():
+            half = tensor.view(-1)[: tensor.numel() // 2]
+            self.copy(half, torch.full_like(half, 7.0))
+        self.tick()
+        return self.copy(tensor, *args)
+
+    def tick(self):
+        if self.countdown is None:
+            return False
+        self.countdown -= 1
+        if self.countdown >= 0:
+            return False
+        self.disarm()
+        self.thrown[self.kind] = self.thrown.get(self.kind, 0) + 1
+        if self.kind == "error":
+            raise ValueError("a fault")
+        if self.kind == "interrupt":
+            raise KeyboardInterrupt
+        if self.kind == "memory":
+            raise torch.OutOfMemoryError("out of memory")
+        if self.kind == "ctrl-c":
+            signal.raise_signal(signal.SIGINT)
+        return self.kind == "nan"
+
+
+def train(direction, faults=None, steps=50):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(VOCABULARY, 6), nn.Linear(6, VOCABULARY))
+    anchor = GeometricAnchor(model.parameters(), rho=RHO, direction=direction)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(steps):
+        ids, labels = batch(seed=step)
+
+        def logps():
+            poisoned = faults is not None and faults.tick()
+            logps = sequence_logps(model(ids), labels)
+            return logps * float("nan") if poisoned and torch.is_grad_enabled() else logps
+
+        if faults:
+            faults.arm()
+        while True:
+            optimizer.zero_grad()
+            before, counter = [param.detach().clone() for param in model.parameters()], anchor.state_dict()
+            try:
+                out = gapo_step(logps, anchor)
+                if out.loss.isnan():  # the gaussian direction has no probe to see it, and this step has been counted
+                    anchor.load_state_dict(counter)
+                    continue
+                break
+            except (ValueError, KeyboardInterrupt, torch.OutOfMemoryError, FloatingPointError):
+                assert all(torch.equal(param, saved) for param, saved in zip(model.parameters(), before))
+        if faults:
+            faults.disarm()
+        out.loss.backward()
+        optimizer.step()
+    return [param.detach() for param in model.parameters()]
+
+
+@pytest.mark.parametrize("direction, seed", [("pessimistic", 0), ("pessimistic", 1), ("gaussian", 2)])
+def test_training_through_faults_ends_where_training_without_them_does(direction, seed, monkeypatch):
+    expected = train(direction)
+    faults = Faults(monkeypatch, seed)
+    actual = train(direction, faults)
+    assert len(faults.thrown) == 5 and sum(faults.thrown.values()) > 40
+    assert all(torch.equal(one, other) for one, other in zip(actual, expected))
+
+
+def test_nan_in_the_batch_moves_nothing(model, anchor):
+    before = state(model)
+    with pytest.raises(FloatingPointError, match="norm of the probe's gradient is nan"):
+        gapo_step(lambda: sequence_logps(model(batch()[0]) * float("nan"), batch()[1]), anchor)
+    assert same(model, before)
+
+
+# ---- What is refused ----
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        (dict(probe="gap"), ValueError, "probe must be one of 'loss', 'margin', got 'gap'"),
+        (dict(loss_type="ipo"), ValueError, "loss_type must be one of 'sigmoid', 'hinge', got 'ipo'"),
+        (dict(beta=0.0), ValueError, "beta must be > 0, got 0.0"),
+        (dict(gamma=math.inf), ValueError, "gamma must be finite, got inf"),
+        (dict(beta="2"), TypeError, "beta must be a number, got str"),
+        (dict(label_smoothing=0.5), ValueError, r"label_smoothing must be in \[0, 0.5\), got 0.5"),
+        (dict(sft_weight=-1.0), ValueError, "sft_weight must be >= 0, got -1.0"),
+        (dict(sft_weight=0.1), ValueError, "sft_weight needs token counts.*got logps alone"),
+    ],
+    ids=str,
+)
+def test_options_out_of_range(model, anchor, options, error, message):
+    with pytest.raises(error, match=message):
+        gapo_step(logps_fn(model, *batch()), anchor, **options)
+
+
+@pytest.mark.parametrize(
+    "result, error, message",
+    [
+        (torch.zeros(3), ValueError, r"shape \(2B,\), chosen then rejected, got \(3,\)"),
+        (torch.zeros(0), ValueError, r"shape \(2B,\), chosen then rejected, got \(0,\)"),
+        (torch.zeros(2, 2), ValueError, r"shape \(2B,\), chosen then rejected, got \(2, 2\)"),
+        (torch.zeros(2, dtype=torch.int64), TypeError, "floating-point log-probs, got a torch.int64 tensor"),
+        ([0.0, 0.0], TypeError, "floating-point log-probs, got list"),
+        ((torch.zeros(2), torch.ones(4)), ValueError, r"the log-probs' shape, \(2,\), got \(4,\)"),
+        ((torch.zeros(2), [1, 1]), TypeError, "counts as a tensor, got list"),
+        (torch.zeros(2), ValueError, "objective must have a graph"),
+    ],
+    ids=str,
+)
+def test_results_of_logps_fn_that_are_refused(anchor, result, error, message):
+    with pytest.raises(error, match=message):
+        gapo_step(lambda: result, anchor)
+
+
+def test_a_step_without_grad_is_refused_and_without_anchor_it_is_an_evaluation(model, anchor):
+    ids, labels = batch()
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="computed under no_grad"):
+            gapo_step(logps_fn(model, ids, labels), anchor)
+        out = gapo_step(logps_fn(model, ids, labels), None)
+    assert_close(out, reference.fused_gapo_loss(model(ids), labels), 1e-13)
+
+
+def test_plain_steps_warn_of_nothing(model, anchor):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gapo_step(logps_fn(model, *batch()), anchor).loss.backward()

@@ -1,0 +1,43 @@
+"""Decoders of transformers, small enough to build in a test: three layers, random weights, no dropout, float64."""
+
+import pytest
+import torch
+
+VOCABULARY = 31
+LAYERS = 3
+NAMES = ("llama", "gemma2", "gpt2")
+
+
+def build(name: str, dtype: torch.dtype = torch.float64) -> torch.nn.Module:
+    """A causal language model: "llama" (its own head), "gemma2" (tied head, softcapping) or "gpt2" (tied head)."""
+    transformers = pytest.importorskip("transformers", reason="these models are those of transformers")
+    size = dict(vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=LAYERS)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=4)
+    tokens = dict(pad_token_id=0, bos_token_id=0, eos_token_id=0)
+    if name == "llama":
+        config = transformers.LlamaConfig(**size, **heads, **tokens, tie_word_embeddings=False)
+    elif name == "gemma2":
+        caps = dict(final_logit_softcapping=2.0, attn_logit_softcapping=3.0)  # low enough to bend these logits
+        config = transformers.Gemma2Config(**size, **heads, **tokens, **caps, sliding_window=4, query_pre_attn_scalar=4)
+    else:
+        dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+        size = dict(vocab_size=VOCABULARY, n_embd=16, n_layer=LAYERS, n_head=4, n_positions=16)
+        config = transformers.GPT2Config(**size, **dropout, **tokens)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype)
+    with torch.no_grad():  # far from the initial near-zero logits, so that margins and anchors are of order one
+        for param in model.parameters():
+            param.add_(torch.randn(param.shape, dtype=torch.float64).to(dtype), alpha=0.2)
+    return model.train()
+
+
+def preference_batch(pairs: int = 3, length: int = 9) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids, labels (2 pairs, length): a prompt of two tokens, then a completion of 2 to length - 2 tokens."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, VOCABULARY, (2 * pairs, length), generator=generator)
+    ids[pairs:, :2] = ids[:pairs, :2]
+    labels = ids.clone()
+    labels[:, :2] = -100
+    for row, end in enumerate(torch.randint(4, length + 1, (2 * pairs,), generator=generator).tolist()):
+        labels[row, end:] = -100
+    return ids, labels
