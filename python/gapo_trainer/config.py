@@ -1,0 +1,105 @@
+"""`GAPOConfig`: transformers' TrainingArguments and the settings of the method."""
+
+import math
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+_CHOICES = {
+    "probe": ("loss", "margin"),
+    "geometry": ("asam", "sam"),
+    "direction": ("pessimistic", "gaussian"),
+    "rounding": ("stochastic", "nearest"),
+    "loss_type": ("sigmoid", "hinge"),
+}
+
+
+@dataclass
+class GAPOConfig(TrainingArguments):
+    """Every field of `transformers.TrainingArguments`, and those of GAPO below. Batch sizes count preference pairs.
+
+    Raises ValueError, naming the field, what was expected and what was got.
+    """
+
+    beta: float = field(default=2.0, metadata={"help": "Scale of the anchor gap in the loss; > 0."})
+    gamma_beta_ratio: float = field(default=0.25, metadata={"help": "Target of the gap: gamma = beta * this ratio."})
+    rho: float = field(default=0.05, metadata={"help": "Radius of the anchor's perturbation; >= 0."})
+    probe: str = field(
+        default="loss",
+        metadata={"help": "What the anchor makes worse: the 'loss' of the margins, or the mean 'margin' itself."},
+    )
+    geometry: str = field(
+        default="asam",
+        metadata={"help": "'asam' scales the perturbation by each weight's square, 'sam' is the plain gradient."},
+    )
+    direction: str = field(
+        default="pessimistic", metadata={"help": "'pessimistic' follows the probe's gradient, 'gaussian' noise."}
+    )
+    scope: str = field(
+        default="backbone",
+        metadata={"help": "What the anchor moves: 'backbone', 'all', or a number k: layers >= k, final norm, head."},
+    )
+    rounding: str = field(
+        default="stochastic", metadata={"help": "How the anchor is rounded to 16-bit weights: 'stochastic', 'nearest'."}
+    )
+    loss_type: str = field(default="sigmoid", metadata={"help": "'sigmoid' or 'hinge'."})
+    label_smoothing: float = field(
+        default=0.0, metadata={"help": "Assumed share of wrong labels in the loss; in [0, 0.5)."}
+    )
+    sft_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the chosen completions' negative log-likelihood; >= 0."}
+    )
+    max_length: int = field(
+        default=2048, metadata={"help": "Most tokens of prompt and completion together; >= 2. See tokenize_pair."}
+    )
+    record_pairs: bool = field(
+        default=False, metadata={"help": "Keep step, index, gap and weight of every pair trained on."}
+    )
+
+    # Defaults of transformers that this method changes.
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay False: the collator reads the pairs' own columns."}
+    )
+    logging_nan_inf_filter: bool = field(
+        # The filter writes an average over a NaN loss, and reads every micro-batch's loss back from the GPU to do it.
+        default=False,
+        metadata={"help": "Replace NaN and inf losses in the log by the average so far."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.scope, str) and self.scope.isdigit():
+            self.scope = int(self.scope)
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        self._require("beta", self.beta > 0, "> 0")
+        self._require("rho", self.rho >= 0, ">= 0")
+        self._require("gamma_beta_ratio", True, "a number")
+        self._require("sft_weight", self.sft_weight >= 0, ">= 0")
+        self._require("label_smoothing", 0 <= self.label_smoothing < 0.5, "in [0, 0.5)")
+        self._require("max_length", self.max_length >= 2, ">= 2")
+        layer = isinstance(self.scope, int) and not isinstance(self.scope, bool) and self.scope >= 0
+        if not layer and self.scope not in ("backbone", "all"):
+            raise ValueError(f"scope must be 'backbone', 'all' or the number of a layer, got {self.scope!r}")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must be False: the collator reads the pairs' own columns, got True")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                "label_smoothing_factor smooths token labels and has no meaning here, expected 0, got "
+                f"{self.label_smoothing_factor}; the preference loss has label_smoothing"
+            )
+        if self.fp16:
+            raise ValueError(
+                "fp16 is not supported (the probe's gradient has no loss scaling): use bf16, got fp16=True"
+            )
+
+    def _require(self, name, holds, expected):
+        value = getattr(self, name)
+        if not (math.isfinite(value) and holds):
+            raise ValueError(f"{name} must be finite and {expected}, got {value!r}")
+
+    @property
+    def gamma(self):
+        """float: the margin that the logistic asks of beta * gap."""
+        return self.beta * self.gamma_beta_ratio

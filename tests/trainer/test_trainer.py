@@ -1,0 +1,287 @@
+"""`GAPOTrainer` against the method written out on `model(...).logits`, and what it logs, accumulates and restores."""
+
+import copy
+
+import pytest
+import torch
+from conftest import made_up_pairs, tiny_model
+from transformers import HfArgumentParser, TrainerCallback
+
+from gapo_trainer.config import GAPOConfig
+from gapo_trainer.preferences import IGNORE_INDEX, flip_labels, tokenize_pairs
+from gapo_trainer.trainer import GAPOTrainer
+
+ABOVE_ZERO = 1e-6
+
+
+def make_trainer(tokenizer, tmp_path, model=None, pairs=6, **settings):
+    rows = tokenize_pairs(flip_labels(made_up_pairs(pairs), 0.34, seed=0), tokenizer, 100)
+    defaults = dict(per_device_train_batch_size=3, learning_rate=1e-3, max_grad_norm=0.0, logging_steps=1)
+    defaults |= dict(report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True, record_pairs=True)
+    return GAPOTrainer(
+        model if model is not None else tiny_model(),
+        GAPOConfig(output_dir=str(tmp_path), **(defaults | settings)),
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=tokenizer,
+    )
+
+
+def plain_margins(model, batch):
+    """Margins (B,) from the whole logits: no packing, no kernels, with the attention mask."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    labels = batch["labels"][:, 1:]
+    logps = logits[:, :-1].log_softmax(-1).gather(2, labels.clamp(min=0).unsqueeze(2)).squeeze(2)
+    mask = labels != IGNORE_INDEX
+    chosen, rejected = ((logps * mask).sum(1) / mask.sum(1)).chunk(2)
+    nll = -(logps * mask)[: len(chosen)].sum() / mask[: len(chosen)].sum()
+    return chosen - rejected, nll
+
+
+def plain_step(model, batch, args):
+    """Loss and gradients by name of one micro-batch; the anchor is a second model."""
+
+    def logistic(argument):
+        return -torch.nn.functional.logsigmoid(argument)
+
+    margin, nll = plain_margins(model, batch)
+    probe = logistic(args.beta * margin - args.gamma).mean() if args.probe == "loss" else -margin.mean()
+    moved = copy.deepcopy(model)
+    scope = dict(model.model.named_parameters() if args.scope == "backbone" else model.named_parameters())
+    targets = dict(moved.model.named_parameters() if args.scope == "backbone" else moved.named_parameters())
+    gradients = torch.autograd.grad(probe, list(scope.values()), retain_graph=True)
+    with torch.no_grad():
+        scaled = [g if args.geometry == "sam" else p * g for p, g in zip(scope.values(), gradients)]
+        norm = torch.sqrt(sum(s.square().sum() for s in scaled))
+        for (name, parameter), direction in zip(scope.items(), scaled):
+            delta = direction if args.geometry == "sam" else parameter * direction
+            targets[name].add_(args.rho * delta / (norm + 1e-12))
+        anchor_margin = plain_margins(moved, batch)[0]
+    gap = margin - anchor_margin
+    argument = args.beta * gap - args.gamma
+    if args.loss_type == "hinge":
+        losses = (1 - argument).relu()
+    else:
+        losses = (1 - args.label_smoothing) * logistic(argument) + args.label_smoothing * logistic(-argument)
+    loss = losses.mean() + args.sft_weight * nll
+    names, parameters = zip(*model.named_parameters())
+    return loss.detach(), dict(zip(names, torch.autograd.grad(loss, parameters))), gap.detach()
+
+
+def gradients(model):
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def assert_same_gradients(got, expected, tolerance):
+    scale = max(g.abs().max() for g in expected.values())
+    assert scale > ABOVE_ZERO
+    for name in expected:
+        assert (got[name] - expected[name]).abs().max() <= tolerance * scale, name
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"probe": "margin", "geometry": "sam", "rho": 0.3},
+        {"label_smoothing": 0.1, "sft_weight": 0.5, "beta": 3.0, "gamma_beta_ratio": 0.4},
+        {"loss_type": "hinge", "scope": "all", "rho": 0.2},
+    ],
+    ids=["default", "sam", "smoothing and sft", "hinge"],
+)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_step_equals_the_method_written_out(tokenizer, tmp_path, settings, dtype, tolerance, tied):
+    trainer = make_trainer(tokenizer, tmp_path, tiny_model(dtype, tied), **settings)
+    weights = copy.deepcopy(trainer.model.state_dict())
+    batch = trainer.data_collator(trainer.train_dataset[:3])
+    loss, expected, gap = plain_step(trainer.model, batch, trainer.args)
+    got, out = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    got.backward()
+    assert abs(got.item() - loss.item()) <= tolerance * max(1, abs(loss.item()))
+    # rho is small, and so is the gap: it is compared with its own size.
+    assert (out.gap - gap).abs().max() <= max(tolerance, 1e-4 * (dtype == torch.float32)) * gap.abs().max()
+    assert gap.abs().max() > 1e-3
+    assert_same_gradients(gradients(trainer.model), expected, tolerance)
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor, weights[name]), f"{name} was not restored"
+
+
+@pytest.mark.parametrize("pairs", [4, 3], ids=["even", "last micro-batch smaller"])
+def test_accumulated_gradient_is_the_mean_over_all_pairs_of_the_update(tokenizer, tmp_path, pairs, monkeypatch):
+    settings = dict(gradient_accumulation_steps=2, per_device_train_batch_size=2, max_steps=1)
+    trainer = make_trainer(tokenizer, tmp_path, pairs=pairs, train_sampling_strategy="sequential", **settings)
+    model = copy.deepcopy(trainer.model)
+    batches = [trainer.data_collator(trainer.train_dataset[i : i + 2]) for i in (0, 2)]
+    results = [plain_step(model, batch, trainer.args) for batch in batches]
+    shares = [len(batch["index"]) / pairs for batch in batches]
+    expected = {
+        name: sum(share * grads[name] for share, (_, grads, _) in zip(shares, results)) for name in results[0][1]
+    }
+    seen = {}
+    trainer.create_optimizer()
+    monkeypatch.setattr(
+        type(trainer.optimizer),
+        "step",
+        lambda self, closure=None: seen.update({n: p.grad.clone() for n, p in trainer.model.named_parameters()}),
+    )
+    trainer.train()
+    # Llama's norms compute in float32 whatever the model's dtype, so that shares before and after the backward differ
+    # by its rounding. A mean over micro-batches would be off by a tenth.
+    assert_same_gradients(seen, expected, 1e-6)
+    logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert logged["loss"] == pytest.approx(sum(s * loss.item() for s, (loss, _, _) in zip(shares, results)))
+    assert [record["index"] for record in trainer.pair_records] == list(range(pairs))
+
+
+def test_training_moves_the_margins_and_logs_them(tokenizer, tmp_path):
+    trainer = make_trainer(tokenizer, tmp_path, num_train_epochs=10, learning_rate=3e-3)
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(entries) == trainer.state.global_step == 20
+    names = {"rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected"}
+    names |= {"gapo/gap", "gapo/weight", "gapo/anchor_margin", "grad_norm", "learning_rate"}
+    assert all(names <= entry.keys() for entry in entries)
+    assert entries[-1]["rewards/margins"] > entries[0]["rewards/margins"] + 0.1
+
+    records = trainer.pair_records
+    assert len(records) == 60 and {record["step"] for record in records} == set(range(1, 21))
+    flipped = {i for i, row in enumerate(trainer.train_dataset) if row["is_flipped"]}
+    assert {record["index"] for record in records if record["is_flipped"]} == flipped and len(flipped) == 2
+    beta, gamma = trainer.args.beta, trainer.args.gamma
+    for record in records:
+        assert record["gap"] == pytest.approx(record["margin"] - record["anchor_margin"])
+        weight = beta * torch.sigmoid(torch.tensor(gamma - beta * record["gap"])).item()
+        assert record["weight"] == pytest.approx(weight, rel=1e-5)
+    for step, entry in enumerate(entries, start=1):
+        group = [record for record in records if record["step"] == step]
+        assert entry["gapo/gap"] == pytest.approx(sum(r["gap"] for r in group) / 3)
+        for name, value in (("flipped", True), ("clean", False)):
+            weights = [r["weight"] for r in group if r["is_flipped"] == value]
+            if any(r["is_flipped"] for r in group) and weights:
+                assert entry[f"gapo/weight_{name}"] == pytest.approx(sum(weights) / len(weights))
+            else:
+                assert f"gapo/weight_{name}" not in entry
+
+
+def test_log_over_several_steps_is_the_mean_over_their_pairs(tokenizer, tmp_path):
+    trainer = make_trainer(tokenizer, tmp_path, logging_steps=2, num_train_epochs=1)
+    trainer.train()
+    (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert entry["gapo/weight"] == pytest.approx(sum(r["weight"] for r in trainer.pair_records) / 6)
+
+
+def test_evaluation_has_no_anchor_and_means_over_pairs(tokenizer, tmp_path, monkeypatch):
+    # Four of six pairs, then two: a mean over batches would weigh the last two double.
+    trainer = make_trainer(tokenizer, tmp_path, per_device_eval_batch_size=4, rho=0.5)
+    monkeypatch.setattr(trainer.anchor, "perturbed", lambda *a, **k: pytest.fail("evaluation used the anchor"))
+    metrics = trainer.evaluate()
+    with torch.no_grad():
+        margins, _ = plain_margins(trainer.model, trainer.data_collator(trainer.eval_dataset))
+    losses = -torch.nn.functional.logsigmoid(trainer.args.beta * margins - trainer.args.gamma)
+    assert metrics["eval_loss"] == pytest.approx(losses.mean().item(), rel=1e-9)
+    assert metrics["eval_rewards/margins"] == pytest.approx(margins.mean().item(), rel=1e-9)
+    assert metrics["eval_rewards/accuracies"] == pytest.approx((margins > 0).double().mean().item())
+    assert trainer.state.log_history[-1]["eval_rewards/margins"] == metrics["eval_rewards/margins"]
+    assert trainer.pair_records == []
+
+
+def test_predict_returns_margins(tokenizer, tmp_path):
+    trainer = make_trainer(tokenizer, tmp_path, per_device_eval_batch_size=4)
+    result = trainer.predict(trainer.eval_dataset)
+    with torch.no_grad():
+        margins, _ = plain_margins(trainer.model, trainer.data_collator(trainer.eval_dataset))
+    assert torch.allclose(torch.as_tensor(result.predictions), margins, rtol=1e-9)
+
+
+def test_dropout_is_off(tokenizer, tmp_path):
+    trainer = make_trainer(tokenizer, tmp_path, tiny_model(dropout=0.5))
+    batch = trainer.data_collator(trainer.train_dataset[:3])
+    trainer.model.train()
+    losses = {trainer.compute_loss(trainer.model, batch).item() for _ in range(3)}
+    assert len(losses) == 1
+
+
+def test_only_completion_positions_reach_the_head(tokenizer, tmp_path):
+    trainer = make_trainer(tokenizer, tmp_path)
+    rows = []
+    trainer.model.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(inputs[0].shape))
+    batch = trainer.data_collator(trainer.train_dataset[:3])
+    trainer.compute_loss(trainer.model, batch)
+    assert rows == [(len(batch["completion_labels"]), 16)] * 2, "one forward at the weights and one at the anchor"
+
+
+@pytest.mark.parametrize("moment", [3, 4, "before the update"], ids=["forward", "forward at the anchor", "update"])
+def test_interrupt_inside_a_step_leaves_the_weights_of_the_last_finished_step(tokenizer, tmp_path, moment):
+    finished = make_trainer(tokenizer, tmp_path, max_steps=1, lr_scheduler_type="constant")
+    finished.train()
+
+    trainer = make_trainer(tokenizer, tmp_path, max_steps=5, lr_scheduler_type="constant")
+    calls = []
+
+    def interrupt(*_):
+        calls.append(None)
+        if len(calls) == moment:
+            raise KeyboardInterrupt
+
+    class BeforeTheUpdate(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            if state.global_step == 1 and moment == "before the update":
+                raise KeyboardInterrupt
+
+    trainer.model.lm_head.register_forward_hook(interrupt)
+    trainer.add_callback(BeforeTheUpdate)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.state.global_step == 1
+    for name, tensor in finished.model.state_dict().items():
+        assert torch.equal(tensor, trainer.model.state_dict()[name]), name
+    assert {record["step"] for record in trainer.pair_records} == {1}
+
+
+def test_softcapped_logits(tokenizer, tmp_path):
+    plain = make_trainer(tokenizer, tmp_path)
+    batch = plain.data_collator(plain.train_dataset[:3])
+    capped = make_trainer(tokenizer, tmp_path)
+    capped.model.config.final_logit_softcapping = 0.5
+    logits = plain._completion_logits(batch)
+    assert torch.allclose(capped._completion_logits(batch), 0.5 * torch.tanh(logits / 0.5))
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"beta": 0.0}, "beta must be finite and > 0, got 0.0"),
+        ({"beta": float("inf")}, "beta must be finite"),
+        ({"gamma_beta_ratio": float("nan")}, "gamma_beta_ratio must be finite"),
+        ({"rho": -0.1}, "rho must be finite and >= 0, got -0.1"),
+        ({"label_smoothing": 0.5}, "label_smoothing must be finite and in"),
+        ({"sft_weight": -1.0}, "sft_weight must be"),
+        ({"max_length": 1}, "max_length must be"),
+        ({"probe": "margins"}, "probe must be one of loss, margin, got 'margins'"),
+        ({"scope": "head"}, "scope must be"),
+        ({"scope": -1}, "scope must be"),
+        ({"remove_unused_columns": True}, "remove_unused_columns must be False"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+    ],
+)
+def test_settings_out_of_range_are_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        GAPOConfig(output_dir=str(tmp_path), **settings)
+
+
+def test_settings_from_a_command_line(tmp_path):
+    arguments = ["--output_dir", str(tmp_path), "--beta", "2.5", "--gamma_beta_ratio", "0.1", "--scope", "1"]
+    (config,) = HfArgumentParser(GAPOConfig).parse_args_into_dataclasses(arguments)
+    assert config.gamma == pytest.approx(0.25) and config.scope == 1
+
+
+def test_what_is_not_there_says_so(tokenizer, tmp_path):
+    scaled = tiny_model()
+    scaled.config.logit_scale = 0.25
+    with pytest.raises(NotImplementedError, match="logit_scale"):
+        make_trainer(tokenizer, tmp_path, scaled)
+    with pytest.raises(TypeError, match="output head, got LlamaModel"):
+        make_trainer(tokenizer, tmp_path, tiny_model().model)
+    with pytest.raises(ValueError, match="data_collator or a tokenizer"):
+        GAPOTrainer(tiny_model(), GAPOConfig(output_dir=str(tmp_path), use_cpu=True))
