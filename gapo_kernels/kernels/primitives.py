@@ -61,6 +61,7 @@ def aligned_part(row, vocabulary, VEC: tl.constexpr):
 @triton.jit
 def ragged_offsets(vocabulary, b_head, b_whole, LANES: tl.constexpr):
     """Offsets in the row, and their mask, of the elements before the aligned part and after its last whole vector."""
+    tl.static_assert(LANES >= 14, "a tile needs a lane for each of the 7 + 7 elements that may stand around")
     o_lane = tl.arange(0, LANES)
     o_ragged = tl.where(o_lane < b_head, o_lane, o_lane + b_whole)
     return o_ragged, o_lane < vocabulary - b_whole
