@@ -1,0 +1,67 @@
+"""What can run in this process, and the fixtures that choose it.
+
+The same test files run in three settings: a plain process (the CPU path), a process with TRITON_INTERPRET=1 (the Triton
+kernels on CPU tensors, small vocabularies only), and a process on a machine with a GPU (both, the kernels compiled).
+`pytest -m kernels` selects the tests that depend on the back end: the ones worth running under the interpreter.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+if str(ROOT) not in sys.path:  # the source tree, also when it is not installed
+    sys.path.insert(0, str(ROOT))
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+GPU = not INTERPRETED and torch.cuda.is_available()
+if INTERPRETED:
+    BACKENDS = ["triton-small-tiles"]
+elif GPU:
+    BACKENDS = ["torch", "triton", "triton-small-tiles"]
+else:
+    BACKENDS = ["torch"]
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "kernels: depends on the back end (selects what the interpreter should run)")
+    # numpy says aloud what the interpreted kernels rely on: lowest - x overflows to -inf, log(0) is -inf, inf - inf is NaN
+    config.addinivalue_line("filterwarnings", "ignore:(overflow|invalid value|divide by zero|All-NaN):RuntimeWarning:triton")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "backend" in item.fixturenames:
+            item.add_marker(pytest.mark.kernels)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, monkeypatch):
+    """The back end under test. Tiles of 128 put whole, masked and ragged tiles and several splits into small rows.
+
+    128 is the least: a tile's lanes, of eight 16-bit elements each, must hold the 14 that can stand around the aligned part.
+    """
+    name, _, tiles = request.param.partition("-")
+    if tiles:
+        from gapo_kernels.kernels import config
+
+        monkeypatch.setitem(config.FORWARD, "BLOCK", 128)
+        monkeypatch.setitem(config.BACKWARD, "BLOCK", 128)
+        monkeypatch.setitem(config.PAIRS, "ROWS", 4)
+        # Two or three splits of the rows in these tests, on the one processor that the interpreter has.
+        monkeypatch.setattr(config, "PROGRAMS_PER_PROCESSOR", 100)
+    return name
+
+
+@pytest.fixture
+def device(backend):
+    return torch.device("cuda" if backend == "triton" and GPU else "cpu")
+
+
+@pytest.fixture
+def interpreted(backend):
+    """Whether the kernels run in Triton's interpreter, whose stores to bfloat16 truncate."""
+    return INTERPRETED

@@ -1,0 +1,134 @@
+"""What only a GPU can show: no host sync, CUDA graphs, labels out of range without a stop, sizes with real memory."""
+
+import os
+
+import pytest
+import torch
+
+from batches import assert_same, in_float64, make_batch, run_logps, run_loss
+from gapo_kernels import fused_gapo_loss, sequence_logps
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter runs on CPU tensors", allow_module_level=True)
+if not torch.cuda.is_available():
+    pytest.skip("no GPU in this machine", allow_module_level=True)
+
+
+@pytest.fixture
+def batch():
+    return make_batch(4, 5, 5003, dtype=torch.float32, device="cuda")
+
+
+def test_auto_is_triton_on_a_gpu(batch):
+    found = run_loss(batch, "auto", anchor_logits=batch.anchor_logits)
+    assert_same(found, run_loss(batch, "triton", anchor_logits=batch.anchor_logits), tolerance=0)
+
+
+def test_torch_back_end_on_a_gpu(batch):
+    found = run_loss(batch, "torch", anchor_logits=batch.anchor_logits)
+    assert_same(found, in_float64(run_loss, batch, anchor_logits=batch.anchor_logits), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_host_sync(packed):
+    batch = make_batch(4, 5, 5003, dtype=torch.bfloat16, packed=packed, device="cuda")
+    logits = batch.logits.requires_grad_()
+
+    def step():
+        out = fused_gapo_loss(
+            logits, batch.labels, anchor_logits=batch.anchor_logits, cu_seqlens=batch.cu_seqlens, sft_weight=0.1
+        )
+        logps = sequence_logps(logits, batch.labels, cu_seqlens=batch.cu_seqlens)
+        (out.loss + logps.sum()).backward()
+
+    step()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert logits.grad.abs().max() > 0
+
+
+def test_cuda_graph(batch):
+    """Captured once, replayed on other numbers and other labels."""
+    logits = batch.logits.clone().requires_grad_()
+    labels = batch.labels.clone()
+
+    def step():
+        out = fused_gapo_loss(logits, labels, anchor_logits=batch.anchor_logits, sft_weight=0.1)
+        return out, torch.autograd.grad(out.loss, logits)[0]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, gradient = step()
+
+    other = make_batch(4, 5, 5003, dtype=torch.float32, device="cuda", seed=1)
+    with torch.no_grad():
+        logits.copy_(other.logits)
+        labels.copy_(other.labels)
+    for _ in range(2):  # the ticket of the last program must be back at zero for the second replay
+        graph.replay()
+    expected = run_loss(other, "triton", anchor_logits=batch.anchor_logits, sft_weight=0.1)
+    torch.testing.assert_close(out.loss.detach(), expected.fields["loss"], rtol=0, atol=0)
+    assert torch.equal(gradient, expected.gradient)
+    assert gradient.abs().max() > 1e-6
+
+
+def test_label_out_of_range(batch, monkeypatch):
+    """NaN in its pair and no stop; with GAPO_KERNELS_DEBUG=1 the error that a CPU gives."""
+    clean = run_loss(batch, "triton", reduction="none")
+    labels = batch.labels.clone()
+    labels[1, 1] = 5003
+    wrong = batch._replace(labels=labels)
+    monkeypatch.delenv("GAPO_KERNELS_DEBUG", raising=False)
+    for backend in ("triton", "torch"):
+        found = run_loss(wrong, backend, reduction="none")
+        assert found.fields["loss"].isnan().tolist() == [False, True]
+    found = run_loss(wrong, "triton", reduction="none")
+    assert torch.equal(found.fields["loss"][0], clean.fields["loss"][0])
+    assert torch.equal(found.gradient[[0, 2]], clean.gradient[[0, 2]])
+    monkeypatch.setenv("GAPO_KERNELS_DEBUG", "1")
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 5003\).*got 5003 at row 1, position 1"):
+        run_loss(wrong, "triton")
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_offsets_past_2_to_the_31(inplace):
+    """2^31 logits and more, in memory: the last sequence is what it is alone."""
+    vocabulary, length = 131_075, 4097
+    if torch.cuda.mem_get_info()[0] < 30 * 2**30:
+        pytest.skip("needs 30 GiB of free GPU memory")
+    logits = torch.empty(4, length, vocabulary, dtype=torch.bfloat16, device="cuda")
+    generator = torch.Generator("cuda").manual_seed(0)
+    logits[:, ::512].normal_(generator=generator)
+    labels = torch.full((4, length), -100, device="cuda")
+    labels[:, ::512] = torch.arange(4 * 9, device="cuda").view(4, 9) * 3000
+    assert logits.numel() > 2**31
+    last = logits[3, ::512].clone()
+    logits.requires_grad_()
+    logps = sequence_logps(logits, labels, shift=False, inplace_backward=inplace)
+    upstream = torch.tensor([1.0, 1.0, 1.0, 2.0], device="cuda")
+    (gradient,) = torch.autograd.grad(logps, logits, upstream)
+    alone = make_batch(1, 9, 5, device="cuda")._replace(logits=last[None], labels=labels[3:, ::512])
+    expected = run_logps(alone, "triton", upstream[3:], shift=False)
+    torch.testing.assert_close(logps.detach()[3:], expected.fields["logps"], rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient[3, ::512], expected.gradient[0], rtol=2**-7, atol=1e-8)
+    assert (gradient[3, 1::512] == 0).all() and expected.gradient.abs().max() > 0.01
+
+
+def test_same_bits_beside_other_work(batch):
+    """Programs end in another order on a busy GPU; the last one out adds up in the same one."""
+    big = make_batch(64, 17, 5003, dtype=torch.float32, device="cuda")
+    first = run_loss(big, "triton", anchor_logits=big.anchor_logits)
+    other = torch.cuda.Stream()
+    for _ in range(10):
+        with torch.cuda.stream(other):
+            torch.randn(2048, 2048, device="cuda") @ torch.randn(2048, 2048, device="cuda")
+        assert_same(run_loss(big, "triton", anchor_logits=big.anchor_logits), first, tolerance=0)
