@@ -131,13 +131,17 @@ def for_each_block(logits: Tensor, rows: Rows, work: Callable[[Block, Tensor], N
 @lru_cache(maxsize=1)
 def _pool(threads: int) -> ThreadPoolExecutor:
     """Threads that run torch operations without splitting them further."""
-    # set_num_threads acts on the calling thread, and on what threads born later start with: so that is put back, once
-    # every thread of the pool has begun (the barrier sees to that).
-    barrier = Barrier(threads)
-    pool = ThreadPoolExecutor(threads, "gapo-cpu", initializer=torch.set_num_threads, initargs=(1,))
-    wait([pool.submit(barrier.wait) for _ in range(threads)])
+    begun = Barrier(threads)
+    pool = ThreadPoolExecutor(threads, "gapo-cpu", initializer=_use_one_thread)
+    wait([pool.submit(begun.wait) for _ in range(threads)])
+    # set_num_threads acts on the calling thread, and on what threads born later start with: so that is put back.
     torch.set_num_threads(threads)
     return pool
+
+
+def _use_one_thread() -> None:
+    torch.get_num_threads()  # a thread takes over the process-wide number when it first asks: not after the next line
+    torch.set_num_threads(1)
 
 
 if hasattr(os, "register_at_fork"):
@@ -270,14 +274,14 @@ def logps_backward(
     factor = (row_scale / totals).where(rows.in_range, torch.nan)
 
     def write_block(block: Block, scratch: Tensor) -> None:
-        softmax = exponentials(logits, block, shifts[block.at, None], scratch)
-        row_factor = factor[block.at, None]
-        if gradient.dtype != dtype:
-            softmax.mul_(row_factor)
-        for run in block.runs:
-            if gradient.dtype == dtype:
-                torch.mul(softmax[run.block], row_factor[run.block], out=gradient[run.rows])
-            else:
+        row_shift, row_factor = shifts[block.at, None], factor[block.at, None]
+        if gradient.dtype == dtype:  # in the gradient itself: a sixth less time than by way of the scratch rows
+            for run in block.runs:
+                target = gradient[run.rows]
+                torch.sub(logits[run.rows], row_shift[run.block], out=target).exp_().mul_(row_factor[run.block])
+        else:
+            softmax = exponentials(logits, block, row_shift, scratch).mul_(row_factor)
+            for run in block.runs:
                 gradient[run.rows].copy_(softmax[run.block])
 
     for_each_block(logits, rows, write_block)

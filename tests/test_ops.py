@@ -80,12 +80,26 @@ def test_logps_backward_inplace(backend, device, layout):
     opcheck(ops.logps_backward_, backward_arguments(batch, options, backend, inplace=True))
 
 
-# The fake results have the real ones' shapes, dtypes and strides also where the logits are no contiguous tensor.
-def test_strided_logits(backend, device):
-    wide = torch.randn(2, 4, 9, dtype=torch.float32, generator=torch.Generator().manual_seed(0)).to(device)
-    logits, labels = wide[:, ::2, :7], torch.tensor([[1, 2], [3, 4]], device=device)
-    options = (labels, None, True, True, -100, backend)
+# The fake results have the real ones' shapes, dtypes and strides also where the logits are no contiguous tensor: a view
+# with gaps, and one without, whose strides an empty_like would copy.
+@pytest.mark.parametrize("view", [lambda x: x[:, ::2, :7], lambda x: x.transpose(0, 1)])
+def test_strided_logits(backend, device, view):
+    wide = torch.randn(2, 2, 9, dtype=torch.float32, generator=torch.Generator().manual_seed(0)).to(device)
+    logits = view(wide)
+    labels = torch.ones(logits.shape[:2], dtype=torch.int64, device=device)
+    options = (labels, None, True, False, -100, backend)
     opcheck(ops.logps_forward, (logits, *options))
     _, _, row_shift, row_total = ops.logps_forward(logits, *options)
     scale = torch.ones(2, device=device)
-    opcheck(ops.logps_backward, (scale, logits, labels, None, row_shift, row_total, True, -100, backend))
+    opcheck(ops.logps_backward, (scale, logits, labels, None, row_shift, row_total, False, -100, backend))
+
+
+def test_scale_of_stride_zero(backend, device):
+    """One number for all sequences, as an incoming gradient that was expanded."""
+    batch = make_batch(2, 2, 7, device=device)
+    _, _, row_shift, row_total = ops.logps_forward(batch.logits, batch.labels, None, True, True, -100, backend)
+    rows = (batch.logits, batch.labels, None, row_shift, row_total, True, -100, backend)
+    scale = torch.tensor([0.7], dtype=torch.float64, device=device).expand(2)
+    found = ops.logps_backward(scale, *rows)
+    assert torch.equal(found, ops.logps_backward(scale.contiguous(), *rows))
+    assert found[1].abs().max() > 1e-3
