@@ -31,7 +31,7 @@ def make_batch(
     ignore_index: int = -100,
     seed: int = 0,
 ) -> Batch:
-    """Random logits, a unit or two apart. Every sequence predicts a token, with and without shift, where length >= 2."""
+    """Random logits, a unit or two apart. Every sequence predicts a token, whatever the shift, where length >= 2."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape):

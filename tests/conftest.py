@@ -27,9 +27,9 @@ else:
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "kernels: depends on the back end (selects what the interpreter should run)")
-    # numpy says aloud what the interpreted kernels rely on: lowest - x overflows to -inf, log(0) is -inf, inf - inf is NaN
-    config.addinivalue_line("filterwarnings", "ignore:(overflow|invalid value|divide by zero|All-NaN):RuntimeWarning:triton")
+    config.addinivalue_line("markers", "kernels: depends on the back end; what the interpreter should run")
+    # numpy says aloud what the interpreted kernels rely on: lowest - x overflows to -inf, inf - inf is NaN
+    config.addinivalue_line("filterwarnings", "ignore:(overflow|invalid|divide|All-NaN):RuntimeWarning:triton")
 
 
 def pytest_collection_modifyitems(items):
@@ -42,7 +42,8 @@ def pytest_collection_modifyitems(items):
 def backend(request, monkeypatch):
     """The back end under test. Tiles of 128 put whole, masked and ragged tiles and several splits into small rows.
 
-    128 is the least: a tile's lanes, of eight 16-bit elements each, must hold the 14 that can stand around the aligned part.
+    128 is the least: a tile's lanes, of eight 16-bit elements each, must hold the 14 that can stand around the aligned
+    part.
     """
     name, _, tiles = request.param.partition("-")
     if tiles:

@@ -138,7 +138,9 @@ def test_equals_cross_entropy(backend, device):
     """Not only the reference: torch's own loss over the same tokens."""
     batch = make_batch(3, 4, 67, device=device)
     logps = sequence_logps(batch.logits, batch.labels, length_normalized=False, backend=backend)
-    nll = torch.nn.functional.cross_entropy(batch.logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="sum")
+    nll = torch.nn.functional.cross_entropy(
+        batch.logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="sum"
+    )
     torch.testing.assert_close(-logps.sum(), nll, rtol=1e-12, atol=0)
 
 

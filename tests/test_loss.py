@@ -71,7 +71,9 @@ def test_every_keyword(backend, device, interpreted, packed, loss, anchor):
 
 
 # Hyperparameters that a float32 argument would round (1/3), and ones so small or large that it would lose them.
-@pytest.mark.parametrize("options", [dict(beta=1 / 3, gamma=1e-9), dict(beta=1e3, gamma=-1 / 7), dict(label_smoothing=1 / 3)])
+@pytest.mark.parametrize(
+    "options", [dict(beta=1 / 3, gamma=1e-9), dict(beta=1e3, gamma=-1 / 7), dict(label_smoothing=1 / 3)]
+)
 def test_hyperparameters_keep_their_digits(backend, device, options):
     batch = make_batch(length=3, vocabulary=7, device=device)
     assert_equals_reference(run_loss, batch, backend, sft_weight=1 / 7, anchor_logits=batch.anchor_logits, **options)

@@ -1,4 +1,4 @@
-"""The eager reference against spec/GAPO.md, written out in plain Python over lists; everything else is tested against it."""
+"""The eager reference against spec/GAPO.md written out in plain Python; all else is tested against the reference."""
 
 import itertools
 import math

@@ -7,14 +7,15 @@ from functools import lru_cache
 import torch
 import triton
 
-# Elements of a row in flight per program and its warps. Compiled for sm_90 in bfloat16, with no spill: the forward's
-# loop holds 40 registers at 4096 / 4, the backward's 48 at 4096 / 8 (tests/compile holds the ceilings).
+# Elements of a row in flight per program, and its warps. Compiled for sm_90 in bfloat16 by Triton 3.9: 37 registers and
+# 7.3 instructions a logit forward, 32 and 10.3 backward, nothing spilled (tests/compile holds the ceilings).
 FORWARD = {"BLOCK": 4096, "num_warps": 4}
 BACKWARD = {"BLOCK": 4096, "num_warps": 8}
 # Rows that one program of the second forward launch combines at a time.
 PAIRS = {"ROWS": 256, "num_warps": 4}
 
-# Plain loads: with num_stages >= 2 the loop's loads turn into copies through shared memory, which is slower here.
+# Plain loads: where a release of Triton pipelines such loops, num_stages >= 2 turns their loads into copies through
+# shared memory, which is slower here.
 # Fusing multiply and add is said aloud because its default differs between Triton releases.
 OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
 

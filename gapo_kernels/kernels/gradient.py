@@ -18,7 +18,7 @@ from gapo_kernels.kernels.primitives import (
     exp,
     predicted_label,
     ragged_offsets,
-    row_offset,
+    row_address,
     sequence_of_row,
 )
 from gapo_kernels.kernels.statistics import row_layout, row_strides
@@ -72,8 +72,8 @@ def gradient_kernel(
     b_label, predicted = predicted_label(i_row, end, labels, ignore_index, SHIFT)
     b_label = b_label.to(tl.int32)
 
-    row = logits + row_offset(i_row, length, stride_sequence, stride_row)
-    out = gradient + row_offset(i_row, length, out_stride_sequence, out_stride_row)
+    row = row_address(logits, i_row, length, stride_sequence, stride_row).to(logits.dtype)
+    out = row_address(gradient, i_row, length, out_stride_sequence, out_stride_row).to(gradient.dtype)
     LANES: tl.constexpr = BLOCK // VEC
     o_lane = tl.arange(0, LANES) * VEC
     o_tile = o_lane[:, None] + tl.arange(0, VEC)[None, :]

@@ -54,15 +54,16 @@ def sequence_sum(
     ROWS: tl.constexpr,
 ):
     """Sum of the predicted tokens' log-probs (float64) and their number (int64) over rows begin .. end - 1."""
+    rows64 = rows.to(tl.int64)
     b_logps = tl.zeros([ROWS], tl.float64)
     b_count = tl.zeros([ROWS], tl.int64)
     for i in range(begin, end, ROWS):
-        o_row = i + tl.arange(0, ROWS)
+        o_row = i + tl.arange(0, ROWS).to(tl.int64)
         b_label, m_row = predicted_label(o_row, end, labels, ignore_index, SHIFT)
         b_max = tl.load(part_max + o_row, mask=m_row, other=0)
         b_sum = tl.load(part_sum + o_row, mask=m_row, other=1)
         for i_split in range(1, splits):
-            o_part = i_split.to(tl.int64) * rows + o_row
+            o_part = i_split * rows64 + o_row
             b_part = tl.load(part_max + o_part, mask=m_row, other=0)
             b_new = tl.maximum(b_max, b_part)
             b_sum = b_sum * exp(b_max - b_new)

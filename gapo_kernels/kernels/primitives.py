@@ -44,6 +44,14 @@ def row_offset(o_row, length, stride_sequence, stride_row):
 
 
 @triton.jit
+def row_address(base, i_row, length, stride_sequence, stride_row):
+    """Address of a row's first logit, int64. An integer, not a pointer, until it is complete: the compiler for AMD takes
+    a sum of pointer and offset apart, and what is known of its alignment is lost."""
+    element_bytes: tl.constexpr = base.dtype.element_ty.primitive_bitwidth // 8
+    return base.to(tl.int64) + row_offset(i_row, length, stride_sequence, stride_row) * element_bytes
+
+
+@triton.jit
 def aligned_part(row, vocabulary, VEC: tl.constexpr):
     """The row's first 16-byte aligned element, how many stand before it, and how many whole vectors' elements follow.
 
@@ -54,8 +62,7 @@ def aligned_part(row, vocabulary, VEC: tl.constexpr):
     element_bytes: tl.constexpr = 16 // VEC
     b_head = ((16 - row.to(tl.int64) % 16) % 16 // element_bytes).to(tl.int32)
     b_head = tl.minimum(b_head, vocabulary)
-    first = tl.multiple_of(row + b_head, 16)
-    return first, b_head, (vocabulary - b_head) // VEC * VEC
+    return tl.multiple_of(row + b_head, 16), b_head, (vocabulary - b_head) // VEC * VEC
 
 
 @triton.jit

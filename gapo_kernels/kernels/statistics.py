@@ -19,7 +19,7 @@ from gapo_kernels.kernels.primitives import (
     exp,
     predicted_label,
     ragged_offsets,
-    row_offset,
+    row_address,
     sequence_of_row,
 )
 
@@ -70,9 +70,9 @@ def statistics_kernel(
         return
 
     # Chosen by address: a branch that yields a pointer stops Triton 3.6's compiler for AMD.
-    policy_row = logits + row_offset(i_row, length, stride_sequence, stride_row)
-    anchor_row = anchor_logits + row_offset(i_row, length, anchor_stride_sequence, anchor_stride_row)
-    row = tl.where(i_plane == 1, anchor_row.to(tl.int64), policy_row.to(tl.int64)).to(logits.dtype)
+    policy_row = row_address(logits, i_row, length, stride_sequence, stride_row)
+    anchor_row = row_address(anchor_logits, i_row, length, anchor_stride_sequence, anchor_stride_row)
+    row = tl.where(i_plane == 1, anchor_row, policy_row).to(logits.dtype)
     first, b_head, b_whole = aligned_part(row, vocabulary, VEC)
 
     ACC: tl.constexpr = part_max.dtype.element_ty

@@ -1,4 +1,4 @@
-"""Compiles kernels for GPUs that are not there, through the JIT's own specialisation of the launchers' real arguments."""
+"""Compiles kernels for GPUs that are not there, through the JIT's own specialisation of the launchers' arguments."""
 
 from __future__ import annotations
 

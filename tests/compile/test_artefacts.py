@@ -1,6 +1,6 @@
-"""What the compiler makes of the kernels, for GPUs that are not there: no spills, wide loads, nothing extra in the hot loops.
+"""What the compiler makes of the kernels, for GPUs that are not there: no spills, wide loads, lean hot loops.
 
-KERNELS.md, section 4. The launchers' own arguments go through the JIT's own specialisation; only the launch is left out.
+The launchers' arguments go through the JIT's own specialisation; only the launch is left out (artefacts.py).
 """
 
 import itertools
@@ -34,8 +34,8 @@ KERNELS = {"statistics_kernel", "pairs_kernel", "logps_kernel", "gradient_kernel
 FORWARD_INSTRUCTIONS, BACKWARD_INSTRUCTIONS = 8.5, 12
 # 64 registers keep 1024 threads on a multiprocessor.
 REGISTERS = {"statistics_kernel": 64, "gradient_kernel": 64}
-# A gradient that begins elsewhere in 16 bytes than its logits is stored element by element, after a detour through shared
-# memory that takes registers and instructions of its own.
+# A gradient that begins elsewhere in 16 bytes than its logits is stored element by element, after a detour through
+# shared memory that takes registers and instructions of its own.
 UNALIGNED_REGISTERS, UNALIGNED_INSTRUCTIONS = 96, 15
 
 
@@ -70,8 +70,8 @@ def launches(dtype, pairs=2, length=3, vocabulary=50257, offset=0, large=False, 
 
 
 # An odd vocabulary on an aligned base is the ordinary case (GPT-2's); then what the JIT specialises on: pointers that
-# are not aligned, sizes of 1, storage beyond 2 GiB (AMD addresses less by buffer and 32-bit offset, more by pointer), and
-# every compiled-in choice the other way round.
+# are not aligned, sizes of 1, storage beyond 2 GiB (AMD addresses less by buffer and 32-bit offset, more by pointer),
+# and every compiled-in choice the other way round.
 CASES = {
     "odd vocabulary": dict(),
     "unaligned base": dict(offset=3),
