@@ -25,8 +25,14 @@ ROUNDINGS = ("stochastic", "nearest")
 EPSILON = 1e-12
 HALF = (torch.float16, torch.bfloat16)
 # What marks a parameter as a shard, by attribute: their classes are slow to import and may be missing.
-SHARDED = {"device_mesh": "a DTensor (FSDP2)", "_fsdp_flattened": "sharded by FSDP", "ds_id": "partitioned by DeepSpeed"}
+SHARDED = {
+    "device_mesh": "a DTensor (FSDP2)",
+    "_fsdp_flattened": "sharded by FSDP",
+    "ds_id": "partitioned by DeepSpeed",
+}
 RESTORE_ATTEMPTS = 3
+# Parameters that some anchor has moved right now, by id: two anchors may share them.
+_MOVED: set[int] = set()
 
 
 class AnchorStats:
@@ -175,8 +181,8 @@ class GeometricAnchor:
             NotImplementedError: more than one rank, each of which would move to an anchor of its own; or parameters
                 that have been cast to 16 bits meanwhile.
         """
-        if self._active:
-            raise RuntimeError("perturbed() inside perturbed(): the weights are at the anchor already")
+        if self._active or not _MOVED.isdisjoint(map(id, self.params)):
+            raise RuntimeError("perturbed() inside perturbed(): the weights are at an anchor already")
         _check_one_rank()
         self._check_grid()  # again: model.to(dtype) keeps its Parameter objects
         self._warn_of_autocast()
@@ -186,6 +192,7 @@ class GeometricAnchor:
         with _interrupt_held():
             try:
                 self._active = True
+                _MOVED.update(map(id, self.params))
                 self._move(directions, norm, originals)
                 yield self
             finally:
@@ -193,6 +200,7 @@ class GeometricAnchor:
                     _restore(originals)
                 finally:
                     self._active = False
+                    _MOVED.difference_update(map(id, self.params))
         self._step += 1  # only now: a use that failed is repeated with the same noise
 
     def _check_grid(self) -> None:
@@ -222,10 +230,14 @@ class GeometricAnchor:
                 raise ValueError("the objective must have a graph, got a constant; was it computed under no_grad?")
             grads = torch.autograd.grad(objective, self.params, retain_graph=retain_graph, allow_unused=True)
         elif len(grads) != len(self.params):
-            raise ValueError(f"grads must have one entry for each of the {len(self.params)} parameters, got {len(grads)}")
+            raise ValueError(
+                f"grads must have one entry for each of the {len(self.params)} parameters, got {len(grads)}"
+            )
         for name, param, grad in zip(self.names, self.params, grads):
             if grad is not None and grad.shape != param.shape:
-                raise ValueError(f"the gradient of {name} must have shape {tuple(param.shape)}, got {tuple(grad.shape)}")
+                raise ValueError(
+                    f"the gradient of {name} must have shape {tuple(param.shape)}, got {tuple(grad.shape)}"
+                )
         if all(grad is None for grad in grads):
             raise ValueError("no parameter of the anchor has a gradient under the objective")
         return [None if grad is None else grad.detach() for grad in grads]

@@ -5,8 +5,8 @@ of a predicting row and pass. What makes eager slow here is memory, not arithmet
 logits costs more in page faults than the exponentials that fill it. So nothing of that size is made but the gradient.
 
 Row statistics, with any shift a near the row's largest logit: logp = (x_label - a) - log sum_j exp(x_j - a). The shift
-is the label's own logit: it costs no pass to find, and the sum overflows only where p(label) < e^-88, which those rows
-tell by a non-finite sum and then take the maximum instead.
+is the label's own logit: it costs no pass to find. Where p(label) < LEAST_PROBABILITY, or the sum is not finite, the
+row is done again with its maximum: a sum near float32's largest number would leave the gradient's factor denormal.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from gapo_kernels.objective import PairResults, pair_results, sequence_means
 # The block of exponentials in flight, in the accumulation dtype: it and the logits it is made of stay in the L2 cache.
 # Measured with float32 on two cores of 2 MiB L2 each: 1, 2 and 4 MiB are level, 8 MiB is a third slower.
 SCRATCH_BYTES = 2 * 2**20
+LEAST_PROBABILITY = 1e-15
 
 
 class Rows(NamedTuple):
@@ -38,6 +39,10 @@ class Rows(NamedTuple):
     in_range: Tensor  # (K,) bool, whether the label was in the vocabulary
     sequence: Tensor  # (K,) int64
     counts: Tensor  # (S,) int64, predicting rows of each sequence
+
+    def where(self, keep: Tensor) -> Rows:
+        """The rows marked in keep (K,) bool; the counts stay those of all."""
+        return Rows(*(field[keep] for field in self[:-1]), self.counts)
 
 
 def find_rows(labels: Tensor, vocabulary: int, cu_seqlens: Tensor | None, shift: bool, ignore_index: int) -> Rows:
@@ -110,11 +115,14 @@ def for_each_block(logits: Tensor, rows: Rows, work: Callable[[Block, Tensor], N
     blocks = cut_blocks(rows, logits.shape[1] if logits.dim() == 3 else None, limit)
     queue = iter(blocks)
 
-    @torch.no_grad()
+    inference = torch.is_inference_mode_enabled()
+
     def drain() -> None:
-        scratch = torch.empty(limit, vocabulary, dtype=dtype, device=logits.device)
-        for block in queue:
-            work(block, scratch)
+        # Grad mode and inference mode are a thread's own: tensors made in the caller's may be written only in it.
+        with torch.no_grad(), torch.inference_mode(inference):
+            scratch = torch.empty(limit, vocabulary, dtype=dtype, device=logits.device)
+            for block in queue:
+                work(block, scratch)
 
     threads = min(torch.get_num_threads(), len(blocks)) if logits.device.type == "cpu" else 1
     if threads < 2:
@@ -171,7 +179,7 @@ def row_statistics(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         torch.sum(exponentials(logits, block, shift[block.at, None], scratch), 1, out=total[block.at])
 
     for_each_block(logits, rows, sum_block)
-    for k in (~total.isfinite()).nonzero().flatten().tolist():
+    for k in (~(total < 1 / LEAST_PROBABILITY)).nonzero().flatten().tolist():
         row = logits[places(logits, rows.index[k])].to(shift.dtype)
         shift[k] = row.amax()
         total[k] = (row - shift[k]).exp().sum()
@@ -266,6 +274,8 @@ def logps_backward(
     logits = logits.detach()
     gradient = logits if inplace else zeros_lazily(logits)
     dtype = accumulation_dtype(logits)
+    # A sequence without upstream gradient has none, even if its logits are NaN (an inert pair, say): 0 * NaN is left out.
+    rows = rows.where(scale[rows.sequence] != 0)
     row_scale = scale.to(dtype)[rows.sequence]
     shifts, totals = row_shift[rows.index], row_total[rows.index]
     # softmax - onehot in the accumulation dtype, before any rounding: a confident token keeps its digits.

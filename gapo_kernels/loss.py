@@ -77,7 +77,7 @@ def fused_gapo_loss(
         anchor_logits: like logits, the anchor's; never differentiated.
         anchor_margin: (B,), M~ itself, instead of `anchor_logits`; never differentiated.
         beta, gamma: the logistic's argument is z = beta * gap - gamma. beta > 0. The authors set gamma = beta * ratio.
-        label_smoothing: eps in [0, 0.5), L = -(1 - eps) log sigma(z) - eps log sigma(-z).
+        label_smoothing: eps in [0, 0.5), L = -(1 - eps) log sigma(z) - eps log sigma(-z). The hinge has none.
         loss_type: "sigmoid", or "hinge" for relu(1 - z).
         length_normalized: s is the mean over the tokens; False: their sum.
         sft_weight: adds sft_weight * NLL, the mean over all chosen tokens of the valid pairs of -log p, at no extra pass.

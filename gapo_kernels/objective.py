@@ -30,7 +30,9 @@ def pair_terms(
     """Loss and weight of each pair, both (B,), in the gap's dtype; the loss is differentiable."""
     z = beta * gap - gamma
     if loss_type == "hinge":
-        return torch.relu(1 - z), beta * torch.where(z.isnan(), z, (z < 1).to(z.dtype)).detach()
+        # relu passes a finite gradient at NaN; this factor makes it NaN there, as the weight is.
+        nan_or_one = torch.where(z.isnan(), z, 1).detach()
+        return torch.relu(1 - z) * nan_or_one, beta * (z < 1).to(z.dtype).detach() * nan_or_one
     loss = -(1 - label_smoothing) * F.logsigmoid(z)
     if label_smoothing:
         loss = loss - label_smoothing * F.logsigmoid(-z)

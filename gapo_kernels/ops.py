@@ -161,7 +161,7 @@ def _(scale, logits, *options):
     return logits.new_empty(logits.shape)
 
 
-def _once_differentiable(ctx, grad):
+def _once_differentiable(*_):
     raise RuntimeError(
         "fused_gapo_loss and sequence_logps are differentiable once; for a gradient of their gradient use "
         "gapo_kernels.reference"
@@ -205,5 +205,7 @@ def logits_gradient(
     arguments = (scale, logits, labels, cu_seqlens, row_shift, row_total, shift, ignore_index, backend)
     if not inplace:
         return logps_backward(*arguments)
+    if torch.is_grad_enabled():  # create_graph=True: the logits that the second derivative needs are gone
+        _once_differentiable()
     logps_backward_(*arguments)
     return logits

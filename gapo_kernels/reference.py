@@ -18,9 +18,12 @@ __all__ = ["fused_gapo_loss", "gapo_objective", "sequence_logps"]
 
 
 def _token_sums(
-    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, shift: bool, ignore_index: int
+    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, shift: bool, ignore_index: int, in_pairs: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the predicted tokens' log-probs (S,), and their number (S,) int64."""
+    """Sum of the predicted tokens' log-probs (S,), and their number (S,) int64.
+
+    With in_pairs, no gradient reaches the logits of a pair with an empty completion: 0 * NaN would, if they are NaN.
+    """
     vocabulary = logits.shape[-1]
     if not torch.compiler.is_compiling():
         validation.check_values(labels, vocabulary, cu_seqlens, shift, ignore_index)
@@ -29,17 +32,20 @@ def _token_sums(
     in_range = (targets >= 0) & (targets < vocabulary)
 
     # Rows that predict nothing are blanked before the softmax, so that not even a NaN in them reaches the gradient.
+    sequence = sequence_of_rows(targets, cu_seqlens).view_as(targets)
+    count = sequence_count(labels, cu_seqlens)
+    members = sequence.flatten() == torch.arange(count, device=labels.device).unsqueeze(-1)  # (S, rows)
+    counts = (members & predicted.flatten()).sum(-1)
+    if in_pairs:
+        inert = (counts == 0).view(2, -1).any(0).repeat(2)
+        of_inert_pair = (members & inert.unsqueeze(-1)).any(0).view_as(targets).unsqueeze(-1)
+        logits = torch.where(of_inert_pair, logits.detach(), logits)
     logits = logits.masked_fill(~predicted.unsqueeze(-1), 0)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logps = torch.log_softmax(logits, -1).gather(-1, targets.where(in_range, 0).unsqueeze(-1)).squeeze(-1)
     logps = logps.where(in_range, torch.nan).masked_fill(~predicted, 0)
 
-    if cu_seqlens is None:
-        return logps.sum(-1), predicted.sum(-1)
-    members = sequence_of_rows(targets, cu_seqlens) == torch.arange(
-        sequence_count(labels, cu_seqlens), device=labels.device
-    ).unsqueeze(-1)  # (S, N)
-    return logps.expand_as(members).masked_fill(~members, 0).sum(-1), (members & predicted).sum(-1)
+    return logps.flatten().expand_as(members).masked_fill(~members, 0).sum(-1), counts
 
 
 def sequence_logps(
@@ -56,6 +62,7 @@ def sequence_logps(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Eager twin of `gapo_kernels.sequence_logps`; `inplace_backward` and `backend` are accepted and change nothing."""
     validation.check_logits_and_labels(logits, labels, cu_seqlens, ignore_index)
+    validation.check_choice(backend, validation.BACKENDS, "backend")
     sums, counts = _token_sums(logits, labels, cu_seqlens, shift, ignore_index)
     logps = sequence_means(sums, counts, length_normalized)
     return (logps, counts) if return_counts else logps
@@ -83,11 +90,12 @@ def fused_gapo_loss(
     """Eager twin of `gapo_kernels.fused_gapo_loss`; `inplace_backward` and `backend` are accepted and change nothing."""
     validation.check_hyperparameters(beta, gamma, label_smoothing, loss_type, reduction, sft_weight)
     validation.check_logits_and_labels(logits, labels, cu_seqlens, ignore_index)
+    validation.check_choice(backend, validation.BACKENDS, "backend")
     validation.check_pairs(logits, cu_seqlens)
     validation.check_anchor(logits, cu_seqlens, anchor_logits, anchor_margin)
 
     # s(y), the mean log-prob of a completion's tokens, and the preference margin M = s(chosen) - s(rejected)
-    sums, counts = _token_sums(logits, labels, cu_seqlens, shift, ignore_index)
+    sums, counts = _token_sums(logits, labels, cu_seqlens, shift, ignore_index, in_pairs=True)
     chosen, rejected = sequence_means(sums, counts, length_normalized).chunk(2)
     margin = chosen - rejected
     valid = (counts > 0).view(2, -1).all(0)

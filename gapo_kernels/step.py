@@ -43,7 +43,7 @@ def gapo_step(
         beta, gamma: the logistic's argument is z = beta * gap - gamma.
         probe: the objective uphill of which the anchor lies: "loss", J = mean -log sigma(beta M - gamma), as the
             authors' code has it, or "margin", J = -mean M, as the paper has it.
-        label_smoothing, loss_type: of the final loss, as in `fused_gapo_loss`.
+        label_smoothing, loss_type: of the final loss, as in `fused_gapo_loss` (the hinge has no smoothing).
         sft_weight: adds sft_weight * NLL over the chosen tokens; needs counts and length-normalised logps.
 
     Returns:

@@ -47,9 +47,7 @@ def make_batch(
         labels = torch.cat([row[:n] for row, n in zip(labels, lengths)])
         cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int().to(device)
         shape = labels.shape
-    return Batch(
-        random(*shape).to(device, dtype), random(*shape).to(device, dtype), labels.to(device), cu_seqlens
-    )
+    return Batch(random(*shape).to(device, dtype), random(*shape).to(device, dtype), labels.to(device), cu_seqlens)
 
 
 class Results(NamedTuple):

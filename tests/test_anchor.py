@@ -267,7 +267,9 @@ def test_a_compiled_models_scopes_are_the_models():
     model = tiny_models.build("llama")
     for scope in ("backbone", "all", 1):
         compiled = GeometricAnchor.from_model(torch.compile(model), scope=scope)
-        assert [id(p) for p in compiled.params] == [id(p) for p in GeometricAnchor.from_model(model, scope=scope).params]
+        assert [id(p) for p in compiled.params] == [
+            id(p) for p in GeometricAnchor.from_model(model, scope=scope).params
+        ]
 
 
 @pytest.mark.parametrize("scope, adapters", [("backbone", 6), ("all", 6), (1, 4)])
@@ -474,7 +476,7 @@ def test_perturbed_inside_perturbed(params, anchor):
     before = bits(params)
     with anchor.perturbed(grads=make_grads(params)):
         inside = bits(params)
-        with pytest.raises(RuntimeError, match=r"perturbed\(\) inside perturbed\(\): the weights are at the anchor"):
+        with pytest.raises(RuntimeError, match=r"perturbed\(\) inside perturbed\(\): the weights are at an anchor"):
             with anchor.perturbed(grads=make_grads(params, seed=2)):
                 pytest.fail("entered")
         assert same(params, inside) and not same(params, before)
@@ -482,14 +484,16 @@ def test_perturbed_inside_perturbed(params, anchor):
     assert_usable(anchor)
 
 
-def test_two_anchors_nest(params, anchor):
-    before, other = bits(params), GeometricAnchor(params, rho=0.3)
+def test_perturbed_inside_that_of_another_anchor(params, anchor):
+    before, other = bits(params), GeometricAnchor(params[:1], rho=0.3)
     with anchor.perturbed(grads=make_grads(params)):
         inside = bits(params)
-        with other.perturbed(grads=make_grads(params, seed=2)):
-            pass
+        with pytest.raises(RuntimeError, match="the weights are at an anchor"):
+            with other.perturbed(grads=make_grads(params[:1], seed=2)):
+                pytest.fail("entered")
         assert same(params, inside)
     assert same(params, before)
+    assert_usable(other)
 
 
 @pytest.mark.parametrize("moves", [3, 2], ids=["in-the-body", "in-the-move"])
@@ -693,7 +697,10 @@ def test_probes_that_are_refused(params, anchor):
         with pytest.raises(ValueError, match="no parameter of the anchor has a gradient under the objective"):
             with anchor.perturbed(**nothing):
                 pass
-    with pytest.raises(ValueError, match="objective must have a graph, got a constant"), anchor.perturbed(torch.ones(())):
+    with (
+        pytest.raises(ValueError, match="objective must have a graph, got a constant"),
+        anchor.perturbed(torch.ones(())),
+    ):
         pass
     with pytest.raises(ValueError, match=r"objective must be a scalar, got shape \(3, 4\)"):
         with anchor.perturbed(params[0] * 2):
@@ -719,7 +726,9 @@ def test_sharded_parameters_are_refused(one_rank_group, params):
     from torch.distributed.fsdp import fully_shard
 
     model = fully_shard(nn.Linear(4, 4), mesh=init_device_mesh("cpu", (1,)))
-    with pytest.raises(NotImplementedError, match=r"weight is a DTensor \(FSDP2\); sharded parameters are not available"):
+    with pytest.raises(
+        NotImplementedError, match=r"weight is a DTensor \(FSDP2\); sharded parameters are not available"
+    ):
         GeometricAnchor(model.named_parameters())
     for mark, what in (("_fsdp_flattened", "sharded by FSDP"), ("ds_id", "partitioned by DeepSpeed")):
         params = make_params()

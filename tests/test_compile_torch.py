@@ -158,3 +158,16 @@ def test_reference_compiles():
     expected = reference.fused_gapo_loss(batch.logits, batch.labels, anchor_logits=batch.anchor_logits, sft_weight=0.2)
     for name, field in expected._asdict().items():
         torch.testing.assert_close(getattr(found, name), field, msg=name)
+
+
+def test_inplace_backward_with_new_shapes():
+    """The check for shared memory must not sort strides that are symbolic."""
+    compiled = torch.compile(
+        lambda logits, labels: fused_gapo_loss(logits * 1, labels, inplace_backward=True).loss, fullgraph=True
+    )
+    for length in (5, 6, 9):
+        logits = torch.randn(4, length, 23, requires_grad=True)
+        labels = torch.randint(23, (4, length))
+        (found,) = torch.autograd.grad(compiled(logits, labels), logits)
+        (expected,) = torch.autograd.grad(fused_gapo_loss(logits, labels).loss, logits)
+        torch.testing.assert_close(found, expected)

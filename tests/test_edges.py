@@ -227,7 +227,9 @@ def test_values_as_the_reference(backend, device, name, dtype):
 
 
 # The anchor's logits go through the same kernel, but only its margin shows.
-@pytest.mark.parametrize("name", ["-inf in the first tile", "a row of -inf", "+inf at a label", "NaN in a rejected row"])
+@pytest.mark.parametrize(
+    "name", ["-inf in the first tile", "a row of -inf", "+inf at a label", "NaN in a rejected row"]
+)
 def test_anchor_values_as_the_reference(backend, device, name):
     strange = with_values(torch.float32, device, VALUES[name])
     plain = with_values(torch.float32, device, lambda x, y: None)._replace(labels=strange.labels)
@@ -513,7 +515,9 @@ WRONG_TENSORS = [
 
 
 @pytest.mark.parametrize("case", range(len(WRONG_TENSORS)))
-@pytest.mark.parametrize("function", [fused_gapo_loss, sequence_logps, reference.fused_gapo_loss, reference.sequence_logps])
+@pytest.mark.parametrize(
+    "function", [fused_gapo_loss, sequence_logps, reference.fused_gapo_loss, reference.sequence_logps]
+)
 def test_wrong_tensors(function, case):
     logits, labels, keywords, error, message = WRONG_TENSORS[case]
     if "backend" in keywords and function.__module__.endswith("reference"):

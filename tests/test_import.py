@@ -31,10 +31,7 @@ def run(program):
 def test_import_brings_in_nothing_but_itself():
     """No Triton, which takes a second to import, no numpy, no transformers: only what `import torch` brings anyway."""
     added = run(
-        "import sys, torch\n"
-        "before = set(sys.modules)\n"
-        "import gapo_kernels\n"
-        "print(*sorted(set(sys.modules) - before))"
+        "import sys, torch\nbefore = set(sys.modules)\nimport gapo_kernels\nprint(*sorted(set(sys.modules) - before))"
     ).split()
     assert "gapo_kernels.loss" in added
     foreign = {name.partition(".")[0] for name in added} - {"gapo_kernels", "torch"} - set(sys.stdlib_module_names)

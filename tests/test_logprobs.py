@@ -108,9 +108,7 @@ def test_inplace_backward(backend, device, packed):
     upstream = upstream_for(3, device)
     expected = run_logps(batch, backend, upstream)
     logits = batch.logits.clone().requires_grad_() * 1
-    logps = sequence_logps(
-        logits, batch.labels, cu_seqlens=batch.cu_seqlens, inplace_backward=True, backend=backend
-    )
+    logps = sequence_logps(logits, batch.labels, cu_seqlens=batch.cu_seqlens, inplace_backward=True, backend=backend)
     (gradient,) = torch.autograd.grad(logps, logits, upstream, retain_graph=True)
     assert gradient.data_ptr() == logits.data_ptr()
     assert torch.equal(gradient, expected.gradient)

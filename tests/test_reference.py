@@ -255,7 +255,9 @@ def test_given_margin_equals_anchor_logits():
 def test_sft_loss_is_cross_entropy_of_the_chosen_rows():
     batch = make_batch()
     half = batch.labels.shape[0] // 2
-    nll = F.cross_entropy(batch.logits[:half, :-1].flatten(0, 1), batch.labels[:half, 1:].flatten(), ignore_index=IGNORE)
+    nll = F.cross_entropy(
+        batch.logits[:half, :-1].flatten(0, 1), batch.labels[:half, 1:].flatten(), ignore_index=IGNORE
+    )
     plain = reference.fused_gapo_loss(batch.logits, batch.labels)
     out = reference.fused_gapo_loss(batch.logits, batch.labels, sft_weight=0.4)
     torch.testing.assert_close(out.sft_loss, nll, rtol=1e-12, atol=0)

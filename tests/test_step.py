@@ -164,9 +164,9 @@ def test_activation_checkpointing_changes_nothing(name):
     for checkpointed in (False, True):
         model = tiny_models.build(name)
         runs = []
-        model.get_submodule("transformer.h.0.mlp" if name == "gpt2" else "model.layers.0.mlp").register_forward_pre_hook(
-            lambda *_: runs.append(torch.is_grad_enabled())
-        )
+        model.get_submodule(
+            "transformer.h.0.mlp" if name == "gpt2" else "model.layers.0.mlp"
+        ).register_forward_pre_hook(lambda *_: runs.append(torch.is_grad_enabled()))
         if checkpointed:
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
@@ -346,7 +346,10 @@ def test_autocast_around_the_step_does_not_hide_the_anchor():
 
     anchor = GeometricAnchor(model[1].parameters(), rho=RHO)
     expected = gapo_step(autocast_inside, anchor)
-    with torch.autocast("cpu", torch.bfloat16), pytest.warns(UserWarning, match="autocast computes with torch.bfloat16"):
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.warns(UserWarning, match="autocast computes with torch.bfloat16"),
+    ):
         out = gapo_step(logps_fn(model, ids, labels, plain_logps), anchor)
         assert torch.equal(plain_logps(model(ids), labels).chunk(2)[0], out.chosen_logps)  # theta's casts again
     assert_close(out, expected, 0)

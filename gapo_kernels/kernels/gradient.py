@@ -1,6 +1,6 @@
 """Backward: the gradient of the logits in one pass, optionally over the logits themselves.
 
-    d logits[row] = scale[sequence] * (exp(x - m) / s - onehot(label))      on rows that predict a token
+    d logits[row] = scale[sequence] * (exp(x - m) / s - onehot(label))      on rows that predict a token, if scale is not 0
                   = 0                                                             elsewhere
 
 m and s come from the forward. Reads N_valid V b bytes, writes N V b: rows that predict nothing are zeroed here, which is
@@ -21,7 +21,7 @@ from gapo_kernels.kernels.primitives import (
     row_address,
     sequence_of_row,
 )
-from gapo_kernels.kernels.statistics import row_layout, row_strides
+from gapo_kernels.kernels.statistics import row_layout, row_strides, starts_of
 
 
 @triton.jit
@@ -71,6 +71,8 @@ def gradient_kernel(
     i_sequence, end = sequence_of_row(i_row, cu_seqlens, sequences, length, PACKED)
     b_label, predicted = predicted_label(i_row, end, labels, ignore_index, SHIFT)
     b_label = b_label.to(tl.int32)
+    # A sequence without upstream gradient has none, even if its logits are NaN (an inert pair, say): 0 * NaN is left out.
+    b_scale = tl.load(scale + i_sequence, mask=predicted, other=0)
 
     row = row_address(logits, i_row, length, stride_sequence, stride_row).to(logits.dtype)
     out = row_address(gradient, i_row, length, out_stride_sequence, out_stride_row).to(gradient.dtype)
@@ -79,7 +81,7 @@ def gradient_kernel(
     o_tile = o_lane[:, None] + tl.arange(0, VEC)[None, :]
     start = tl.multiple_of(i_split * chunk, 16)  # chunk is a multiple of BLOCK, which the compiler cannot know
 
-    if not predicted:
+    if b_scale == 0:
         out_first, b_head, b_whole = aligned_part(out, vocabulary, VEC)
         stop = tl.minimum(start + chunk, b_whole)
         b_zero = tl.zeros([LANES, VEC], gradient.dtype.element_ty)
@@ -96,7 +98,6 @@ def gradient_kernel(
         out_first = tl.multiple_of(out_first, 16)
     m = tl.load(row_max + i_row)
     inverse_s = 1.0 / tl.load(row_sum + i_row)
-    b_scale = tl.load(scale + i_sequence)
     stop = tl.minimum(start + chunk, b_whole)
     whole_tiles = start + tl.maximum(stop - start, 0) // BLOCK * BLOCK
     for i in range(start, whole_tiles, BLOCK):
@@ -138,7 +139,7 @@ def logps_backward(
         logits,
         gradient,
         labels.contiguous(),
-        labels if cu_seqlens is None else cu_seqlens,
+        starts_of(labels, cu_seqlens),
         scale.to(row_max.dtype).contiguous(),
         row_max,
         row_sum,

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from gapo_kernels.kernels import config
 from gapo_kernels.kernels.primitives import exp, float_from_bits, predicted_label, row_offset
-from gapo_kernels.kernels.statistics import launch_statistics, row_layout, row_strides
+from gapo_kernels.kernels.statistics import launch_statistics, row_layout, row_strides, starts_of
 from gapo_kernels.objective import PairResults
 
 
@@ -357,7 +357,7 @@ def logps_forward(
         logps_kernel[(sequences,)](
             logits,
             labels,
-            labels if cu_seqlens is None else cu_seqlens,
+            starts_of(labels, cu_seqlens),
             part_max,
             part_sum,
             logps,
@@ -424,7 +424,7 @@ def loss_forward(
         anchor,
         results.margin if anchor_margin is None else anchor_margin.contiguous(),
         labels,
-        labels if cu_seqlens is None else cu_seqlens,
+        starts_of(labels, cu_seqlens),
         part_max,
         part_sum,
         ticket,

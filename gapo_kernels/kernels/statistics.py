@@ -135,7 +135,7 @@ def launch_statistics(
         logits,
         anchor,
         labels,
-        labels if cu_seqlens is None else cu_seqlens,
+        starts_of(labels, cu_seqlens),
         part_max,
         part_sum,
         ticket,
@@ -152,6 +152,11 @@ def launch_statistics(
         **config.OPTIONS,
     )
     return part_max, part_sum, ticket
+
+
+def starts_of(labels: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+    """What to pass for cu_seqlens: contiguous, as the kernels read it; padded rows have none and pass what is at hand."""
+    return labels if cu_seqlens is None else cu_seqlens.contiguous()
 
 
 def row_layout(logits: torch.Tensor, cu_seqlens: torch.Tensor | None) -> tuple[int, int]:

@@ -18,8 +18,8 @@ def replaced_directory(path):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Beside its place, because a rename is atomic on one file system only.
-    workplace = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    scratch, previous = workplace / "new", workplace / "old"
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    scratch, previous = scratch / "new", scratch / "old"
     scratch.mkdir()
     try:
         yield scratch
@@ -35,7 +35,7 @@ def replaced_directory(path):
                     previous.rename(path)
                 raise
     finally:
-        shutil.rmtree(workplace, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def save_model(model, tokenizer, path):

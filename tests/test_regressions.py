@@ -1,0 +1,86 @@
+"""Defects that a review found, each held where it happened."""
+
+import pytest
+import torch
+
+from batches import make_batch
+from gapo_kernels import cpu, fused_gapo_loss, gapo_objective, reference, sequence_logps
+
+
+@pytest.mark.parametrize("call", [fused_gapo_loss, sequence_logps])
+def test_inference_mode(call, monkeypatch):
+    """The CPU path's worker threads do not inherit the caller's inference mode."""
+    monkeypatch.setattr(cpu, "SCRATCH_BYTES", 4096)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    batch = make_batch(4, 6, 131)
+    expected = call(batch.logits, batch.labels, backend="torch")
+    with torch.inference_mode():
+        found = call(batch.logits.clone(), batch.labels.clone(), backend="torch")
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("drop", [30, 34, 36, 60, 80, 86, 88, 89, 120])
+def test_gradient_of_an_improbable_label(backend, device, drop):
+    """p(label) of e^-drop: the sum over exp(x - x_label) would leave the gradient's factor denormal."""
+    logits = torch.zeros(1, 3, 101, device=device)
+    logits[..., 1] = drop
+    labels = torch.zeros(1, 3, dtype=torch.int64, device=device)
+    gradients = []
+    for dtype, chosen in ((torch.float32, backend), (torch.float64, "reference")):
+        x = logits.to(dtype, copy=True).requires_grad_()
+        (sequence_logps(x, labels, backend=chosen).sum() * 1e-7).backward()
+        gradients.append(x.grad[0, 0, :2].double())
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-6, atol=0)
+
+
+def test_cu_seqlens_with_gaps_in_memory(backend, device):
+    batch = make_batch(4, 5, 31, packed=True, device=device)
+    strided = torch.stack([batch.cu_seqlens, batch.cu_seqlens + 1], 1)[:, 0]
+    assert not strided.is_contiguous()
+    results = []
+    for cu_seqlens in (batch.cu_seqlens, strided):
+        logits = batch.logits.clone().requires_grad_()
+        out = fused_gapo_loss(logits, batch.labels, cu_seqlens=cu_seqlens, backend=backend)
+        out.loss.backward()
+        results.append((*out, logits.grad))
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+
+
+def test_no_second_derivative_over_the_logits_storage(backend, device):
+    batch = make_batch(4, 5, 31, device=device)
+    logits = batch.logits.clone().requires_grad_()
+    out = fused_gapo_loss(logits * 1, batch.labels, inplace_backward=True, backend=backend)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(out.loss, logits, create_graph=True)
+
+
+def test_hinge_at_nan_has_no_finite_gradient():
+    margin = torch.tensor([torch.nan, 0.3, 5.0], requires_grad=True)
+    loss, weight = gapo_objective(margin, loss_type="hinge", reduction="none")
+    loss.sum().backward()
+    torch.testing.assert_close(margin.grad, -weight, equal_nan=True)
+    assert weight.isnan().tolist() == [True, False, False] and weight[1] == 2.0 and weight[2] == 0.0
+
+
+@pytest.mark.parametrize("hinge", [False, True])
+def test_an_inert_pair_of_nan_has_no_gradient(backend, device, hinge):
+    """Rejected completion empty, NaN among the chosen one's logits."""
+    batch = make_batch(4, 5, 31, device=device)
+    batch.labels[:2] = 3
+    batch.labels[2] = -100
+    batch.labels[3] = 4
+    batch.logits[0, 1, 7] = torch.nan
+    options = dict(loss_type="hinge" if hinge else "sigmoid", sft_weight=0.3)
+    for chosen in (backend, "reference"):
+        logits = batch.logits.clone().requires_grad_()
+        out = fused_gapo_loss(logits, batch.labels, backend=chosen, **options)
+        out.loss.backward()
+        assert out.valid.tolist() == [False, True] and out.loss.isfinite()
+        assert (logits.grad[[0, 2]] == 0).all() and (logits.grad[[1, 3]] != 0).any()
+        assert logits.grad.isfinite().all()
+
+
+def test_reference_knows_the_back_ends():
+    batch = make_batch(4, 5, 31)
+    with pytest.raises(ValueError, match="backend must be one of"):
+        reference.fused_gapo_loss(batch.logits, batch.labels, backend="bogus")
