@@ -18,8 +18,8 @@ def replaced_directory(path):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Beside its place, because a rename is atomic on one file system only.
-    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    scratch, previous = scratch / "new", scratch / "old"
+    parent = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    scratch, previous = parent / "new", parent / "old"
     scratch.mkdir()
     try:
         yield scratch
@@ -35,7 +35,7 @@ def replaced_directory(path):
                     previous.rename(path)
                 raise
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(parent, ignore_errors=True)
 
 
 def save_model(model, tokenizer, path):
