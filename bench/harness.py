@@ -145,7 +145,7 @@ def write_results(name: str, cases: list[dict]) -> Path:
     path = RESULTS / f"{name}-{slug}.json"
     temporary = path.with_suffix(".tmp")
     temporary.write_text(
-        json.dumps({"environment": environment(), "command": " ".join(sys.argv), "cases": cases}, indent=1) + "\n"
+        json.dumps({"environment": environment(), "command": " ".join(["pytest", *sys.argv[1:]]), "cases": cases}, indent=1) + "\n"
     )
     os.replace(temporary, path)
     return path
