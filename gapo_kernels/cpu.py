@@ -190,7 +190,7 @@ def _sums(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     """Token log-prob sums (S,) in float64, and the statistics spread over all rows (S * T,) or (N,) for the backward."""
     label = label_logits(logits, rows)
     shift, total = row_statistics(logits, rows, label)
-    logps = (label - shift).double() - total.double().log()
+    logps = label.double() - shift.double() - total.double().log()
     logps = logps.where(rows.in_range, torch.nan)
     sums = torch.zeros(rows.counts.shape[0], dtype=torch.float64, device=logits.device)
     sums.index_add_(0, rows.sequence, logps)

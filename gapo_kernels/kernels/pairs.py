@@ -73,7 +73,7 @@ def sequence_sum(
         m_label = m_row & (b_label >= 0) & (b_label < vocabulary)
         o_label = row_offset(o_row, length, stride_sequence, stride_row) + b_label
         b_x = tl.load(logits + o_label, mask=m_label, other=float("nan")).to(b_max.dtype)
-        b_logp = (b_x - b_max).to(tl.float64) - tl.log(b_sum.to(tl.float64))
+        b_logp = b_x.to(tl.float64) - b_max.to(tl.float64) - tl.log(b_sum.to(tl.float64))
         b_logps += tl.where(m_row, b_logp, 0)
         b_count += m_row.to(tl.int64)
         if STORE:
