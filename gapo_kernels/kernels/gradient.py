@@ -72,7 +72,7 @@ def gradient_kernel(
     b_label, predicted = predicted_label(i_row, end, labels, ignore_index, SHIFT)
     b_label = b_label.to(tl.int32)
     # A sequence without upstream gradient has none, even if its logits are NaN (an inert pair, say): 0 * NaN is left out.
-    b_scale = tl.load(scale + i_sequence, mask=predicted, other=0)
+    active = tl.load(scale + i_sequence, mask=predicted, other=0) != 0
 
     row = row_address(logits, i_row, length, stride_sequence, stride_row).to(logits.dtype)
     out = row_address(gradient, i_row, length, out_stride_sequence, out_stride_row).to(gradient.dtype)
@@ -81,7 +81,7 @@ def gradient_kernel(
     o_tile = o_lane[:, None] + tl.arange(0, VEC)[None, :]
     start = tl.multiple_of(i_split * chunk, 16)  # chunk is a multiple of BLOCK, which the compiler cannot know
 
-    if b_scale == 0:
+    if not active:
         out_first, b_head, b_whole = aligned_part(out, vocabulary, VEC)
         stop = tl.minimum(start + chunk, b_whole)
         b_zero = tl.zeros([LANES, VEC], gradient.dtype.element_ty)
@@ -98,6 +98,7 @@ def gradient_kernel(
         out_first = tl.multiple_of(out_first, 16)
     m = tl.load(row_max + i_row)
     inverse_s = 1.0 / tl.load(row_sum + i_row)
+    b_scale = tl.load(scale + i_sequence)
     stop = tl.minimum(start + chunk, b_whole)
     whole_tiles = start + tl.maximum(stop - start, 0) // BLOCK * BLOCK
     for i in range(start, whole_tiles, BLOCK):
