@@ -229,7 +229,6 @@ def pairs_kernel(
     b_chosen = sequence_mean(sum_c, count_c, LENGTH_NORMALIZED)
     b_rejected = sequence_mean(sum_r, count_r, LENGTH_NORMALIZED)
     b_margin = b_chosen - b_rejected
-    b_anchor = b_margin * 0.0
     if GIVEN:
         b_anchor = tl.load(given_margin + i_pair).to(tl.float64)
     elif ANCHOR:
