@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 import gapo_kernels
+from gapo_kernels import host_memory
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -33,7 +34,12 @@ def device_name() -> str:
     return f"{model}, {torch.get_num_threads()} threads{', AVX-512' if 'avx512f' in flags else ''}"
 
 
-def environment() -> dict[str, str | int]:
+def allocator_settings() -> dict[str, str]:
+    """glibc's knobs, as the environment sets them: they decide what a fresh tensor the size of the logits costs."""
+    return {name: value for name, value in os.environ.items() if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"}
+
+
+def environment() -> dict[str, str | int | dict[str, str]]:
     """What a result must say of where it came from."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=RESULTS.parent, capture_output=True, text=True
@@ -52,6 +58,7 @@ def environment() -> dict[str, str | int]:
         "python": platform.python_version(),
         "gapo_kernels": gapo_kernels.__version__,
         "commit": commit or "unknown",
+        "allocator": allocator_settings(),
     }
 
 
@@ -115,6 +122,7 @@ def ratio(numerator: list[float], denominator: list[float]) -> dict[str, float]:
 def peak_bytes(function: Callable[[], object]) -> int | None:
     """Bytes held at the worst moment of a call beyond what was held before it; None where that cannot be known."""
     gc.collect()
+    host_memory.release()  # a kept gradient would hide its successor
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -137,15 +145,18 @@ def _status(field: str) -> int:
 
 
 def write_results(name: str, cases: list[dict]) -> Path:
-    """bench/results/NAME-DEVICE.json, replaced as a whole."""
+    """bench/results/NAME-DEVICE.json, replaced as a whole; with an allocator set by hand, under a name of its own."""
     RESULTS.mkdir(exist_ok=True)
     slug = "".join(c if c.isalnum() else "-" for c in device_name()).strip("-").lower()
     while "--" in slug:
         slug = slug.replace("--", "-")
-    path = RESULTS / f"{name}-{slug}.json"
+    path = RESULTS / f"{name}-{slug}{'-tuned-allocator' if allocator_settings() else ''}.json"
     temporary = path.with_suffix(".tmp")
     temporary.write_text(
-        json.dumps({"environment": environment(), "command": " ".join(["pytest", *sys.argv[1:]]), "cases": cases}, indent=1) + "\n"
+        json.dumps(
+            {"environment": environment(), "command": " ".join(["pytest", *sys.argv[1:]]), "cases": cases}, indent=1
+        )
+        + "\n"
     )
     os.replace(temporary, path)
     return path

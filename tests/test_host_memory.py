@@ -1,0 +1,98 @@
+"""The kept gradient memory: whatever lay there before, and whoever still holds it, the gradient is right."""
+
+import mmap
+
+import pytest
+import torch
+
+from gapo_kernels import fused_gapo_loss, host_memory
+
+pytestmark = pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="memory is kept on Linux only")
+VOCABULARY = 2**16  # 8 rows of float32 a huge page
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept():
+    host_memory.release()
+    yield
+    host_memory.release()
+
+
+def gradient(lengths, total, dtype=torch.float32, backend="auto", seed=0):
+    """The gradient of fused_gapo_loss with the given numbers of predicting rows at the end of `total` rows each."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(len(lengths), total, VOCABULARY, generator=generator).to(dtype).requires_grad_()
+    labels = torch.randint(VOCABULARY, (len(lengths), total), generator=generator)
+    for row, length in enumerate(lengths):
+        labels[row, : total - length] = -100
+    fused_gapo_loss(logits, labels, beta=2.0, backend=backend).loss.backward()
+    return logits.grad
+
+
+def check(lengths, total, dtype=torch.float32):
+    """Against the reference, relative to the smallest: a probability of a vocabulary this large is small."""
+    expected = gradient(lengths, total, dtype, "reference")
+    torch.testing.assert_close(
+        gradient(lengths, total, dtype), expected, atol=0, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4
+    )
+
+
+def test_memory_is_used_again():
+    address = gradient([3, 3], 24).data_ptr()
+    assert gradient([3, 3], 24).data_ptr() == address
+    assert len(host_memory._spare) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_lay_there_does_not_show(dtype):
+    # All rows written, then all but the last of each sequence, then few, a shorter batch in the same memory, a longer one.
+    for lengths, total in [
+        ([40, 40], 40),
+        ([39, 39], 39),
+        ([2, 7], 40),
+        ([30, 1], 33),
+        ([5, 5], 48),
+        ([48, 48, 48, 48], 48),
+        ([9, 0, 3, 2], 48),
+    ]:
+        check(lengths, total, dtype)
+
+
+def test_rows_that_lost_their_gradient_are_zeroed():
+    gradient([40, 40], 40)
+    found = gradient([40, 0], 40)  # an empty completion: the pair is inert
+    assert not found.any()
+
+
+def test_a_gradient_that_is_held_stays():
+    first = gradient([20, 20], 24, seed=1)
+    kept = first.clone()
+    rows = first[1]  # a view alone holds it as well
+    second = gradient([20, 20], 24, seed=2)
+    assert second.data_ptr() != first.data_ptr()
+    assert torch.equal(first, kept)
+    del first, second
+    gradient([20, 20], 24, seed=3)
+    assert torch.equal(rows, kept[1])
+
+
+def test_one_gradient_is_kept_at_most_and_given_back_on_request():
+    held = [gradient([4, 4], 24, seed=seed) for seed in range(3)]
+    assert not host_memory._spare
+    del held
+    assert len(host_memory._spare) == 1
+    host_memory.release()
+    assert not host_memory._spare
+
+
+def test_small_gradients_come_from_torch():
+    logits = torch.randn(2, 4, 16, requires_grad=True)
+    fused_gapo_loss(logits, torch.randint(16, (2, 4))).loss.backward()
+    del logits
+    assert not host_memory._spare
+
+
+def test_without_advice_everything_is_zeroed_by_hand(monkeypatch):
+    gradient([40, 40], 40)
+    monkeypatch.setattr(host_memory, "_advise", lambda *_: False)
+    check([2, 7], 40)
