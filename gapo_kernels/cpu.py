@@ -11,17 +11,13 @@ row is done again with its maximum: a sum near float32's largest number would le
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
-from functools import lru_cache
-from threading import Barrier
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gapo_kernels import host_memory
+from gapo_kernels import host_memory, threads
 from gapo_kernels.layout import align_targets, sequence_count, sequence_of_rows
 from gapo_kernels.objective import PairResults, pair_results, sequence_means
 
@@ -103,57 +99,17 @@ def exponentials(logits: Tensor, block: Block, shift: Tensor, scratch: Tensor) -
 
 
 def for_each_block(logits: Tensor, rows: Rows, work: Callable[[Block, Tensor], None]) -> None:
-    """Calls work(block, scratch) on every block, each block whole on one thread.
-
-    Splitting every operation of a block over the threads instead would cost several barriers a block: no difference on
-    two idle cores, but a hundred times slower where another process holds one of them. Results do not depend on which
-    thread takes which block.
-    """
+    """Calls work(block, scratch) on every block; results do not depend on which thread takes which block."""
     dtype = accumulation_dtype(logits)
     vocabulary = logits.shape[-1]
     limit = max(1, SCRATCH_BYTES // (vocabulary * dtype.itemsize))
-    blocks = cut_blocks(rows, logits.shape[1] if logits.dim() == 3 else None, limit)
-    queue = iter(blocks)
 
-    inference = torch.is_inference_mode_enabled()
+    def drain(queue: Iterator[Block]) -> None:
+        scratch = torch.empty(limit, vocabulary, dtype=dtype, device=logits.device)
+        for block in queue:
+            work(block, scratch)
 
-    def drain() -> None:
-        # Grad mode and inference mode are a thread's own: tensors made in the caller's may be written only in it.
-        with torch.no_grad(), torch.inference_mode(inference):
-            scratch = torch.empty(limit, vocabulary, dtype=dtype, device=logits.device)
-            for block in queue:
-                work(block, scratch)
-
-    threads = min(torch.get_num_threads(), len(blocks)) if logits.device.type == "cpu" else 1
-    if threads < 2:
-        drain()
-        return
-    futures = [_pool(torch.get_num_threads()).submit(drain) for _ in range(threads)]
-    try:
-        for future in futures:
-            future.result()
-    finally:  # also after an interrupt: nobody may still write when this returns
-        wait(futures)
-
-
-@lru_cache(maxsize=1)
-def _pool(threads: int) -> ThreadPoolExecutor:
-    """Threads that run torch operations without splitting them further."""
-    begun = Barrier(threads)
-    pool = ThreadPoolExecutor(threads, "gapo-cpu", initializer=_use_one_thread)
-    wait([pool.submit(begun.wait) for _ in range(threads)])
-    # set_num_threads acts on the calling thread, and on what threads born later start with: so that is put back.
-    torch.set_num_threads(threads)
-    return pool
-
-
-def _use_one_thread() -> None:
-    torch.get_num_threads()  # a thread takes over the process-wide number when it first asks: not after the next line
-    torch.set_num_threads(1)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
+    threads.share(cut_blocks(rows, logits.shape[1] if logits.dim() == 3 else None, limit), drain, logits.device)
 
 
 def label_logits(logits: Tensor, rows: Rows) -> Tensor:

@@ -1,0 +1,64 @@
+"""Work shared out over CPU threads, each item whole on one thread.
+
+Splitting every torch operation over the threads instead costs a barrier an operation: no difference on idle cores, but
+a hundred times slower where another process holds one of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import lru_cache
+from threading import Barrier
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+
+
+def share(items: Sequence[Item], drain: Callable[[Iterator[Item]], None], device: torch.device) -> None:
+    """Calls drain(queue) on as many threads as torch uses, all with the same queue of items; on a GPU on this one.
+
+    drain owns what it allocates; its torch operations are not split further. It sees this thread's inference mode, and
+    no grad mode.
+    """
+    queue = iter(items)
+    inference = torch.is_inference_mode_enabled()
+
+    def run() -> None:
+        # Grad mode and inference mode are a thread's own: tensors made in the caller's may be written only in it.
+        with torch.no_grad(), torch.inference_mode(inference):
+            drain(queue)
+
+    threads = min(torch.get_num_threads(), len(items)) if device.type == "cpu" else 1
+    if threads < 2:
+        run()
+        return
+    futures = [_pool(torch.get_num_threads()).submit(run) for _ in range(threads)]
+    try:
+        for future in futures:
+            future.result()
+    finally:  # also after an interrupt: nobody may still write when this returns
+        wait(futures)
+
+
+@lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads that run torch operations without splitting them further."""
+    begun = Barrier(threads)
+    pool = ThreadPoolExecutor(threads, "gapo-cpu", initializer=_use_one_thread)
+    wait([pool.submit(begun.wait) for _ in range(threads)])
+    # set_num_threads acts on the calling thread, and on what threads born later start with: so that is put back.
+    torch.set_num_threads(threads)
+    return pool
+
+
+def _use_one_thread() -> None:
+    torch.get_num_threads()  # a thread takes over the process-wide number when it first asks: not after the next line
+    torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
