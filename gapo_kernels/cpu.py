@@ -4,9 +4,9 @@ Same launchers as `kernels/` (`logps_forward`, `loss_forward`, `logps_backward`)
 of a predicting row and pass. What makes eager slow here is memory, not arithmetic: a fresh tensor the size of the
 logits costs more in page faults than the exponentials that fill it. So nothing of that size is made but the gradient.
 
-Row statistics, with any shift a near the row's largest logit: logp = (x_label - a) - log sum_j exp(x_j - a). The shift
-is the label's own logit: it costs no pass to find. Where p(label) < LEAST_PROBABILITY, or the sum is not finite, the
-row is done again with its maximum: a sum near float32's largest number would leave the gradient's factor denormal.
+Row statistics, with any shift a for which nothing overflows: logp = (x_label - a) - log sum_j exp(x_j - a). The shift is
+0 where the sum allows: that spares a pass, and the rounding of x_j - a as well; else it is the row's maximum. For a
+probable label exp(x_label - a) is taken from among the terms of the sum, so that p = 1 is exactly 1.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from gapo_kernels.objective import PairResults, pair_results, sequence_means
 # The block of exponentials in flight, in the accumulation dtype: it and the logits it is made of stay in the L2 cache.
 # A float32 pass over [1024, 32000] on two cores of 2 MiB L2 each: 14.3 ms at 0.5 MiB, 13.2 at 1, 13.8 at 2.
 SCRATCH_BYTES = 1 * 2**20
-LEAST_PROBABILITY = 1e-15
+# Sums far enough from float32's ends that neither they nor what the backward divides by them is denormal.
+MODERATE = 1e-15, 1e30
 
 
 class Rows(NamedTuple):
@@ -91,11 +92,18 @@ def cut_blocks(rows: Rows, length: int | None, limit: int) -> list[Block]:
     return found
 
 
-def exponentials(logits: Tensor, block: Block, shift: Tensor, scratch: Tensor) -> Tensor:
-    """exp(x - shift) of a block's rows (b, V), in scratch. `shift`: (b, 1)."""
+def exponentials(logits: Tensor, block: Block, shift: Tensor | None, scratch: Tensor) -> Tensor:
+    """exp(x - shift) of a block's rows (b, V), in scratch. `shift`: (b, 1), or None for 0."""
     for run in block.runs:
-        torch.sub(logits[run.rows], shift[run.block], out=scratch[run.block])
-    return scratch[: shift.shape[0]].exp_()
+        _exp(logits[run.rows], None if shift is None else shift[run.block], scratch[run.block])
+    return scratch[: block.at.stop - block.at.start]
+
+
+def _exp(x: Tensor, shift: Tensor | None, out: Tensor) -> Tensor:
+    """exp(x - shift), computed in the dtype of `out`."""
+    if shift is not None:
+        return torch.sub(x, shift, out=out).exp_()
+    return torch.exp(x, out=out) if x.dtype == out.dtype else out.copy_(x).exp_()
 
 
 def for_each_block(logits: Tensor, rows: Rows, work: Callable[[Block, Tensor], None]) -> None:
@@ -125,34 +133,54 @@ def places(logits: Tensor, index: Tensor) -> tuple[Tensor, ...]:
     return index // length, index % length
 
 
-def row_statistics(logits: Tensor, rows: Rows, label: Tensor) -> tuple[Tensor, Tensor]:
-    """Shift a and total sum_j exp(x_j - a) of each predicting row, both (K,). `label`: (K,) the label's own logit."""
+def row_statistics(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """Shift a, total sum_j exp(x_j - a) and the label's term in it, of each predicting row, (K,) each."""
     logits = logits.detach()
-    shift = label.clone()
-    total = torch.empty_like(shift)
+    shift = torch.zeros(rows.index.shape[0], dtype=accumulation_dtype(logits), device=logits.device)
+    total, label_term = torch.empty_like(shift), torch.empty_like(shift)
+    by_maximum = _mostly_immoderate(logits, rows)
+
+    def sum_rows(rows_of_block: slice, terms: Tensor) -> None:
+        torch.sum(terms, 1, out=total[rows_of_block])
+        torch.gather(terms, 1, rows.label[rows_of_block, None], out=label_term[rows_of_block, None])
 
     def sum_block(block: Block, scratch: Tensor) -> None:
-        torch.sum(exponentials(logits, block, shift[block.at, None], scratch), 1, out=total[block.at])
+        if by_maximum:
+            for run in block.runs:
+                shift[block.at][run.block] = logits[run.rows].amax(-1)
+        sum_rows(block.at, exponentials(logits, block, shift[block.at, None] if by_maximum else None, scratch))
 
     for_each_block(logits, rows, sum_block)
-    for k in (~(total < 1 / LEAST_PROBABILITY)).nonzero().flatten().tolist():
+    # Row by row: what becomes of one must not depend on its neighbours.
+    for k in [] if by_maximum else (~_moderate(total)).nonzero().flatten().tolist():
         row = logits[places(logits, rows.index[k])].to(shift.dtype)
         shift[k] = row.amax()
-        total[k] = (row - shift[k]).exp().sum()
-    return shift, total
+        sum_rows(slice(k, k + 1), (row - shift[k]).exp_()[None])
+    return shift, total, label_term
+
+
+def _moderate(total: Tensor) -> Tensor:
+    return (total > MODERATE[0]) & (total < MODERATE[1])
+
+
+def _mostly_immoderate(logits: Tensor, rows: Rows) -> bool:
+    """Whether most of a few rows need their maximum, as GPT-2's do, whose logits lie around -100."""
+    samples = rows.index[:: max(1, rows.index.shape[0] // 8)]
+    sums = logits[places(logits, samples)].to(accumulation_dtype(logits)).exp_().sum(-1)
+    return bool(2 * _moderate(sums).sum() < sums.shape[0])
 
 
 def _sums(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     """Token log-prob sums (S,) in float64, and the statistics spread over all rows (S * T,) or (N,) for the backward."""
-    label = label_logits(logits, rows)
-    shift, total = row_statistics(logits, rows, label)
-    logps = label.double() - shift.double() - total.double().log()
+    shift, total, label_term = (field.double() for field in row_statistics(logits, rows))
+    logps = (label_logits(logits, rows) - shift) - total.log()
+    logps = torch.log1p((label_term - total) / total).where(label_term > total * 1e-3, logps)
     logps = logps.where(rows.in_range, torch.nan)
     sums = torch.zeros(rows.counts.shape[0], dtype=torch.float64, device=logits.device)
     sums.index_add_(0, rows.sequence, logps)
     every = logits.shape[:-1].numel()
-    row_shift, row_total = shift.new_zeros(every), total.new_zeros(every)
-    row_shift[rows.index], row_total[rows.index] = shift, total
+    row_shift, row_total = (logits.new_zeros(every, dtype=accumulation_dtype(logits)) for _ in range(2))
+    row_shift[rows.index], row_total[rows.index] = shift.to(row_shift.dtype), total.to(row_total.dtype)
     return sums, row_shift, row_total
 
 
@@ -236,23 +264,29 @@ def logps_backward(
     gradient = logits if inplace else host_memory.zeros_but(logits, rows.index)
     row_scale = scale.to(dtype)[rows.sequence]
     shifts, totals = row_shift[rows.index], row_total[rows.index]
-    # softmax - onehot in the accumulation dtype, before any rounding: a confident token keeps its digits.
-    at_label = ((label_logits(logits, rows) - shifts).exp() / totals - 1) * row_scale
-    at_label = at_label.where(rows.in_range, torch.nan)
     factor = (row_scale / totals).where(rows.in_range, torch.nan)
+    label_term = torch.empty_like(totals)
+    shifted = bool(shifts.any())
+
+    def finish(softmax: Tensor, at: slice, row_factor: Tensor) -> Tensor:
+        torch.gather(softmax, 1, rows.label[at, None], out=label_term[at, None])
+        return softmax.mul_(row_factor)
 
     def write_block(block: Block, scratch: Tensor) -> None:
-        row_shift, row_factor = shifts[block.at, None], factor[block.at, None]
+        row_shift, row_factor = shifts[block.at, None] if shifted else None, factor[block.at, None]
         if gradient.dtype == dtype:  # in the gradient itself: a sixth less time than by way of the scratch rows
             for run in block.runs:
-                target = gradient[run.rows]
-                torch.sub(logits[run.rows], row_shift[run.block], out=target).exp_().mul_(row_factor[run.block])
+                at = slice(block.at.start + run.block.start, block.at.start + run.block.stop)
+                terms = _exp(logits[run.rows], row_shift[run.block] if shifted else None, gradient[run.rows])
+                finish(terms, at, row_factor[run.block])
         else:
-            softmax = exponentials(logits, block, row_shift, scratch).mul_(row_factor)
+            softmax = finish(exponentials(logits, block, row_shift, scratch), block.at, row_factor)
             for run in block.runs:
                 gradient[run.rows].copy_(softmax[run.block])
 
     for_each_block(logits, rows, write_block)
+    # softmax - onehot in the accumulation dtype, before any rounding: a confident token keeps its digits.
+    at_label = ((label_term / totals - 1) * row_scale).where(rows.in_range, torch.nan)
     gradient[(*places(logits, rows.index), rows.label)] = at_label.to(gradient.dtype)
     if inplace:
         ignored = torch.ones(row_shift.shape[0], dtype=torch.bool, device=logits.device)

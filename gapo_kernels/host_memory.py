@@ -32,7 +32,10 @@ def zeros_but(like: Tensor, written: Tensor) -> Tensor:
         memory = None  # unmapped before its successor is mapped
     fresh = memory is None
     if memory is None:
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError:  # no memory: torch's own error says so as users expect it
+            return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
         _advise(memory, mmap.MADV_HUGEPAGE, 0, size)
     view = memoryview(memory)
     weakref.finalize(

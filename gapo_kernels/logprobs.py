@@ -69,6 +69,7 @@ def sequence_logps(
         RuntimeError: backend="triton" without a GPU; double backward.
     """
     validation.check_logits_and_labels(logits, labels, cu_seqlens, ignore_index)
+    validation.check_flags(length_normalized=length_normalized, shift=shift, inplace_backward=inplace_backward)
     if inplace_backward:
         validation.check_inplace(logits)
     backend = ops.resolve_backend(backend, logits.device)

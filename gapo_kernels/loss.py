@@ -99,6 +99,7 @@ def fused_gapo_loss(
     """
     validation.check_hyperparameters(beta, gamma, label_smoothing, loss_type, reduction, sft_weight)
     validation.check_logits_and_labels(logits, labels, cu_seqlens, ignore_index)
+    validation.check_flags(length_normalized=length_normalized, shift=shift, inplace_backward=inplace_backward)
     validation.check_pairs(logits, cu_seqlens)
     validation.check_anchor(logits, cu_seqlens, anchor_logits, anchor_margin)
     if inplace_backward:

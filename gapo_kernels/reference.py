@@ -62,6 +62,7 @@ def sequence_logps(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Eager twin of `gapo_kernels.sequence_logps`; `inplace_backward` and `backend` are accepted and change nothing."""
     validation.check_logits_and_labels(logits, labels, cu_seqlens, ignore_index)
+    validation.check_flags(length_normalized=length_normalized, shift=shift, inplace_backward=inplace_backward)
     validation.check_choice(backend, validation.BACKENDS, "backend")
     sums, counts = _token_sums(logits, labels, cu_seqlens, shift, ignore_index)
     logps = sequence_means(sums, counts, length_normalized)
@@ -90,6 +91,7 @@ def fused_gapo_loss(
     """Eager twin of `gapo_kernels.fused_gapo_loss`; `inplace_backward` and `backend` are accepted and change nothing."""
     validation.check_hyperparameters(beta, gamma, label_smoothing, loss_type, reduction, sft_weight)
     validation.check_logits_and_labels(logits, labels, cu_seqlens, ignore_index)
+    validation.check_flags(length_normalized=length_normalized, shift=shift, inplace_backward=inplace_backward)
     validation.check_choice(backend, validation.BACKENDS, "backend")
     validation.check_pairs(logits, cu_seqlens)
     validation.check_anchor(logits, cu_seqlens, anchor_logits, anchor_margin)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 
 from gapo_kernels import validation
 from gapo_kernels.anchor import GeometricAnchor
 from gapo_kernels.objective import gapo_objective, sft_terms
 from gapo_kernels.outputs import GAPOOutput
+from gapo_kernels.scope import UnmovedLayers
 
 PROBES = ("loss", "margin")
 
@@ -25,6 +28,7 @@ def gapo_step(
     label_smoothing: float = 0.0,
     loss_type: str = "sigmoid",
     sft_weight: float = 0.0,
+    allow_dropout: bool = False,
 ) -> GAPOOutput:
     """One GAPO step's loss (arXiv 2602.04909) with two forwards; the caller runs `out.loss.backward()`.
 
@@ -32,9 +36,14 @@ def gapo_step(
     the final backward, so a second clean forward is not needed: the gradients are bitwise the same. It runs once more
     without grad at the anchor, for M~. The weights are theta again when this function returns or raises.
 
-    Both runs must compute the same function. Switch dropout off (`model.eval()`, or its probabilities to 0): in train
-    mode two masks are drawn, the gap is mostly their difference, and nothing here can see it. The kept graph is walked
-    twice: checkpoint activations with use_reentrant=False.
+    Both runs must compute the same function, so a run that draws random numbers (dropout in train mode) is refused:
+    between two masks the gap would be mostly their difference. Switch dropout off (`model.eval()`, or its probabilities
+    to 0), or pass allow_dropout=True: the anchor's run then draws the same masks again. The kept graph is walked twice:
+    checkpoint activations with use_reentrant=False; a compiled model's first run must be in here (or compile with
+    torch._functorch.config.donated_buffer = False), so that its graph may be walked twice, too.
+
+    With an anchor of scope k from `GeometricAnchor.from_model`, the decoder layers below k run once: the anchor's run
+    takes their outputs from the first.
 
     Args:
         logps_fn: () -> (2B,) differentiable sequence log-probs under the current weights, chosen then rejected (as from
@@ -45,6 +54,7 @@ def gapo_step(
             authors' code has it, or "margin", J = -mean M, as the paper has it.
         label_smoothing, loss_type: of the final loss, as in `fused_gapo_loss` (the hinge has no smoothing).
         sft_weight: adds sft_weight * NLL over the chosen tokens; needs counts and length-normalised logps.
+        allow_dropout: let logps_fn draw random numbers, and have the anchor's run draw the same ones.
 
     Returns:
         GAPOOutput; only its `loss` carries gradient.
@@ -52,10 +62,14 @@ def gapo_step(
     Raises:
         ValueError: sft_weight without counts, shapes or hyperparameters out of range, no parameter has a gradient.
         FloatingPointError: the probe's gradient is not finite; the weights are where they were.
+        RuntimeError: logps_fn draws random numbers, without allow_dropout.
     """
     validation.check_hyperparameters(beta, gamma, label_smoothing, loss_type, sft_weight=sft_weight)
     validation.check_choice(probe, PROBES, "probe")
-    margin, logps, counts = _margin(logps_fn())
+    randomness = None if anchor is None else _Randomness(anchor.params[0].device)
+    unmoved = UnmovedLayers([] if anchor is None else anchor.unmoved_layers)
+    with unmoved.recorded(), torch._functorch.config.patch(donated_buffer=False):
+        margin, logps, counts = _margin(logps_fn())
     if sft_weight and counts is None:
         raise ValueError("sft_weight needs token counts: logps_fn must return (logps, counts), got logps alone")
     pairs = margin.shape[0]
@@ -63,9 +77,17 @@ def gapo_step(
 
     anchor_margin = torch.zeros_like(margin)
     if anchor is not None:
+        drawn = randomness.drawn()
+        if drawn and not allow_dropout:
+            raise RuntimeError(
+                "logps_fn drew random numbers (is dropout active?): its two runs would differ by more than the anchor. "
+                "Switch dropout off, model.eval() or its probabilities to 0, or pass allow_dropout=True to draw the same "
+                "numbers in both runs"
+            )
         objective = None if anchor.direction == "gaussian" else _probe(probe, margin, beta, gamma, valid)
         with anchor.perturbed(objective, retain_graph=True), torch.no_grad():
-            anchor_margin = _margin(logps_fn())[0]
+            with randomness.repeated() if drawn else unmoved.replayed():
+                anchor_margin = _margin(logps_fn())[0]
 
     options = dict(beta=beta, gamma=gamma, label_smoothing=label_smoothing, loss_type=loss_type, valid=valid)
     loss, weight = gapo_objective(margin, anchor_margin, **options)
@@ -94,6 +116,38 @@ def _margin(result: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Ten
         logps = logps.float()
     chosen, rejected = logps.chunk(2)
     return chosen - rejected, logps, counts
+
+
+class _Randomness:
+    """Torch's random states on the CPU and on the device of the weights, as they were when this was made."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._module = None if device.type == "cpu" else torch.get_device_module(device)
+        self._device = device
+        self._before = self._states()
+
+    def _states(self) -> list[Tensor]:
+        """On the host: reading them waits for no device."""
+        own = [] if self._module is None else [self._module.get_rng_state(self._device)]
+        return [torch.get_rng_state(), *own]
+
+    def _set(self, states: list[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        for state in states[1:]:
+            self._module.set_rng_state(state, self._device)
+
+    def drawn(self) -> bool:
+        return not all(map(torch.equal, self._before, self._states()))
+
+    @contextmanager
+    def repeated(self) -> Iterator[None]:
+        """Draws the same numbers again as since this was made."""
+        after = self._states()
+        self._set(self._before)
+        try:
+            yield
+        finally:
+            self._set(after)
 
 
 def _probe(probe: str, margin: Tensor, beta: float, gamma: float, valid: Tensor) -> Tensor:

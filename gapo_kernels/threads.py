@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import lru_cache
 from threading import Barrier
 from typing import TypeVar
@@ -33,10 +33,16 @@ def share(items: Sequence[Item], drain: Callable[[Iterator[Item]], None], device
             drain(queue)
 
     threads = min(torch.get_num_threads(), len(items)) if device.type == "cpu" else 1
-    if threads < 2:
+    futures: list[Future] = []
+    if threads > 1:
+        try:
+            pool = _pool(torch.get_num_threads())
+            for _ in range(threads):
+                futures.append(pool.submit(run))
+        except RuntimeError:  # no thread to be had: the interpreter is about to end, or a limit on processes is reached
+            pass
+    if not futures:
         run()
-        return
-    futures = [_pool(torch.get_num_threads()).submit(run) for _ in range(threads)]
     try:
         for future in futures:
             future.result()
@@ -49,9 +55,14 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     """Threads that run torch operations without splitting them further."""
     begun = Barrier(threads)
     pool = ThreadPoolExecutor(threads, "gapo-cpu", initializer=_use_one_thread)
-    wait([pool.submit(begun.wait) for _ in range(threads)])
-    # set_num_threads acts on the calling thread, and on what threads born later start with: so that is put back.
-    torch.set_num_threads(threads)
+    try:
+        wait([pool.submit(begun.wait) for _ in range(threads)])
+    except BaseException:
+        begun.abort()  # those that have begun wait for one that never will
+        raise
+    finally:
+        # set_num_threads acts on the calling thread, and on what threads born later start with: so that is put back.
+        torch.set_num_threads(threads)
     return pool
 
 

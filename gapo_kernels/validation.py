@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from numbers import Real
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from gapo_kernels.layout import align_targets
 
+FLOAT_MAX = sys.float_info.max
 LOSS_TYPES = ("sigmoid", "hinge")
 REDUCTIONS = ("mean", "none")
 BACKENDS = ("auto", "triton", "torch", "reference")
@@ -20,10 +22,16 @@ def check_choice(value: str, choices: tuple[str, ...], name: str) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def check_flags(**flags: bool) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
 def check_number(value: float, name: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if value != value or value in (float("inf"), float("-inf")):
+    if value != value or not -FLOAT_MAX <= value <= FLOAT_MAX:
         raise ValueError(f"{name} must be finite, got {value}")
 
 
@@ -85,6 +93,8 @@ def check_logits_and_labels(logits: Tensor, labels: Tensor, cu_seqlens: Tensor |
         raise TypeError(f"labels must be an integer tensor (int64), got {describe(labels)}")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt)):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit in 64 bits, got {ignore_index}")
     packed = cu_seqlens is not None
     if logits.dim() != (2 if packed else 3):
         expected = "(N, V) when cu_seqlens is given" if packed else "(S, T, V), or (N, V) with cu_seqlens"

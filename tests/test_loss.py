@@ -142,6 +142,30 @@ def test_error_is_at_most_1_5_times_eager(backend, device, interpreted, run, dty
     assert allowed["gradient"] > 1e-12
 
 
+# Small vocabularies average nothing out: what a shift of the logits costs shows here, and p = 1 must be exactly 1.
+@pytest.mark.parametrize("vocabulary", [1, 5, 31, 331])
+@pytest.mark.parametrize("label_logit", [-28.0, -14.0, 0.0, 14.0, 40.0])
+def test_error_with_labels_that_are_improbable_or_certain(backend, device, interpreted, label_logit, vocabulary):
+    batch = make_batch(8 if interpreted else 64, 6, vocabulary, device=device).to(torch.float32)
+    places = batch.labels[:, 1:].clamp(min=0).unsqueeze(-1)
+    batch.logits[:, :-1].scatter_(-1, places, label_logit)
+    truth = in_float64(run_logps, batch)
+    found, eager = run_logps(batch, backend), run_logps(batch, "eager")
+    allowed = errors(eager, truth)
+    for name, error in errors(found, truth).items():
+        scale = truth.gradient if name == "gradient" else truth.fields[name]
+        assert error <= 1.5 * allowed[name] + 2.0**-26 * scale.abs().max().item(), f"{name}: {error:.2e}, {allowed}"
+
+
+# Logits around -100, as GPT-2's: neither their exponentials nor the sum of these is a number.
+@pytest.mark.parametrize("offset", [-300.0, -100.0, 100.0, 300.0])
+def test_logits_far_from_zero(backend, device, offset):
+    batch = make_batch(4, 6, 331, device=device)
+    batch.logits.add_(offset)
+    batch.logits[1, 2].sub_(offset)  # one row unlike the others
+    assert_equals_reference(run_logps, batch, backend)
+
+
 # A sum over 4096 tokens in float32 would show here, a mean of rounded terms as well.
 def test_long_sequences_lose_nothing(backend, device, interpreted):
     length = 64 if interpreted else 4096

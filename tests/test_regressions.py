@@ -1,8 +1,12 @@
 """Defects that a review found, each held where it happened."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
+import gapo_kernels
 from batches import make_batch
 from gapo_kernels import cpu, fused_gapo_loss, gapo_objective, reference, sequence_logps
 
@@ -84,3 +88,53 @@ def test_reference_knows_the_back_ends():
     batch = make_batch(4, 5, 31)
     with pytest.raises(ValueError, match="backend must be one of"):
         reference.fused_gapo_loss(batch.logits, batch.labels, backend="bogus")
+
+
+def test_flags_and_huge_numbers_are_refused_by_name():
+    batch = make_batch(4, 5, 31)
+    for backend in ("auto", "reference"):
+        module = reference if backend == "reference" else gapo_kernels
+        for options, error, message in (
+            (dict(shift=None), TypeError, "shift must be True or False, got None"),
+            (dict(length_normalized="yes"), TypeError, "length_normalized must be True or False, got 'yes'"),
+            (dict(beta=10**400), ValueError, "beta must be finite"),
+            (dict(ignore_index=10**30), ValueError, "ignore_index must fit in 64 bits"),
+        ):
+            with pytest.raises(error, match=message):
+                module.fused_gapo_loss(batch.logits, batch.labels, backend=backend, **options)
+
+
+THREADS = """
+import threading, torch
+from gapo_kernels import sequence_logps
+torch.set_num_threads(2)
+logits, labels = torch.randn(2, 60, 20000, requires_grad=True), torch.zeros(2, 60, dtype=torch.int64)
+def work():
+    threading.main_thread().join()
+    sequence_logps(logits, labels).sum().backward()
+    print("done", logits.grad.abs().sum().item() > 0)
+"""
+
+
+def run_python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+
+
+def test_a_thread_that_outlives_the_main_thread_may_train():
+    finished = run_python(THREADS + "threading.Thread(target=work).start()")
+    assert finished.stdout == "done True\n", finished.stderr
+
+
+def test_a_thread_that_cannot_be_started_is_done_without():
+    failing = """
+begin, begun = threading.Thread.start, []
+def start(thread):
+    begun.append(thread)
+    if len(begun) == 2:
+        raise RuntimeError("can't start new thread")
+    begin(thread)
+threading.Thread.start = start
+work()
+"""
+    finished = run_python(THREADS.replace("threading.main_thread().join()", "pass") + failing)
+    assert finished.stdout == "done True\n", finished.stderr

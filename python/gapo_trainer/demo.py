@@ -33,9 +33,9 @@ def parse_arguments(argv=None):
     parser.add_argument("--batch-size", type=_positive(int), default=8, help="pairs per update")
     parser.add_argument("--lr", type=_positive(float), default=2e-5, help="peak learning rate")
     parser.add_argument("--beta", type=_positive(float), default=2.0, help="scale of the gap in the loss")
-    parser.add_argument("--gamma-beta-ratio", type=float, default=0.25, help="target of the gap, over beta")
-    parser.add_argument("--rho", type=float, default=0.05, help="radius of the anchor")
-    parser.add_argument("--flip", type=float, default=0.2, help="share of the training pairs with flipped labels")
+    parser.add_argument("--gamma-beta-ratio", type=_finite, default=0.25, help="target of the gap, over beta")
+    parser.add_argument("--rho", type=_radius, default=0.05, help="radius of the anchor")
+    parser.add_argument("--flip", type=_share, default=0.2, help="share of the training pairs with flipped labels")
     parser.add_argument("--seed", type=int, default=0, help="of the flips, the order of the pairs and the training")
     parser.add_argument("--evaluations", type=_positive(int), default=4, help="held-out evaluations after the first")
     parser.add_argument(
@@ -48,12 +48,30 @@ def parse_arguments(argv=None):
 def _positive(kind):
     def convert(text):
         value = kind(text)
-        if not value > 0:
+        if not 0 < value < math.inf:
             raise argparse.ArgumentTypeError(f"expected a number > 0, got {text}")
         return value
 
     convert.__name__ = kind.__name__  # argparse names the type in its messages
     return convert
+
+
+def _finite(text):
+    if not math.isfinite(value := float(text)):
+        raise argparse.ArgumentTypeError(f"expected a finite number, got {text}")
+    return value
+
+
+def _radius(text):
+    if (value := _finite(text)) < 0:
+        raise argparse.ArgumentTypeError(f"expected a number >= 0, got {text}")
+    return value
+
+
+def _share(text):
+    if not 0 <= (value := _finite(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"expected a share in [0, 1], got {text}")
+    return value
 
 
 class Demo:

@@ -65,8 +65,12 @@ def _weights_in_words(visit):
             f"Weights of clean and flipped pairs cannot be compared: {visit['clean']['pairs']} clean and "
             f"{visit['flipped']['pairs']} flipped pairs were seen."
         )
+    if math.isnan(difference) or math.isnan(error):
+        return "Weights of clean and flipped pairs cannot be compared: some are not a number."
     size = f"{abs(difference):.4f} (standard error {error:.4f})"
-    if difference >= 0:
+    if difference == 0:
+        return "Flipped pairs did NOT get a smaller weight than clean ones: the means are equal."
+    if difference > 0:
         return f"Flipped pairs did NOT get a smaller weight than clean ones: the mean is larger by {size}."
     if difference > -2 * error:
         return (

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 
 import pytest
@@ -226,12 +227,25 @@ def test_missing_model_is_one_clear_line(run, capsys, tmp_path):
     assert capsys.readouterr().err == "error: install the package\n"
 
 
-@pytest.mark.parametrize("arguments", [["--lr", "0"], ["--batch-size", "-1"], ["--epochs", "nan"], ["--lr", "x"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--lr 0",
+        "--batch-size -1",
+        "--epochs nan",
+        "--lr x",
+        "--lr inf",
+        "--flip 1.5",
+        "--rho=-1",
+        "--rho nan",
+        "--gamma-beta-ratio nan",
+    ],
+)
 def test_arguments_out_of_range_are_refused(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:
-        demo.parse_arguments(arguments)
+        demo.parse_arguments(arguments.split())
     assert exit_.value.code == 2
-    assert arguments[0] in capsys.readouterr().err
+    assert re.match("--[a-z-]+", arguments)[0] in capsys.readouterr().err
 
 
 def test_importing_the_package_is_light():

@@ -1,0 +1,159 @@
+"""One use of the anchor: parameters and directions become flat memory, which a back end moves and puts back.
+
+Where the originals go decides the memory: into the gradients' own buffers when those are nobody else's, so that no third
+copy of the model exists.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from gapo_kernels import distributed, ownership, perturbation, philox
+
+RESTORE_ATTEMPTS = 3
+logger = logging.getLogger(__name__)
+
+
+class Displacement:
+    """Moves parameters along their directions, and puts them back bit for bit.
+
+    Args:
+        params: the anchor's parameters; DTensors count as their local shards.
+        directions: for each its g (a shard's own part), or None: not moved. Used up when `ours`.
+        ours: whether the directions' memory may take the original weights, where no one else refers to it.
+        grids: for each parameter the dtype that the forward computes with.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[nn.Parameter],
+        directions: list[Tensor | None],
+        *,
+        ours: bool,
+        grids: Sequence[torch.dtype],
+        geometry: str,
+        stochastic: bool,
+    ) -> None:
+        self._staged: list[tuple[Tensor, Tensor]] = []  # (parameter, its contiguous stand-in)
+        tensors = [distributed.local(param) for param in params]
+        apart = _apart(tensors)
+        groups: dict[tuple, list[perturbation.Move]] = {}
+        for number, (param, tensor) in enumerate(zip(params, tensors)):
+            direction, directions[number] = directions[number], None
+            if direction is None:
+                continue
+            exclusive = ours and ownership.alone(ownership.references(direction))
+            theta = _flat(tensor) if apart[number] else self._stage(tensor)
+            if apart[number] and direction.stride() != tensor.stride():
+                direction, exclusive = torch.empty_like(tensor, dtype=direction.dtype).copy_(direction), True
+            flat = _flat(direction) if apart[number] else direction.reshape(-1)
+            fits = exclusive and apart[number] and flat.element_size() == theta.element_size()
+            original = flat.view(theta.dtype) if fits else torch.empty_like(theta)
+            move = perturbation.Move(theta, flat, original, grids[number], number, distributed.shard_number(param))
+            groups.setdefault((tensor.device, distributed.shard_group(param)), []).append(move)
+        self._parts = [
+            (_back_end(device)(moves, geometry, stochastic), group) for (device, group), moves in groups.items()
+        ]
+        self._device = tensors[0].device
+
+    def squared_norm(self) -> Tensor:
+        """|| theta * g ||^2 or || g ||^2 over all parameters and shards, () float64."""
+        return self._total([part.squared_norm() for part, _ in self._parts])
+
+    def exchange(self, step_size: float, seed: int, step: int) -> Tensor:
+        """theta becomes theta~. (3,) float64: ||delta||^2, ||theta~ - cast(theta)||^2, the number of changed weights."""
+        stats = [part.exchange(step_size, seed, step) for part, _ in self._parts]
+        for tensor, stand_in in self._staged:
+            tensor.copy_(stand_in)
+        return self._total(stats)
+
+    def restore(self) -> None:
+        """Puts everything back, and only then lets through what was raised meanwhile."""
+        failure = None
+        for work in (*(part.restore for part, _ in self._parts), *(_Copy(*pair) for pair in self._staged)):
+            for _ in range(RESTORE_ATTEMPTS):
+                try:
+                    work()
+                    break
+                except BaseException as error:
+                    failure = error
+        self._parts.clear()  # a traceback may keep this object for long
+        self._staged.clear()
+        if failure is not None:
+            raise failure
+
+    def _stage(self, tensor: Tensor) -> Tensor:
+        stand_in = tensor.contiguous() if not tensor.is_contiguous() else tensor.clone()
+        self._staged.append((tensor, stand_in))
+        return stand_in.view(-1)
+
+    def _total(self, values: list[Tensor]) -> Tensor:
+        """Sums over the shards of each part and over the parts."""
+        summed = [distributed.summed(value, group) for value, (_, group) in zip(values, self._parts)]
+        return torch.stack([value.to(self._device) for value in summed]).sum(0)
+
+
+class _Copy:
+    def __init__(self, target: Tensor, source: Tensor) -> None:
+        self._target, self._source = target, source
+
+    def __call__(self) -> None:
+        self._target.copy_(self._source)
+
+
+def noise(params: Sequence[nn.Parameter], step: int, seed: int) -> list[Tensor]:
+    """Standard normal noise for every parameter (shard), a function of (seed, step) and its place alone."""
+    drawn = []
+    for number, param in enumerate(params):
+        tensor = distributed.local(param)
+        values = torch.empty(tensor.numel(), dtype=torch.float32, device=tensor.device)
+        for start in range(0, values.numel(), perturbation.CHUNK):
+            chunk = values[start : start + perturbation.CHUNK]
+            place = (start, chunk.numel(), number, distributed.shard_number(param))
+            chunk.copy_(philox.normal(*place, step, seed, tensor.device))
+        drawn.append(values.view(tensor.shape))
+    return drawn
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """A dense tensor's elements in the order of memory, whatever the order of its dimensions."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def _apart(tensors: Sequence[Tensor]) -> list[bool]:
+    """Which tensors are dense and share memory with no other: what can be moved in place."""
+    spans = sorted(
+        (tensor.data_ptr(), tensor.data_ptr() + _extent(tensor), number)
+        for number, tensor in enumerate(tensors)
+        if tensor.numel()
+    )
+    apart = [torch.empty_like(tensor, device="meta").stride() == tensor.stride() for tensor in tensors]
+    reach, last = -1, -1
+    for start, stop, number in spans:
+        if start < reach:
+            apart[number] = apart[last] = False
+        if stop > reach:
+            reach, last = stop, number
+    return apart
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the first element to the end of the last."""
+    return (sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride())) + 1) * tensor.element_size()
+
+
+@lru_cache
+def _back_end(device: torch.device) -> type:
+    if device.type in ("cuda", "xpu"):
+        try:
+            from gapo_kernels.kernels.perturbation import Perturbation
+
+            return Perturbation
+        except ImportError as error:
+            logger.warning("the anchor moves %s parameters with torch: Triton cannot be imported (%s)", device, error)
+    return perturbation.Perturbation

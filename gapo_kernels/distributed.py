@@ -1,0 +1,158 @@
+"""What ranks must agree on: the probe's gradient is averaged before it is normalised, norms are summed over shards.
+
+Data parallel with whole parameters (DDP) averages here, over a process group. Under FSDP2 (fully_shard) the parameters
+are DTensors whose gradients FSDP averages itself, in a real backward: autograd.grad does not reach them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gapo_kernels import ownership
+
+BUCKET_BYTES = 32 * 2**20
+# What marks a parameter that is not whole, by attribute: their classes are slow to import and may be missing.
+UNSUPPORTED = {
+    "_fsdp_flattened": "sharded by FSDP's first version; shard with torch.distributed.fsdp.fully_shard (FSDP2) instead",
+    "ds_id": "partitioned by DeepSpeed ZeRO-3, which is not supported; use fully_shard (FSDP2), or ZeRO stage 1 or 2",
+}
+
+
+def is_sharded(param: Tensor) -> bool:
+    """Whether a parameter is a DTensor."""
+    return getattr(param, "device_mesh", None) is not None
+
+
+def local(param: Tensor) -> Tensor:
+    """The memory of a parameter on this rank; writing to it does not touch autograd's version counter."""
+    return param.data.to_local() if is_sharded(param) else param.data
+
+
+def shard_dimension(param: Tensor) -> int | None:
+    """The mesh dimension that a DTensor is split over; None for a whole parameter or a replica."""
+    if not is_sharded(param):
+        return None
+    split = [i for i, placement in enumerate(param.placements) if not placement.is_replicate()]
+    if len(split) > 1:
+        raise NotImplementedError(
+            f"expected a parameter split over one mesh dimension (FSDP2, with or without replicas), got placements "
+            f"{param.placements}; tensor parallel layers are not supported by the anchor"
+        )
+    return split[0] if split else None
+
+
+def shard_group(param: Tensor) -> torch.distributed.ProcessGroup | None:
+    """The ranks that hold the other shards."""
+    dimension = shard_dimension(param)
+    return None if dimension is None else param.device_mesh.get_group(dimension)
+
+
+def shard_number(param: Tensor) -> int:
+    dimension = shard_dimension(param)
+    return 0 if dimension is None else param.device_mesh.get_local_rank(dimension)
+
+
+def summed(value: Tensor, group: torch.distributed.ProcessGroup | None) -> Tensor:
+    if group is not None:
+        torch.distributed.all_reduce(value, group=group)
+    return value
+
+
+def ranks(group: torch.distributed.ProcessGroup | None) -> int:
+    """The size of a group, or of the default one; 1 where torch.distributed does not run."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 1
+    return torch.distributed.get_world_size(group)
+
+
+def averaged(
+    grads: list[Tensor | None], params: Sequence[Tensor], group: torch.distributed.ProcessGroup | None, ours: bool
+) -> list[Tensor | None]:
+    """The gradients' mean over the group's ranks; a rank without one counts as zeros, None where no rank has one.
+
+    Uses up `grads`. With `ours` their memory is written where nobody else refers to it; beyond that memory this holds
+    BUCKET_BYTES.
+    """
+    size = ranks(group)
+    if size == 1:
+        return grads
+    present = torch.tensor([grad is not None for grad in grads], dtype=torch.int32, device=params[0].device)
+    torch.distributed.all_reduce(present, torch.distributed.ReduceOp.MAX, group=group)
+    means: list[Tensor | None] = []
+    for number, (param, anywhere) in enumerate(zip(params, present.tolist())):
+        grad, grads[number] = grads[number], None
+        if anywhere and grad is None:
+            grad = torch.zeros_like(param, memory_format=torch.contiguous_format)
+        elif anywhere and not (ours and grad.is_contiguous() and ownership.alone(ownership.references(grad))):
+            grad = grad.clone(memory_format=torch.contiguous_format)
+        means.append(grad)
+    del grad
+    for bucket in _buckets([mean for mean in means if mean is not None]):
+        flat = bucket[0].view(-1) if len(bucket) == 1 else torch.cat([mean.view(-1) for mean in bucket])
+        torch.distributed.all_reduce(flat, group=group)
+        flat /= size
+        if len(bucket) > 1:
+            for mean, part in zip(bucket, flat.split([mean.numel() for mean in bucket])):
+                mean.view(-1).copy_(part)
+    return means
+
+
+def _buckets(grads: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbours of one dtype and device, together at most BUCKET_BYTES; a larger gradient alone."""
+    bucket: list[Tensor] = []
+    held = 0
+    for grad in grads:
+        size = grad.numel() * grad.element_size()
+        if bucket and (held + size > BUCKET_BYTES or (grad.dtype, grad.device) != (bucket[0].dtype, bucket[0].device)):
+            yield bucket
+            bucket, held = [], 0
+        bucket.append(grad)
+        held += size
+    if bucket:
+        yield bucket
+
+
+class ShardedModel:
+    """A model under fully_shard: its probe's gradients, and the copies of its shards that must not grow stale."""
+
+    def __init__(self, model: nn.Module) -> None:
+        from torch.distributed.fsdp import FSDPModule
+
+        self._modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self.reshard()
+        self._params = [param for param in model.parameters() if param.requires_grad]
+
+    def reshard(self) -> None:
+        """Drops the gathered parameters: what was gathered before a change of the shards is stale after it."""
+        for module in self._modules:
+            module.reshard()
+
+    def compute_dtypes(self) -> dict[int, torch.dtype | None]:
+        """For every sharded parameter's id the dtype of its MixedPrecisionPolicy, if that has one."""
+        return {id(p.sharded_param): group.mp_policy.param_dtype for group in self._groups() for p in group.fsdp_params}
+
+    def gradients(self, objective: Tensor, params: Sequence[nn.Parameter], retain_graph: bool) -> list[Tensor | None]:
+        """The objective's gradients, averaged by FSDP; every .grad is what it was before."""
+        if not all(group.reduce_grads for group in self._groups()):
+            raise RuntimeError(
+                "set_requires_gradient_sync(False) keeps the probe's gradient from being averaged over the ranks; leave "
+                "gradient synchronisation on in GAPO steps"
+            )
+        aside = [param.grad for param in self._params]
+        try:
+            for param in self._params:
+                param.grad = None
+            objective.backward(retain_graph=retain_graph)
+            return [param.grad for param in params]
+        finally:
+            for param, grad in zip(self._params, aside):
+                param.grad = grad
+
+    def _groups(self) -> Iterator:
+        for module in self._modules:
+            state = module._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+            yield from (group for group in groups if group is not None)

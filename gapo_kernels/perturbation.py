@@ -1,0 +1,178 @@
+"""The torch implementation of the three passes over the weights: norm, exchange, restore.
+
+`kernels/perturbation.py` has the same `Perturbation` in Triton. Everything here is element by element in chunks whose
+scratch stays in the L2 cache: beyond that scratch nothing is allocated, and each pass reads and writes every tensor once.
+Floor, b bytes a weight: the norm reads 2 b, the exchange reads 2 b and writes 2 b, the restoration reads b and writes b.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gapo_kernels import philox, threads
+
+CHUNK = 16 * philox.TILE
+HALF = (torch.float16, torch.bfloat16)
+# float16: the least normal number, 2^-14, and below the leading bit ten more.
+_FLOAT16_LEAST_NORMAL, _FLOAT16_DIGITS = 2.0**-14, 2.0**10
+
+
+class Move(NamedTuple):
+    """One parameter, or shard of one, as flat memory."""
+
+    theta: Tensor  # (n,) what is moved
+    direction: Tensor  # (n,) g, of any floating dtype
+    original: Tensor  # (n,) of theta's dtype, takes theta's old values; may be direction's memory
+    grid: torch.dtype  # what the forward computes with: theta~ lies on its grid, around theta cast to it
+    number: int  # the parameter's, for the random numbers
+    shard: int  # 0 for a whole parameter
+
+
+class Chunk(NamedTuple):
+    move: Move
+    number: int  # among all chunks
+    start: int
+    stop: int
+
+
+def accumulation_dtype(move: Move) -> torch.dtype:
+    return torch.promote_types(move.theta.dtype, torch.float32)
+
+
+class Perturbation:
+    """theta -> theta~ = theta + delta and back, with delta = step_size * theta^2 * g (asam) or step_size * g (sam)."""
+
+    def __init__(self, moves: Sequence[Move], geometry: str, stochastic: bool) -> None:
+        self._asam, self._stochastic = geometry == "asam", stochastic
+        self._device = moves[0].theta.device
+        self._chunks: list[Chunk] = []
+        for move in moves:
+            for start in range(0, move.theta.numel(), CHUNK):
+                stop = min(start + CHUNK, move.theta.numel())
+                self._chunks.append(Chunk(move, len(self._chunks), start, stop))
+        # Set for a chunk when its original is complete and before theta changes: a failure in between costs nothing.
+        self._exchanged = bytearray(len(self._chunks))
+
+    def squared_norm(self) -> Tensor:
+        """|| theta * g ||^2 (asam) or || g ||^2, () float64."""
+        squares = torch.zeros(len(self._chunks), dtype=torch.float64, device=self._device)
+
+        def drain(queue: Iterator[Chunk]) -> None:
+            scratch = _Scratch(self._device)
+            for chunk in queue:
+                scaled, _ = scratch.of(chunk)
+                squares[chunk.number] = _square(self._scaled(chunk, scaled))
+
+        threads.share(self._chunks, drain, self._device)
+        return squares.sum()
+
+    def exchange(self, step_size: float | Tensor, seed: int, step: int) -> Tensor:
+        """Moves the weights. (3,) float64: ||delta||^2, ||theta~ - cast(theta)||^2, the number of weights that changed."""
+        stats = torch.zeros(len(self._chunks), 3, dtype=torch.float64, device=self._device)
+
+        def drain(queue: Iterator[Chunk]) -> None:
+            scratch = _Scratch(self._device)
+            for chunk in queue:
+                delta, anchor = scratch.of(chunk)
+                self._compute(chunk, step_size, seed, step, delta, anchor, stats[chunk.number])
+                theta, original = (t[chunk.start : chunk.stop] for t in (chunk.move.theta, chunk.move.original))
+                original.copy_(theta)
+                self._exchanged[chunk.number] = True
+                theta.copy_(anchor)
+
+        threads.share(self._chunks, drain, self._device)
+        return stats.sum(0)
+
+    def restore(self) -> None:
+        """Puts back what `exchange` has moved, also if that failed half-way, and only then lets through what was raised
+        meanwhile. May be called again: for what could not be put back."""
+        failures: list[BaseException] = []
+
+        def drain(queue: Iterator[Chunk]) -> None:
+            for chunk in queue:
+                move = chunk.move
+                try:
+                    move.theta[chunk.start : chunk.stop].copy_(move.original[chunk.start : chunk.stop])
+                    self._exchanged[chunk.number] = False
+                except BaseException as error:
+                    failures.append(error)
+
+        threads.share([chunk for chunk in self._chunks if self._exchanged[chunk.number]], drain, self._device)
+        if failures:
+            raise failures[0]
+
+    def _scaled(self, chunk: Chunk, out: Tensor) -> Tensor:
+        """theta * g, or g, in `out`: in at least float32."""
+        out.copy_(chunk.move.direction[chunk.start : chunk.stop])
+        return out.mul_(chunk.move.theta[chunk.start : chunk.stop]) if self._asam else out
+
+    def _compute(
+        self,
+        chunk: Chunk,
+        step_size: float | Tensor,
+        seed: int,
+        step: int,
+        delta: Tensor,
+        anchor: Tensor,
+        stats: Tensor,
+    ) -> None:
+        """theta~ of a chunk in `anchor`; uses up `delta`."""
+        move = chunk.move
+        theta = move.theta[chunk.start : chunk.stop]
+        self._scaled(chunk, delta).mul_(step_size)
+        if self._asam:
+            delta.mul_(theta)
+        stats[0] = _square(delta)
+        base = theta if move.grid in (theta.dtype, delta.dtype) else theta.to(move.grid)
+        torch.add(delta, base, out=anchor)
+        if move.grid in HALF and self._stochastic:
+            place = (chunk.start, chunk.stop - chunk.start, move.number, move.shard)
+            round_stochastically_(anchor, move.grid, philox.bits16(*place, step, seed, self._device))
+        elif move.grid != anchor.dtype:
+            anchor.copy_(anchor.to(move.grid))
+        torch.sub(anchor, base, out=delta)
+        stats[1] = _square(delta)
+        stats[2] = delta.count_nonzero()
+
+
+class _Scratch:
+    """A thread's two buffers for each dtype."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._buffers: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+
+    def of(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        dtype = accumulation_dtype(chunk.move)
+        if dtype not in self._buffers:
+            self._buffers[dtype] = tuple(torch.empty(CHUNK, dtype=dtype, device=self._device) for _ in range(2))
+        one, other = self._buffers[dtype]
+        return one[: chunk.stop - chunk.start], other[: chunk.stop - chunk.start]
+
+
+def _square(x: Tensor) -> Tensor:
+    """The sum of x^2 of a chunk. By rows: a single float32 accumulator would lose digits over so many elements."""
+    rows = x.numel() // philox.LANES * philox.LANES
+    squares = torch.linalg.vector_norm(x[:rows].view(-1, philox.LANES), dim=1).double().square_().sum()
+    return squares + torch.linalg.vector_norm(x[rows:]).double().square_()
+
+
+def round_stochastically_(x: Tensor, grid: torch.dtype, bits: Tensor) -> Tensor:
+    """x (n,) float32, in place, to one of its two neighbours on a 16-bit grid, the nearer the likelier: E = x.
+
+    `bits` (n,) int32 in [0, 2^16), used up.
+    """
+    if grid == torch.bfloat16:  # a float32 without its lower 16 bits: a carry goes to the next larger magnitude
+        x.view(torch.int32).add_(bits).bitwise_and_(-0x10000)
+        return x
+    magnitude = x.abs()
+    # The power of two at or below |x|, or the least normal number, whose spacing the subnormal ones share.
+    power = magnitude.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32).clamp_(min=_FLOAT16_LEAST_NORMAL)
+    quotient = magnitude.div_(power).mul_(_FLOAT16_DIGITS)  # exact: both are powers of two
+    whole = quotient.floor()
+    up = (bits + 0.5) * 2.0**-16 < quotient - whole
+    return x.copy_(torch.copysign((whole + up).mul_(power).div_(_FLOAT16_DIGITS), x))

@@ -1,0 +1,70 @@
+"""Philox-4x32-10, the counter-based generator of Salmon et al. (SC'11, "Parallel random numbers: as easy as 1, 2, 3").
+
+The random bits of an element are a function of (seed, step, parameter, shard, element): the same on every rank and
+device, in any order, and again after a resume. `kernels/perturbation.py` draws the same words with tl.philox.
+
+An element's place in its parameter says which bits are its own. Elements come in tiles of 8 groups of 1024; counter
+number 1024 * tile + lane serves the 8 elements at that lane of the tile's groups: group k takes the lower (k even) or
+upper (k odd) 16 bits of word k // 2. So neighbouring elements have neighbouring counters, whatever computes them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+GROUPS, LANES = 8, 1024
+TILE = GROUPS * LANES
+
+_LOW = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+ROUNDS = 10
+# What a stream is for, the lowest bit of the counter's second word: both may be drawn in the same step.
+ROUNDING, NOISE = 0, 1
+
+
+def philox(c0: Tensor, c1: int, c2: int, c3: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four words for every counter, each of c0's shape, int64 in [0, 2^32). `c0`: int64 in [0, 2^32); `seed`: 64 bits."""
+    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
+    words = [c0.clone(), *(torch.full_like(c0, c & _LOW) for c in (c1, c2, c3))]
+    for _ in range(ROUNDS):
+        product0, product1 = words[0].mul_(_MULTIPLIERS[0]), words[2].mul_(_MULTIPLIERS[1])
+        # In int64 the product wraps to the same 64 bits; the shift keeps the sign, so the high half is masked.
+        high0, high1 = (product0 >> 32).bitwise_and_(_LOW), (product1 >> 32).bitwise_and_(_LOW)
+        low0, low1 = product0.bitwise_and_(_LOW), product1.bitwise_and_(_LOW)
+        words = [
+            high1.bitwise_xor_(words[1]).bitwise_xor_(k0),
+            low1,
+            high0.bitwise_xor_(words[3]).bitwise_xor_(k1),
+            low0,
+        ]
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _LOW, (k1 + _KEY_STEPS[1]) & _LOW
+    return tuple(words)
+
+
+def bits16(start: int, count: int, number: int, shard: int, step: int, seed: int, device: torch.device) -> Tensor:
+    """(count,) int32 in [0, 2^16) for the elements [start, start + count) of a parameter; start is a tile's first."""
+    tiles = -(-count // TILE)
+    c0 = torch.arange(start // GROUPS, start // GROUPS + tiles * LANES, device=device).view(tiles, LANES)
+    bits = torch.empty(tiles, GROUPS, LANES, dtype=torch.int32, device=device)
+    for i, word in enumerate(philox(c0, 2 * shard + ROUNDING, number, step, seed)):
+        torch.bitwise_and(word, 0xFFFF, out=bits[:, 2 * i])
+        torch.bitwise_right_shift(word, 16, out=bits[:, 2 * i + 1])
+    return bits.view(-1)[:count]
+
+
+def normal(start: int, count: int, number: int, shard: int, step: int, seed: int, device: torch.device) -> Tensor:
+    """(count,) float32, standard normal, for the elements [start, start + count) of a parameter; start is a multiple of 4.
+
+    Box-Muller: counter c serves the elements 4 c .. 4 c + 3, two from each pair of words.
+    """
+    c0 = torch.arange(start // 4, start // 4 + -(-count // 4), device=device)
+    uniform = [((word + 0.5) * 2.0**-32) for word in philox(c0, 2 * shard + NOISE, number, step, seed)]
+    values = []
+    for u, v in (uniform[:2], uniform[2:]):
+        radius, angle = u.double().log_().mul_(-2).sqrt_(), v.double().mul_(2 * math.pi)
+        values += [radius * angle.cos(), radius * angle.sin()]
+    return torch.stack(values, 1).view(-1)[:count].float()

@@ -1,0 +1,151 @@
+"""Which parameters of a model an anchor moves, and which of its layers it therefore need not run again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+NamedParameters = list[tuple[str, nn.Parameter]]
+
+
+class Scope(NamedTuple):
+    named: NamedParameters
+    unmoved: list[nn.Module]  # decoder layers whose output no moved parameter has a part in, from the first on
+
+
+def find(model: nn.Module, scope: str | int) -> Scope:
+    """The parameters of "backbone", "all" or of the decoder layers from a number on, the final norm and the head."""
+    model = _unwrapped(model)
+    if scope == "all":
+        return Scope(list(model.named_parameters()), [])
+    if hasattr(model, "get_base_model"):  # PEFT keeps its adapters inside of the model that it wraps
+        model = model.get_base_model()
+    backbone = getattr(model, getattr(model, "base_model_prefix", "") or "model", None)
+    if not isinstance(backbone, nn.Module):
+        raise ValueError(
+            f"expected a model with a backbone (transformers' base_model_prefix, or .model), got "
+            f"{type(model).__name__}; pass scope='all', or the parameters to GeometricAnchor"
+        )
+    if scope == "backbone":
+        return Scope(list(backbone.named_parameters()), [])
+    if isinstance(scope, bool) or not isinstance(scope, int):
+        raise ValueError(f"scope must be 'backbone', 'all' or the first layer's number, got {scope!r}")
+    return _upper(model, backbone, scope)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        model = model.module
+    return model
+
+
+def _upper(model: nn.Module, backbone: nn.Module, first: int) -> Scope:
+    layers = _first_module(backbone, ("layers", "h", "blocks"))
+    norm = _first_module(backbone, ("norm", "ln_f", "final_layernorm", "final_layer_norm"))
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else getattr(model, "lm_head", None)
+    if not isinstance(layers, nn.ModuleList) or norm is None or head is None:
+        raise ValueError(
+            f"expected a decoder with a list of layers, a final norm and a head, got {type(model).__name__}; pass the "
+            "parameters to GeometricAnchor"
+        )
+    if not 0 <= first < len(layers):
+        raise ValueError(f"scope as a layer's number must be in [0, {len(layers)}), got {first}")
+    named = [
+        (f"layers.{i}.{n}", p) for i, layer in enumerate(layers) if i >= first for n, p in layer.named_parameters()
+    ]
+    named += [(f"norm.{n}", p) for n, p in norm.named_parameters()]
+    named += [(f"head.{n}", p) for n, p in head.named_parameters()]
+    above = {id(p) for module in (*layers[first:], norm) for p in module.parameters()}
+    below = {id(p) for p in backbone.parameters()} - above
+    moved = {id(p) for _, p in named if p.requires_grad}
+    # A tied head moves the embedding that the lower layers read: then they have to run again.
+    return Scope(named, [] if moved & below or _compiled(model) else list(layers[:first]))
+
+
+def _compiled(model: nn.Module) -> bool:
+    """Whether torch.compile has a part in the model: what it traced does not see a layer's forward change."""
+    return hasattr(model, "_orig_mod") or any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+
+
+def _first_module(parent: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
+    return next((getattr(parent, name) for name in names if isinstance(getattr(parent, name, None), nn.Module)), None)
+
+
+class UnmovedLayers:
+    """Layers that compute the same at the anchor as before: recorded in the clean forward, replayed in the anchor's.
+
+    The outputs are those that the kept graph holds anyway. The same inputs must come in the same order.
+    """
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        self._layers = layers
+        self._outputs: list[list[object]] = [[] for _ in layers]
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        handles = [layer.register_forward_hook(_keep_in(kept)) for layer, kept in zip(self._layers, self._outputs)]
+        try:
+            yield
+        except BaseException:
+            self._forget()  # a traceback may keep this object for long
+            raise
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        # Layers that ran inside of compiled code were not seen: then all of them run again.
+        layers = self._layers if len({len(kept) for kept in self._outputs}) == 1 and self._outputs[0] else []
+        own = [layer.__dict__.get("forward") for layer in layers]
+        try:
+            for layer, kept in zip(layers, self._outputs):
+                layer.forward = _replay(kept)
+            yield
+        finally:
+            for layer, forward in zip(layers, own):
+                layer.__dict__.pop("forward", None)
+                if forward is not None:
+                    layer.forward = forward
+            self._forget()
+
+    def _forget(self) -> None:
+        for kept in self._outputs:
+            kept.clear()
+
+
+def _keep_in(kept: list[object]):
+    def hook(module, inputs, output):
+        if not torch.compiler.is_compiling():
+            kept.append(_detached(output))
+
+    return hook
+
+
+def _replay(kept: list[object]):
+    outputs = iter(list(kept))
+
+    def forward(*args, **kwargs):
+        try:
+            return next(outputs)
+        except StopIteration:
+            raise RuntimeError(
+                "logps_fn ran the model more often at the anchor than before; both runs must compute the same"
+            ) from None
+
+    return forward
+
+
+def _detached(output: object) -> object:
+    if isinstance(output, Tensor):
+        return output.detach()
+    if isinstance(output, tuple) and type(output) is tuple:
+        return tuple(_detached(item) for item in output)
+    return output
