@@ -77,7 +77,7 @@ def averaged(
     BUCKET_BYTES.
     """
     size = ranks(group)
-    if size == 1:
+    if size == 1 or not grads:
         return grads
     present = torch.tensor([grad is not None for grad in grads], dtype=torch.int32, device=params[0].device)
     torch.distributed.all_reduce(present, torch.distributed.ReduceOp.MAX, group=group)

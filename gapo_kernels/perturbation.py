@@ -18,7 +18,7 @@ from gapo_kernels import philox, threads
 CHUNK = 16 * philox.TILE
 HALF = (torch.float16, torch.bfloat16)
 # float16: the least normal number, 2^-14, and below the leading bit ten more.
-_FLOAT16_LEAST_NORMAL, _FLOAT16_DIGITS = 2.0**-14, 2.0**10
+_FLOAT16_LEAST_NORMAL, _FLOAT16_LARGEST_POWER, _FLOAT16_DIGITS = 2.0**-14, 2.0**15, 2.0**10
 
 
 class Move(NamedTuple):
@@ -131,7 +131,10 @@ class Perturbation:
         torch.add(delta, base, out=anchor)
         if move.grid in HALF and self._stochastic:
             place = (chunk.start, chunk.stop - chunk.start, move.number, move.shard)
-            round_stochastically_(anchor, move.grid, philox.bits16(*place, step, seed, self._device))
+            bits = philox.bits16(*place, step, seed, self._device)
+            rounded = round_stochastically_(anchor.float(), move.grid, bits)  # in place, unless theta is float64
+            if rounded is not anchor:
+                anchor.copy_(rounded)
         elif move.grid != anchor.dtype:
             anchor.copy_(anchor.to(move.grid))
         torch.sub(anchor, base, out=delta)
@@ -171,7 +174,8 @@ def round_stochastically_(x: Tensor, grid: torch.dtype, bits: Tensor) -> Tensor:
         return x
     magnitude = x.abs()
     # The power of two at or below |x|, or the least normal number, whose spacing the subnormal ones share.
-    power = magnitude.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32).clamp_(min=_FLOAT16_LEAST_NORMAL)
+    power = magnitude.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
+    power = power.clamp_(_FLOAT16_LEAST_NORMAL, _FLOAT16_LARGEST_POWER)
     quotient = magnitude.div_(power).mul_(_FLOAT16_DIGITS)  # exact: both are powers of two
     whole = quotient.floor()
     up = (bits + 0.5) * 2.0**-16 < quotient - whole

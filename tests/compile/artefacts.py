@@ -74,9 +74,9 @@ def compile_launches(launch: Callable[[], object], target: GPUTarget) -> dict[st
 
 
 def _jit_functions() -> list[JITFunction]:
-    from gapo_kernels.kernels import gradient, pairs, statistics
+    from gapo_kernels.kernels import gradient, pairs, perturbation, statistics
 
-    modules = (gradient, pairs, statistics)
+    modules = (gradient, pairs, perturbation, statistics)
     return [value for module in modules for value in vars(module).values() if isinstance(value, JITFunction)]
 
 

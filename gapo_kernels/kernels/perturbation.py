@@ -1,0 +1,423 @@
+"""The three passes over the weights, norm, exchange, restore, each one launch over all parameters of the same dtypes.
+
+    delta  = step_size * theta^2 * g (asam)  or  step_size * g (sam)
+    theta~ = round(cast(theta) + delta)         cast and round: to the grid of the dtype that the forward computes with
+
+The same as `gapo_kernels/perturbation.py`, bit for bit but for fused multiply-adds. Floor, b bytes a weight: the norm
+reads 2 b (sam: b), the exchange reads 2 b and writes 2 b, the restoration reads b and writes b; beyond that a tile of 8192
+weights costs about 100 bytes of tables and partial sums. Philox takes about a quarter of the exchange's instructions.
+
+A program handles one tile of philox.py, so that one call of the generator, on the counters of a group's 1024 lanes, serves
+the tile's eight groups and every access is to 1024 neighbouring elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gapo_kernels import philox
+from gapo_kernels.kernels import config
+from gapo_kernels.perturbation import Move, accumulation_dtype
+
+# 128 threads hold 16 bytes each of a group's 1024 bfloat16 elements. Compiled for sm_90 by Triton 3.9: 31, 93 and 56
+# registers in bfloat16, 26 instructions a weight in the exchange, of about 75 that bandwidth leaves time for.
+LAUNCH = {"num_warps": 4}
+
+GROUP = tl.constexpr(philox.LANES)
+PAIR = tl.constexpr(2 * philox.LANES)
+TILE = tl.constexpr(philox.TILE)
+ROUNDING = tl.constexpr(philox.ROUNDING)
+
+# The table's columns, int64, a row for each parameter.
+COLUMNS = tl.constexpr(7)
+THETA_ADDRESS = tl.constexpr(0)
+DIRECTION_ADDRESS = tl.constexpr(1)
+ORIGINAL_ADDRESS = tl.constexpr(2)
+NUMEL = tl.constexpr(3)
+NUMBER = tl.constexpr(4)
+SHARD = tl.constexpr(5)
+FIRST_TILE = tl.constexpr(6)
+
+
+@triton.jit
+def place_of_tile(table, move_of_tile, i_tile):
+    """The row of the tile's parameter, the tile's number in it, and how many elements it has."""
+    row = table + tl.load(move_of_tile + i_tile) * COLUMNS
+    i_own = i_tile - tl.load(row + FIRST_TILE)
+    left = tl.minimum(tl.load(row + NUMEL) - i_own * TILE, TILE).to(tl.int32)
+    return row, i_own, left
+
+
+@triton.jit
+def tile_pointer(row, COLUMN: tl.constexpr, i_own, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The tile's first element. The address is complete before it is a pointer: see primitives.row_address."""
+    pointer = (tl.load(row + COLUMN) + i_own * TILE * (DTYPE.primitive_bitwidth // 8)).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def vector_offsets(ELEMENTS: tl.constexpr, VEC: tl.constexpr):
+    """(ELEMENTS / VEC, VEC): a row is a thread's 16 bytes, so that sums over axis 1 take no step across threads."""
+    return (tl.arange(0, ELEMENTS // VEC) * VEC)[:, None] + tl.arange(0, VEC)[None, :]
+
+
+@triton.jit
+def widen(b_x, DTYPE: tl.constexpr):
+    """Exact. By bits from bfloat16: the interpreter's cast loses subnormal numbers."""
+    if b_x.dtype == tl.bfloat16:
+        b_x = (b_x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return b_x.to(DTYPE)
+
+
+@triton.jit
+def round_to_nearest(b_x, DTYPE: tl.constexpr):
+    """To DTYPE. To 16 bits by way of float32, as torch does it; to bfloat16 by bits: the interpreter's cast truncates."""
+    if DTYPE == tl.bfloat16:
+        b_x = b_x.to(tl.float32)
+        b_bits = b_x.to(tl.int32, bitcast=True)
+        b_bits = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) >> 16
+        b_bits = tl.where(b_x == b_x, b_bits, 0x7FC0)  # noqa: PLR0124  a carry makes infinity of some NaNs
+        return b_bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    elif DTYPE == tl.float16:
+        return b_x.to(tl.float32).to(tl.float16)
+    else:
+        return b_x.to(DTYPE)
+
+
+@triton.jit
+def round_stochastically(b_x, b_random, GRID: tl.constexpr):
+    """float32 to one of its two neighbours on a 16-bit grid, in float32; b_random in [0, 2^16)."""
+    b_bits = b_x.to(tl.int32, bitcast=True)
+    b_random = b_random.to(tl.int32)
+    if GRID == tl.bfloat16:  # a carry goes to the next larger magnitude
+        return ((b_bits + b_random) & -0x10000).to(tl.float32, bitcast=True)
+    else:
+        # Normal numbers have 13 bits more than float16: up where these exceed b_random / 8.
+        b_normal = (b_bits + (0x1FFF - (b_random >> 3))) & -0x2000
+        # Subnormal ones are multiples of 2^-24; no step rounds.
+        b_quotient = tl.abs(b_x) * 16777216.0
+        b_whole = tl.floor(b_quotient)
+        b_up = (b_random.to(tl.float32) + 0.5) * 0.0000152587890625 < b_quotient - b_whole
+        b_subnormal = (b_whole + tl.where(b_up, 1.0, 0.0)) * 5.9604644775390625e-08
+        b_subnormal = b_subnormal.to(tl.int32, bitcast=True) | (b_bits & -0x80000000)
+        return tl.where(b_quotient < 1024.0, b_subnormal, b_normal).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def words_of_tile(row, i_own, seed_low, seed_high, step, b_load):
+    """Four words for each lane of a group, in the registers of the thread that holds the elements of `b_load` (a load).
+
+    Computed from the offsets alone they would be laid out otherwise and, at each use, go through shared memory. So they
+    take in a zero made of the load, which only the compiler's last stage knows to be one: it drops the load.
+    """
+    b_zero = widen(b_load, tl.float32).to(tl.uint32, bitcast=True).to(tl.uint64) >> 32
+    LANES: tl.constexpr = b_load.shape[0]
+    b_lane = vector_offsets(LANES * b_load.shape[1], b_load.shape[1])
+    seed = (seed_high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | seed_low.to(tl.uint32, bitcast=True)
+    stream = (2 * tl.load(row + SHARD) + ROUNDING).to(tl.int32)
+    number = tl.load(row + NUMBER).to(tl.int32)
+    return tl.philox(seed, (i_own * GROUP).to(tl.int32) + b_lane + b_zero.to(tl.int32), stream, number, step)
+
+
+@triton.jit
+def perturb(
+    b_theta,
+    b_g,
+    b_random,
+    step_size,
+    GRID: tl.constexpr,
+    ACC: tl.constexpr,
+    ASAM: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):
+    """theta~ in theta's dtype; over axis 1 the sums of delta^2 and (theta~ - cast(theta))^2, and how many differ."""
+    b_old = widen(b_theta, ACC)
+    b_delta = widen(b_g, ACC)
+    if ASAM:
+        b_delta *= b_old
+    b_delta *= step_size
+    if ASAM:
+        b_delta *= b_old
+    b_base = b_old
+    if GRID != b_theta.dtype and GRID != ACC:
+        b_base = widen(round_to_nearest(b_old, GRID), ACC)
+    if STOCHASTIC:
+        b_new = round_stochastically((b_base + b_delta).to(tl.float32), b_random, GRID).to(ACC)
+    else:
+        b_new = widen(round_to_nearest(b_base + b_delta, GRID), ACC)
+    b_moved = b_new - b_base
+    if GRID == tl.bfloat16 and b_theta.dtype == tl.bfloat16:  # nothing is left to round
+        b_stored = (b_new.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        b_stored = round_to_nearest(b_new, b_theta.dtype)
+    return (
+        b_stored,
+        tl.sum(b_delta * b_delta, 1),
+        tl.sum(b_moved * b_moved, 1),
+        tl.sum(tl.where(b_moved != 0, 1.0, 0.0).to(ACC), 1),
+    )
+
+
+@triton.jit(do_not_specialize=["first"])
+def norm_kernel(
+    table,  # (moves, COLUMNS) int64
+    move_of_tile,  # (tiles,) int32
+    partial,  # (tiles,) float64
+    first,  # the launch's first tile
+    THETA: tl.constexpr,
+    DIRECTION: tl.constexpr,
+    ACC: tl.constexpr,
+    ASAM: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    i_tile = first + tl.program_id(0).to(tl.int64)
+    row, i_own, left = place_of_tile(table, move_of_tile, i_tile)
+    direction = tile_pointer(row, DIRECTION_ADDRESS, i_own, DIRECTION, ALIGNED)
+    theta = tile_pointer(row, THETA_ADDRESS, i_own, THETA, ALIGNED) if ASAM else direction
+    o_pair = vector_offsets(PAIR, VEC)
+    whole = left // PAIR * PAIR
+    b_sum = tl.zeros([PAIR // VEC], ACC)
+    for start in range(0, whole, PAIR):
+        b_scaled = widen(tl.load(direction + start + o_pair), ACC)
+        if ASAM:
+            b_scaled *= widen(tl.load(theta + start + o_pair), ACC)
+        b_sum += tl.sum(b_scaled * b_scaled, 1)
+    if whole < left:
+        m_pair = o_pair < left - whole
+        b_scaled = widen(tl.load(direction + whole + o_pair, mask=m_pair, other=0), ACC)
+        if ASAM:
+            b_scaled *= widen(tl.load(theta + whole + o_pair, mask=m_pair, other=0), ACC)
+        b_sum += tl.sum(b_scaled * b_scaled, 1)
+    tl.store(partial + i_tile, tl.sum(b_sum, 0).to(tl.float64))
+
+
+@triton.jit(do_not_specialize=["first", "tiles", "seed_low", "seed_high", "step"])
+def exchange_kernel(
+    table,  # (moves, COLUMNS) int64
+    move_of_tile,  # (tiles,) int32
+    exchanged,  # (tiles,) int8, set to 1
+    partials,  # (3, tiles) float64
+    step_size,  # () float64
+    first,  # the launch's first tile
+    tiles,
+    seed_low,  # int32, as the two below, the bits of an unsigned one
+    seed_high,
+    step,
+    THETA: tl.constexpr,
+    DIRECTION: tl.constexpr,
+    GRID: tl.constexpr,
+    ACC: tl.constexpr,
+    ASAM: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    i_tile = first + tl.program_id(0).to(tl.int64)
+    row, i_own, left = place_of_tile(table, move_of_tile, i_tile)
+    theta = tile_pointer(row, THETA_ADDRESS, i_own, THETA, ALIGNED)
+    direction = tile_pointer(row, DIRECTION_ADDRESS, i_own, DIRECTION, ALIGNED)
+    original = tile_pointer(row, ORIGINAL_ADDRESS, i_own, THETA, ALIGNED)
+    b_step = tl.load(step_size).to(ACC)
+    o_group = vector_offsets(GROUP, VEC)
+    if STOCHASTIC:
+        b_load = tl.load(theta + o_group, mask=o_group < left, other=0)
+        b_word, b_word1, b_word2, b_word3 = words_of_tile(row, i_own, seed_low, seed_high, step, b_load)
+    else:
+        b_word, b_word1, b_word2, b_word3 = o_group, o_group, o_group, o_group
+
+    whole = left // PAIR * PAIR
+    b_intended = tl.zeros([GROUP // VEC], ACC)
+    b_applied = tl.zeros([GROUP // VEC], ACC)
+    b_changed = tl.zeros([GROUP // VEC], ACC)
+    for start in range(0, whole, PAIR):
+        # Both groups are loaded before one is stored: the compiler cannot know that they do not overlap.
+        o_even = start + o_group
+        o_odd = o_even + GROUP
+        b_theta0, b_theta1 = tl.load(theta + o_even), tl.load(theta + o_odd)
+        b_g0, b_g1 = tl.load(direction + o_even), tl.load(direction + o_odd)
+        b_new, b_i, b_a, b_c = perturb(b_theta0, b_g0, b_word & 0xFFFF, b_step, GRID, ACC, ASAM, STOCHASTIC)
+        tl.store(original + o_even, b_theta0)
+        tl.store(theta + o_even, b_new)
+        b_intended, b_applied, b_changed = b_intended + b_i, b_applied + b_a, b_changed + b_c
+        b_new, b_i, b_a, b_c = perturb(b_theta1, b_g1, b_word >> 16, b_step, GRID, ACC, ASAM, STOCHASTIC)
+        tl.store(original + o_odd, b_theta1)
+        tl.store(theta + o_odd, b_new)
+        b_intended, b_applied, b_changed = b_intended + b_i, b_applied + b_a, b_changed + b_c
+        b_word, b_word1, b_word2, b_word3 = b_word1, b_word2, b_word3, b_word
+    if whole < left:
+        for k in tl.static_range(2):
+            o_masked = whole + k * GROUP + o_group
+            m_group = o_masked < left
+            b_theta = tl.load(theta + o_masked, mask=m_group, other=0)
+            b_g = tl.load(direction + o_masked, mask=m_group, other=0)
+            b_bits = (b_word >> 16 * k) & 0xFFFF
+            b_new, b_i, b_a, b_c = perturb(b_theta, b_g, b_bits, b_step, GRID, ACC, ASAM, STOCHASTIC)
+            tl.store(original + o_masked, b_theta, mask=m_group)
+            tl.store(theta + o_masked, b_new, mask=m_group)
+            # zeros where masked: 0 moves by 0, which no rounding changes
+            b_intended, b_applied, b_changed = b_intended + b_i, b_applied + b_a, b_changed + b_c
+    tl.store(exchanged + i_tile, 1)
+    tl.store(partials + i_tile, tl.sum(b_intended, 0).to(tl.float64))
+    tl.store(partials + tiles + i_tile, tl.sum(b_applied, 0).to(tl.float64))
+    tl.store(partials + 2 * tiles.to(tl.int64) + i_tile, tl.sum(b_changed, 0).to(tl.float64))
+
+
+@triton.jit(do_not_specialize=["first"])
+def restore_kernel(
+    table,  # (moves, COLUMNS) int64
+    move_of_tile,  # (tiles,) int32
+    exchanged,  # (tiles,) int8, cleared
+    first,  # the launch's first tile
+    BITS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    i_tile = first + tl.program_id(0).to(tl.int64)
+    if tl.load(exchanged + i_tile) == 0:
+        return
+    row, i_own, left = place_of_tile(table, move_of_tile, i_tile)
+    theta = tile_pointer(row, THETA_ADDRESS, i_own, BITS, ALIGNED)
+    original = tile_pointer(row, ORIGINAL_ADDRESS, i_own, BITS, ALIGNED)
+    if left == TILE:
+        o_tile = vector_offsets(TILE, VEC)
+        tl.store(theta + o_tile, tl.load(original + o_tile))
+    else:
+        o_pair = vector_offsets(PAIR, VEC)
+        for start in range(0, left, PAIR):
+            m_pair = o_pair < left - start
+            tl.store(theta + start + o_pair, tl.load(original + start + o_pair, mask=m_pair), mask=m_pair)
+    tl.debug_barrier()  # one thread stores: no other may have its load of the flag still before it
+    tl.store(exchanged + i_tile, 0)
+
+
+_TRITON = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+_BITS = {2: tl.int16, 4: tl.int32, 8: tl.int64}
+
+
+class _Launch:
+    """The moves that one launch takes, and its tiles among all tiles."""
+
+    def __init__(self, move: Move, aligned: bool, first: int) -> None:
+        self.theta, self.direction, self.grid = move.theta.dtype, move.direction.dtype, move.grid
+        self.accumulation = accumulation_dtype(move)
+        self.aligned, self.first, self.tiles = aligned, first, 0
+
+    @property
+    def layout(self) -> dict[str, object]:
+        return {"ALIGNED": self.aligned, "VEC": 16 // self.theta.itemsize, **LAUNCH, **config.OPTIONS}
+
+
+class Perturbation:
+    """theta -> theta~ = theta + delta and back, with delta = step_size * theta^2 * g (asam) or step_size * g (sam)."""
+
+    def __init__(self, moves: Sequence[Move], geometry: str, stochastic: bool) -> None:
+        self._asam, self._stochastic = geometry == "asam", stochastic
+        self._device = moves[0].theta.device
+        self._moves = tuple(moves)  # the table holds addresses: their memory must live
+        groups: dict[tuple, list[Move]] = {}
+        for move in moves:
+            if move.theta.numel():
+                tensors = (move.theta, move.direction, move.original)
+                aligned = all(t.data_ptr() % 16 == 0 for t in tensors)
+                groups.setdefault((move.theta.dtype, move.direction.dtype, move.grid, aligned), []).append(move)
+        rows, self._launches, self._tiles = [], [], 0
+        for (*_, aligned), group in groups.items():
+            launch = _Launch(group[0], aligned, self._tiles)
+            for move in group:
+                addresses = (t.data_ptr() for t in (move.theta, move.direction, move.original))
+                rows.append((*addresses, move.theta.numel(), move.number, move.shard, self._tiles))
+                self._tiles += triton.cdiv(move.theta.numel(), philox.TILE)
+            launch.tiles = self._tiles - launch.first
+            self._launches.append(launch)
+        if not rows:
+            return
+        pinned = self._device.type != "cpu"
+        self._table = torch.tensor(rows, dtype=torch.int64, pin_memory=pinned).to(self._device, non_blocking=True)
+        tiles_of_move = (self._table[:, NUMEL.value] + (philox.TILE - 1)) // philox.TILE
+        # output_size: else the host would wait for the sum.
+        self._move_of_tile = torch.repeat_interleave(tiles_of_move.int(), output_size=self._tiles)
+        self._exchanged = torch.zeros(self._tiles, dtype=torch.int8, device=self._device)
+
+    def squared_norm(self) -> Tensor:
+        """|| theta * g ||^2 (asam) or || g ||^2, () float64."""
+        partial = torch.empty(self._tiles, dtype=torch.float64, device=self._device)
+        with self._on_device():
+            for launch in self._launches:
+                norm_kernel[(launch.tiles,)](
+                    self._table,
+                    self._move_of_tile,
+                    partial,
+                    launch.first,
+                    THETA=_TRITON[launch.theta],
+                    DIRECTION=_TRITON[launch.direction],
+                    ACC=_TRITON[launch.accumulation],
+                    ASAM=self._asam,
+                    **launch.layout,
+                )
+        return partial.sum()
+
+    def exchange(self, step_size: float | Tensor, seed: int, step: int) -> Tensor:
+        """Moves the weights. (3,) float64: ||delta||^2, ||theta~ - cast(theta)||^2, the number of weights that changed."""
+        if not isinstance(step_size, Tensor):  # a fill: torch.tensor would wait for the device
+            step_size = torch.full((), step_size, dtype=torch.float64, device=self._device)
+        partials = torch.empty(3, self._tiles, dtype=torch.float64, device=self._device)
+        with self._on_device():
+            for launch in self._launches:
+                half = launch.grid in (torch.float16, torch.bfloat16)
+                exchange_kernel[(launch.tiles,)](
+                    self._table,
+                    self._move_of_tile,
+                    self._exchanged,
+                    partials,
+                    step_size,
+                    launch.first,
+                    self._tiles,
+                    _int32(seed),
+                    _int32(seed >> 32),
+                    _int32(step),
+                    THETA=_TRITON[launch.theta],
+                    DIRECTION=_TRITON[launch.direction],
+                    GRID=_TRITON[launch.grid],
+                    ACC=_TRITON[launch.accumulation],
+                    ASAM=self._asam,
+                    STOCHASTIC=self._stochastic and half,
+                    **launch.layout,
+                )
+        return partials.sum(1)
+
+    def restore(self) -> None:
+        """Puts back what `exchange` has moved, also if that failed half-way. May be called again after a failure."""
+        with self._on_device():
+            for launch in self._launches:
+                restore_kernel[(launch.tiles,)](
+                    self._table,
+                    self._move_of_tile,
+                    self._exchanged,
+                    launch.first,
+                    BITS=_BITS[launch.theta.itemsize],
+                    **launch.layout,
+                )
+
+    def _on_device(self):
+        """Triton launches on the current device."""
+        device = self._device
+        return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+
+
+def _int32(value: int) -> int:
+    """The lowest 32 bits as a signed number: unsigned ones would be compiled anew from 2^31 on."""
+    return (value + 2**31) % 2**32 - 2**31

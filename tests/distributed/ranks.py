@@ -1,0 +1,215 @@
+"""What each of two processes runs. Every function gets (rank, folder) and saves what it found as folder/RANK.pt."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import distributed, nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import tiny_models
+
+from gapo_kernels import GeometricAnchor, gapo_step, sequence_logps
+
+RANKS, PAIRS, RHO = 2, 4, 0.3
+
+
+def run(rank, name, folder, options):
+    torch.set_num_threads(1)
+    store = distributed.FileStore(os.path.join(folder, "store"), RANKS)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+    try:
+        torch.save(globals()[name](rank, **options), os.path.join(folder, f"{rank}.pt"))
+    finally:
+        distributed.destroy_process_group()
+
+
+def batch(rank=None, drop=()):
+    """All pairs, or this rank's half of them."""
+    ids, labels = tiny_models.preference_batch(PAIRS)
+    rows = range(PAIRS) if rank is None else range(rank * PAIRS // RANKS, (rank + 1) * PAIRS // RANKS)
+    rows = [*rows, *(row + PAIRS for row in rows)]
+    return ids[rows], labels[rows]
+
+
+def logps_of(model, rank=None):
+    ids, labels = batch(rank)
+    return lambda: sequence_logps(model(input_ids=ids).logits, labels)
+
+
+def one_process(model, anchor, steps=1, lr=0.0):
+    """What the joined batch gives on one process: per step (gap, loss, gradients by name)."""
+    return _train(model, anchor, logps_of(model), steps, lr)
+
+
+def _train(model, anchor, logps, steps, lr, whole=lambda tensor: tensor):
+    found = []
+    for _ in range(steps):
+        model.zero_grad()
+        out = gapo_step(logps, anchor)
+        out.loss.backward()
+        gradients = {n.removeprefix("module."): whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+        stats = (anchor.stats.grad_norm, anchor.stats.intended_norm, anchor.stats.changed_fraction)
+        found.append((out.gap, out.loss.detach(), {n: g.clone() for n, g in gradients.items()}, stats))
+        with torch.no_grad():
+            for param in model.parameters():
+                if param.grad is not None:
+                    param -= lr * param.grad
+    return found
+
+
+def full(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def ddp(rank, model="llama", steps=2, lr=0.05, checkpointing=False, **options):
+    model = tiny_models.build(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    anchor = GeometricAnchor.from_model(wrapped, rho=RHO, **options)
+    return _train(wrapped, anchor, logps_of(wrapped, rank), steps, lr)
+
+
+def ddp_bfloat16(rank):
+    """The anchors' bits on every rank, from gradients that differ before they are averaged."""
+    torch.manual_seed(0)
+    model = nn.Linear(300, 70).bfloat16()
+    anchor = GeometricAnchor(model.named_parameters(), rho=50.0, seed=3)
+    theta = [p.detach().clone() for p in anchor.params]
+    torch.manual_seed(rank)
+    with anchor.perturbed(model(torch.randn(5, 300).bfloat16()).float().square().sum()):
+        moved = [p.detach().clone() for p in anchor.params]
+    assert all(torch.equal(p, t) for p, t in zip(anchor.params, theta))
+    return moved
+
+
+def unused_on_one_rank(rank):
+    """A parameter that only rank 1's objective depends on, one that nobody's does, and two that share a gradient."""
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(3, dtype=torch.float64)) for _ in range(5)]
+    kept = torch.randn(3, dtype=torch.float64)
+    objective = (params[0] ** 3).sum() * (rank + 1) + ((params[3] + params[4]) * kept).sum() ** 2
+    if rank == 1:
+        objective = objective + (params[1] ** 2).sum()
+    theta = [p.detach().clone() for p in params]
+    anchor = GeometricAnchor(params, rho=RHO)
+    with anchor.perturbed(objective):
+        return [p.detach() - t for p, t in zip(params, theta)]
+
+
+def given_gradients(rank):
+    """grads= are averaged, too, and left as they were."""
+    params = [nn.Parameter(torch.ones(4, dtype=torch.float64)), nn.Parameter(torch.ones(3, dtype=torch.float64))]
+    grads = [torch.full((4,), 1.0 + rank, dtype=torch.float64), torch.arange(3, dtype=torch.float64) * rank]
+    before = [g.clone() for g in grads]
+    anchor = GeometricAnchor(params, rho=RHO, geometry="sam")
+    with anchor.perturbed(grads=grads):
+        moved = [p.detach() - 1 for p in params]
+    assert all(torch.equal(g, b) for g, b in zip(grads, before))
+    return moved
+
+
+def not_finite_on_one_rank(rank):
+    param = nn.Parameter(torch.ones(4))
+    try:
+        with GeometricAnchor([param]).perturbed(grads=[torch.full((4,), float("nan") if rank else 1.0)]):
+            return "entered"
+    except FloatingPointError as error:
+        return str(error)
+
+
+def _shard(model, mesh_shape=None, **options):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    names = ("shard",) if mesh_shape is None else ("replicate", "shard")
+    mesh = init_device_mesh("cpu", mesh_shape or (RANKS,), mesh_dim_names=names)
+    for layer in (model.model.layers if hasattr(model, "model") else model.transformer.h):
+        fully_shard(layer, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def fsdp(rank, model="llama", steps=2, lr=0.05, checkpointing=False, mesh_shape=None, reshard="default", **options):
+    model = tiny_models.build(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model = _shard(model, mesh_shape, **({} if reshard == "default" else {"reshard_after_forward": reshard}))
+    anchor = GeometricAnchor.from_model(model, rho=RHO, **options)
+    return _train(model, anchor, logps_of(model, rank), steps, lr, full)
+
+
+def fsdp_accumulates(rank):
+    """Two micro-steps: gradients add up, and the probe leaves them alone."""
+    model = _shard(tiny_models.build("llama"))
+    anchor = GeometricAnchor.from_model(model, rho=RHO)
+    logps = logps_of(model, rank)
+    for _ in range(2):
+        gapo_step(logps, anchor).loss.backward()
+    return {n: full(p.grad) for n, p in model.named_parameters()}
+
+
+def fsdp_fails_inside(rank, where):
+    model = _shard(tiny_models.build("llama"), reshard_after_forward=False)
+    anchor = GeometricAnchor.from_model(model, rho=RHO)
+    before = [p.detach().to_local().clone() for p in anchor.params]
+    logps, calls = logps_of(model, rank), []
+
+    def failing():
+        calls.append(1)
+        if len(calls) == 2:
+            moved = any(not torch.equal(p.detach().to_local(), b) for p, b in zip(anchor.params, before))
+            assert moved
+            if where == "anchor":
+                raise ValueError("at the anchor")
+            return logps() * float("nan")
+        return logps() * (float("nan") if where == "probe" else 1)
+
+    try:
+        gapo_step(failing, anchor)
+        error = None
+    except Exception as raised:
+        error = type(raised).__name__
+    restored = all(torch.equal(p.detach().to_local(), b) for p, b in zip(anchor.params, before))
+    gradients = all(p.grad is None for p in model.parameters())
+    ids, _ = batch(rank)
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+        expected = tiny_models.build("llama")(input_ids=ids).logits
+    return error, restored, gradients, torch.equal(logits, expected)
+
+
+def fsdp_mixed_precision(rank):
+    """float32 masters gathered as bfloat16: the anchor's shards lie on bfloat16's grid, around the rounded weights."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = _shard(tiny_models.build("llama", torch.float32), mp_policy=policy)
+    anchor = GeometricAnchor.from_model(model, rho=RHO)
+    before = [p.detach().to_local().clone() for p in anchor.params]
+    logps, seen = logps_of(model, rank), []
+
+    def recording():
+        shards = [p.detach().to_local().clone() for p in anchor.params]
+        seen.append(shards)
+        return logps()
+
+    gapo_step(recording, anchor)
+    clean, moved = seen
+    assert all(torch.equal(a, b) for a, b in zip(clean, before))
+    on_grid = all(torch.equal(m, m.bfloat16().float()) for m in moved)
+    unchanged = torch.cat([(m == b.bfloat16().float()).flatten() for m, b in zip(moved, before)]).float().mean().item()
+    restored = all(torch.equal(p.detach().to_local(), b) for p, b in zip(anchor.params, before))
+    return on_grid, unchanged, restored, anchor.stats.changed_fraction
+
+
+def fsdp_without_sync(rank):
+    model = _shard(tiny_models.build("llama"))
+    anchor = GeometricAnchor.from_model(model, rho=RHO)
+    model.set_requires_gradient_sync(False)
+    try:
+        gapo_step(logps_of(model, rank), anchor)
+    except RuntimeError as error:
+        return str(error)

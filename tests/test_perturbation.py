@@ -1,0 +1,466 @@
+"""The three passes over the weights, in torch and in Triton: where the weights go, with which bits, and that they come back.
+
+Each back end is held to a float64 computation and to `philox.bits16`; the two are held to each other, bit for bit under
+the interpreter. A compiled kernel fuses multiply and add, so a float32 anchor may differ in its last bit there.
+"""
+
+import math
+
+import pytest
+import torch
+
+from gapo_kernels import philox
+from gapo_kernels import perturbation as torch_version
+from gapo_kernels.perturbation import Move
+
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Bits of the significand behind the leading one, and the least normal number's exponent.
+DIGITS = {F64: (52, -1022), F32: (23, -126), BF16: (7, -126), F16: (10, -14)}
+# theta, direction, grid.
+SAME = [(F64, F64, F64), (F32, F32, F32), (BF16, BF16, BF16), (F16, F16, F16)]
+MIXED = [(F32, F32, BF16), (F32, BF16, F16), (BF16, F32, BF16), (F16, F32, F16), (BF16, BF16, F32), (F64, F32, F32)]
+COMBINATIONS = [
+    pytest.param(combination, id="-".join(str(dtype).removeprefix("torch.") for dtype in combination))
+    for combination in SAME + MIXED
+]
+GEOMETRIES = ["asam", "sam"]
+SIZES = [1, 5, 1023, 8191, 8192, 8193, 3 * 8192 + 17]
+
+
+@pytest.fixture
+def perturbation(backend):
+    """The class under test."""
+    if backend == "torch":
+        return torch_version.Perturbation
+    from gapo_kernels.kernels.perturbation import Perturbation
+
+    return Perturbation
+
+
+def bits(x):
+    return x.view(INTEGERS[x.itemsize])
+
+
+def make_move(n, dtypes, device, number=3, shard=0, offset=0, alias=False, seed=0):
+    """A move with theta, g of about 1, spread over some powers of two, in views that begin at `offset`."""
+    theta_dtype, direction_dtype, grid = dtypes
+    generator = torch.Generator().manual_seed(seed)
+    theta, g, spread = torch.randn(3, n, generator=generator, dtype=F64)
+
+    def place(values, dtype):
+        storage = torch.full((offset + n + 8,), 7.0, dtype=dtype, device=device)
+        return storage[offset : offset + n].copy_(values)
+
+    direction = place(g, direction_dtype)
+    original = direction if alias else place(torch.zeros(n), theta_dtype)
+    return Move(place(theta * spread.exp(), theta_dtype), direction, original, grid, number, shard)
+
+
+def exact(move, geometry, step_size):
+    """(what the anchor lies around, delta) in float64, from the rounded inputs."""
+    theta, g = move.theta.double().clone(), move.direction.double()
+    narrower = DIGITS[move.grid][0] < DIGITS[move.theta.dtype][0] or move.grid == F16
+    base = move.theta.to(move.grid).double() if narrower else theta
+    return base, step_size * (theta * theta * g if geometry == "asam" else g)
+
+
+def spacing(x, dtype):
+    """Between neighbours in dtype around x (float64)."""
+    digits, least = DIGITS[dtype]
+    exponent = (torch.frexp(x).exponent - 1).clamp(min=least)
+    return torch.ldexp(torch.ones_like(x), exponent - digits)
+
+
+def check_anchor(move, base, delta, stats, stochastic):
+    """theta~ and the statistics against float64, inputs from before the exchange."""
+    anchor, wanted = move.theta.double(), base + delta
+    coarsest = min((move.grid, move.theta.dtype), key=lambda dtype: DIGITS[dtype][0])
+    half = coarsest in (BF16, F16)
+    assert torch.equal(move.theta.to(coarsest).double(), anchor), "theta~ is not on the grid"
+    # Half a step, or one; plus float32's errors in x itself.
+    steps = 1.0 if stochastic and half and move.grid == coarsest else 0.5
+    slack = 1e-14 if F64 == coarsest else 4e-7
+    bound = steps * spacing(wanted.abs().maximum(anchor.abs()), coarsest) + slack * (base.abs() + delta.abs())
+    assert ((anchor - wanted).abs() <= bound).all()
+    tolerance = dict(rtol=1e-5, atol=0)
+    torch.testing.assert_close(stats[0], delta.square().sum(), **tolerance)
+    if coarsest == move.grid:  # else theta~ is rounded once more in theta's dtype, after the statistics
+        torch.testing.assert_close(stats[1], (anchor - base).square().sum(), **tolerance)
+        assert stats[2] == (anchor != base).sum()
+
+
+# ---- The generator ----
+
+
+@pytest.mark.parametrize(
+    "counter, key, words",
+    [
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_known_answers(counter, key, words):
+    """Random123's own vectors."""
+    c0, *others = counter
+    got = philox.philox(torch.tensor([c0]), *others, seed=key[0] | key[1] << 32)
+    assert tuple(word.item() for word in got) == words
+
+
+PLACES = [  # number, shard, step, seed
+    (0, 0, 0, 0),
+    (1, 0, 0, 0),
+    (0, 1, 0, 0),
+    (0, 0, 1, 0),
+    (0, 0, 0, 1),
+    (0, 0, 0, 2**31),
+    (0, 0, 0, 2**32),
+    (0, 0, 0, 2**63),
+    (7, 5, 2**31, 2**32 - 1),
+    (2**32 - 1, 2**31 - 1, 2**32 - 1, 2**64 - 1),
+]
+
+
+@pytest.mark.parametrize("grid", [BF16, F16])
+@pytest.mark.parametrize("place", PLACES)
+def test_bits_are_those_of_philox(perturbation, device, grid, place):
+    """theta + delta = 1 + k / 2^16 of a step, exactly: how each of these rounds is known from its 16 bits."""
+    number, shard, step, seed = place
+    n = 8192 + 2100
+    k = torch.randint(2**16, (n,), generator=torch.Generator().manual_seed(1))
+    if grid == F16:
+        k = k // 8 * 8  # float32 has 13 bits more than float16
+    step_above_1 = 2.0 ** -DIGITS[grid][0]
+    g = (k.double() * 2**-16 * step_above_1).float().to(device)
+    move = Move(torch.ones(n, device=device), g, torch.empty(n, device=device), grid, number, shard)
+    perturbation([move], "sam", True).exchange(1.0, seed, step)
+    random = philox.bits16(0, n, number, shard, step, seed, torch.device("cpu"))
+    up = k + random >= 2**16 if grid == BF16 else random < k
+    assert torch.equal(move.theta.cpu(), 1 + up * step_above_1)
+    assert 0 < up.sum() < n
+
+
+def test_which_bits_are_an_elements():
+    """The mapping that philox.py's head describes, spelt out for some elements."""
+    number, shard, step, seed = 7, 5, 2**31, 2**40 + 1
+    drawn = philox.bits16(0, 3 * 8192, number, shard, step, seed, torch.device("cpu"))
+    for element in (0, 1, 1023, 1024, 2048 + 17, 8191, 8192, 2 * 8192 + 5 * 1024 + 3):
+        tile, group, lane = element // 8192, element // 1024 % 8, element % 1024
+        words = philox.philox(torch.tensor([1024 * tile + lane]), 2 * shard, number, step, seed)
+        assert drawn[element] == words[group // 2].item() >> 16 * (group % 2) & 0xFFFF
+
+
+def test_places_differ():
+    """Another parameter, shard, step or seed: other bits."""
+    drawn = [philox.bits16(0, 64, *place, torch.device("cpu")) for place in PLACES]
+    for i, one in enumerate(drawn):
+        assert not any(torch.equal(one, other) for other in drawn[:i])
+
+
+def test_parts_draw_what_the_whole_draws():
+    whole = philox.bits16(0, 3 * philox.TILE, 1, 2, 3, 4, torch.device("cpu"))
+    part = philox.bits16(philox.TILE, philox.TILE + 5, 1, 2, 3, 4, torch.device("cpu"))
+    assert torch.equal(whole[philox.TILE : 2 * philox.TILE + 5], part)
+
+
+# ---- Where the weights go ----
+
+
+@pytest.mark.parametrize("stochastic", [True, False])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("dtypes", COMBINATIONS)
+def test_anchor_against_float64(perturbation, device, dtypes, geometry, stochastic):
+    """Each statement on its own parameter: one Perturbation has but one triple of sums."""
+    for n in (5, 8193):
+        move = make_move(n, dtypes, device)
+        base, delta = exact(move, geometry, 0.03)
+        theta = move.theta.clone()
+        scaled = move.direction.double() * (theta.double() if geometry == "asam" else 1)
+        subject = perturbation([move], geometry, stochastic)
+        torch.testing.assert_close(subject.squared_norm(), scaled.square().sum(), rtol=1e-5, atol=0)
+        assert torch.equal(bits(move.theta), bits(theta))
+        check_anchor(move, base, delta, subject.exchange(0.03, 5, 1), stochastic)
+        assert torch.equal(bits(move.original), bits(theta))
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("dtypes", [(F32, F32, F32), (BF16, BF16, BF16)])
+def test_sizes(perturbation, device, n, dtypes):
+    """Whole and ragged tiles, in views that are aligned and not; what lies behind the views stays as it was."""
+    for offset in (0, 1):
+        move = make_move(n, dtypes, device, offset=offset)
+        theta = move.theta.clone()
+        base, delta = exact(move, "asam", 0.03)
+        subject = perturbation([move], "asam", True)
+        scaled = theta.double() * move.direction.double()
+        torch.testing.assert_close(subject.squared_norm(), scaled.square().sum(), rtol=1e-5, atol=0)
+        check_anchor(move, base, delta, subject.exchange(0.03, 5, 1), True)
+        assert torch.equal(bits(move.original), bits(theta))
+        subject.restore()
+        assert torch.equal(bits(move.theta), bits(theta))
+        for view in (move.theta, move.direction, move.original):
+            everything = torch.empty(0, dtype=view.dtype, device=device).set_(view.untyped_storage())
+            assert (everything[:offset] == 7).all() and (everything[offset + n :] == 7).all()
+
+
+def many_moves(device, alias):
+    """Dtypes in turn, sizes around a tile's, one empty, one not aligned."""
+    sizes = [8193, 5, 0, 8192, 100, 1023, 1]
+    moves = []
+    for i, dtypes in enumerate(SAME + MIXED[:3] + SAME):
+        n = sizes[i % len(sizes)]
+        same_dtype = dtypes[0] == dtypes[1]
+        moves.append(make_move(n, dtypes, device, i, i % 3, offset=i % 2, alias=alias and same_dtype, seed=i))
+    return moves
+
+
+@pytest.mark.parametrize("alias", [False, True], ids=["own original", "original over direction"])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_many_parameters(perturbation, device, geometry, alias):
+    """As one as each alone: the sums, the anchors and the way back."""
+    together, alone = many_moves(device, alias), many_moves(device, alias)
+    thetas = [move.theta.clone() for move in together]
+    subject = perturbation(together, geometry, True)
+    singles = [perturbation([move], geometry, True) for move in alone]
+    norm, norms = subject.squared_norm(), [single.squared_norm() for single in singles]
+    torch.testing.assert_close(norm, torch.stack(norms).sum())
+    stats, single_stats = subject.exchange(0.03, 5, 1), [single.exchange(0.03, 5, 1) for single in singles]
+    torch.testing.assert_close(stats, torch.stack(single_stats).sum(0))
+    for move, single, theta in zip(together, alone, thetas):
+        assert torch.equal(bits(move.theta), bits(single.theta))
+        assert torch.equal(bits(move.original), bits(theta))
+        assert not len(theta) or not torch.equal(move.theta, theta)
+    subject.restore()
+    assert all(torch.equal(bits(move.theta), bits(theta)) for move, theta in zip(together, thetas))
+
+
+def test_nothing_to_move(perturbation, device):
+    subject = perturbation([make_move(0, (F32, F32, F32), device)], "asam", True)
+    assert subject.squared_norm() == 0
+    assert subject.exchange(0.1, 0, 0).tolist() == [0, 0, 0]
+    subject.restore()
+
+
+@pytest.mark.parametrize("stochastic", [True, False])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("dtypes", COMBINATIONS)
+def test_back_ends_agree(perturbation, backend, device, interpreted, dtypes, geometry, stochastic):
+    """Bit for bit; compiled, a last bit may differ, and with it, seldom, the side that it is rounded to."""
+    if backend == "torch":
+        pytest.skip("nothing to compare")
+    one, other = (make_move(8192 + 1100, dtypes, device, number=9, shard=2) for _ in range(2))
+    step_size = torch.tensor(0.1, dtype=F64, device=device)  # not a float32 number
+    stats = perturbation([one], geometry, stochastic).exchange(step_size, 2**40 + 3, 6)
+    wanted = torch_version.Perturbation([other], geometry, stochastic).exchange(0.1, 2**40 + 3, 6)
+    torch.testing.assert_close(stats, wanted, rtol=1e-5, atol=0)
+    same = bits(one.theta) == bits(other.theta)
+    if interpreted:
+        assert same.all()
+    elif one.grid in (BF16, F16):
+        assert (~same).sum() <= 4
+    else:
+        torch.testing.assert_close(one.theta, other.theta, rtol=2.0 ** -DIGITS[one.theta.dtype][0], atol=1e-6)
+
+
+def test_step_size_on_the_device(perturbation, device):
+    """The same as a float, and rounded to float32 before it is multiplied."""
+    anchors = []
+    for step_size in (0.1, torch.tensor(0.1, dtype=F64, device=device)):
+        move = make_move(100, (F32, F32, F32), device)
+        move.theta.fill_(0)
+        perturbation([move], "sam", False).exchange(step_size, 0, 0)
+        anchors.append(move.theta)
+        assert torch.equal(move.theta, move.direction * torch.tensor(0.1))
+    assert torch.equal(*anchors)
+
+
+def test_repeats(perturbation, device):
+    """Bit for bit from the same seed, step, number and shard; elsewhere with another."""
+    outcomes = []
+    for seed, step, number, shard in [
+        (5, 1, 3, 0),
+        (5, 1, 3, 0),
+        (6, 1, 3, 0),
+        (5, 2, 3, 0),
+        (5, 1, 4, 0),
+        (5, 1, 3, 1),
+    ]:
+        move = make_move(8200, (BF16, BF16, BF16), device, number, shard)
+        stats = perturbation([move], "asam", True).exchange(0.03, seed, step)
+        outcomes.append((stats, move.theta))
+    (stats, theta), (stats_again, theta_again), *others = outcomes
+    assert torch.equal(stats, stats_again) and torch.equal(theta, theta_again)
+    for i, (_, one) in enumerate([outcomes[0], *others]):
+        assert not any(torch.equal(one, other) for _, other in others[i:])
+
+
+def test_threads_change_nothing():
+    """Of the torch version, which shares its chunks out."""
+    outcomes = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            move = make_move(3 * torch_version.CHUNK + 77, (BF16, BF16, BF16), torch.device("cpu"))
+            subject = torch_version.Perturbation([move], "asam", True)
+            outcomes.append((subject.squared_norm(), subject.exchange(0.03, 5, 1), move.theta))
+    finally:
+        torch.set_num_threads(before)
+    for outcome in outcomes[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(outcome, outcomes[0]))
+
+
+# ---- Stochastic rounding ----
+
+ROUNDED = {  # theta: its exponent in the grid's range; float16's subnormal numbers begin at 2^-14
+    "bfloat16": (BF16, 0),
+    "float16": (F16, 0),
+    "float16 subnormal": (F16, -17),
+    "float16 across the border": (F16, -14),
+}
+
+
+@pytest.mark.parametrize("grid, exponent", ROUNDED.values(), ids=ROUNDED.keys())
+def test_stochastic_rounding_is_unbiased(perturbation, device, grid, exponent):
+    """To the two neighbours only, and on average to what was rounded: within 5 standard errors, by the place between."""
+    n, seeds = 8192, 12
+    generator = torch.Generator().manual_seed(2)
+    theta = (torch.randn(n, generator=generator, dtype=F64) * 2.0**exponent).to(grid)
+    step = spacing(theta.double().abs().clamp(min=2.0**-60), grid)  # that of zero as well
+    fraction = (torch.arange(n) % 16 + torch.rand(n, generator=generator)) / 16
+    g = (fraction * step).float()
+    g = g.where(theta >= 0, -g)  # away from zero: the spacing there is theta's
+    x = (theta.float() + g).double()
+    outward = spacing(x, grid) * x.sign()
+    lower = (x / outward).floor() * outward
+    place = (x - lower) / outward
+    error = torch.zeros(16, dtype=F64)
+    for seed in range(seeds):
+        move = Move(theta.float().to(device), g.to(device), torch.empty(n, device=device), grid, 0, 0)
+        perturbation([move], "sam", True).exchange(1.0, seed, 0)
+        up = (move.theta.cpu().double() - lower) / outward
+        assert ((up == 0) | ((up == 1) & (place > 0))).all()
+        error.index_add_(0, torch.arange(n) % 16, up - place)
+    variance = torch.zeros(16, dtype=F64).index_add_(0, torch.arange(n) % 16, place * (1 - place)) * seeds
+    assert (error.abs() < 5 * variance.sqrt()).all(), error / variance.sqrt()
+    assert abs(error.sum()) < 4 * variance.sum().sqrt()
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_values_on_the_grid_stay(perturbation, device, dtype):
+    """All of a dtype's finite numbers, with g = 0: none moves, and none is counted."""
+    values = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    values = values[values.isfinite()].to(device)
+    for stochastic in (True, False):
+        move = Move(values.clone(), torch.zeros_like(values), torch.empty_like(values), dtype, 0, 0)
+        stats = perturbation([move], "sam", stochastic).exchange(1.0, 3, 0)
+        assert torch.equal(bits(move.theta), bits(values)) or torch.equal(move.theta, values)
+        assert stats.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_ties_go_to_even(perturbation, device, dtype):
+    """To nearest, a hair's breadth around and on the middle between neighbours, as torch's own cast."""
+    n = 4000
+    theta = torch.randn(n, generator=torch.Generator().manual_seed(3), dtype=F64).to(dtype).float()
+    middle = spacing(theta.double(), dtype) / 2
+    g = (middle * torch.tensor([1.0, 1 + 2**-6, 1 - 2**-6, -1.0]).repeat(n // 4)).float()
+    move = Move(theta.clone().to(device), g.to(device), torch.empty(n, device=device), dtype, 0, 0)
+    perturbation([move], "sam", False).exchange(1.0, 0, 0)
+    assert torch.equal(move.theta.cpu(), (theta + g).to(dtype).float())
+
+
+# ---- The way back ----
+
+AWKWARD = {  # NaNs with a payload (one signalling, one negative), infinities, zeros, subnormal numbers
+    2: [0x7FC1, 0x7F81, -0x0001, 0x7F80, 0x7C00, -0x0400, 0, -0x8000, 1, -0x7FFF, 0x7C01, 0x0080],
+    4: [0x7FC00001, 0x7F800001, -1, 0x7F800000, -0x800000, 0, -0x80000000, 1, -0x7FFFFFFF, 0x007FFFFF],
+    8: [0x7FF8000000000001, 0x7FF0000000000001, -1, 0x7FF0000000000000, 0, -(2**63), 1, 1 - 2**63],
+}
+
+
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "unaligned"])
+@pytest.mark.parametrize("dtype", [F64, F32, BF16, F16])
+def test_restores_every_bit(perturbation, device, dtype, offset):
+    patterns = torch.tensor(AWKWARD[dtype.itemsize], dtype=torch.int64).to(INTEGERS[dtype.itemsize])
+    move = make_move(8192 + 40, (dtype, dtype, dtype), device, offset=offset, alias=True)
+    bits(move.theta)[: len(patterns)] = patterns.to(device)
+    bits(move.theta)[-len(patterns) :] = patterns.to(device)
+    saved = bits(move.theta).clone()
+    subject = perturbation([move], "asam", True)
+    subject.exchange(0.03, 5, 1)
+    assert not torch.equal(bits(move.theta), saved)
+    assert torch.equal(bits(move.original), saved)
+    subject.restore()
+    assert torch.equal(bits(move.theta), saved)
+
+
+def test_restores_what_was_exchanged_and_once(perturbation, device):
+    """Without an exchange, and a second time, nothing is touched; after another exchange, it is."""
+    move = make_move(8192 + 40, (F32, F32, F32), device)
+    subject = perturbation([move], "asam", True)
+    saved = move.theta.clone()
+    subject.restore()
+    assert torch.equal(move.theta, saved)
+    subject.exchange(0.03, 5, 1)
+    subject.restore()
+    assert torch.equal(move.theta, saved)
+    move.theta.add_(1)  # an optimizer's step
+    moved = move.theta.clone()
+    subject.restore()
+    assert torch.equal(move.theta, moved)
+    subject.exchange(0.03, 5, 2)
+    assert torch.equal(move.original, moved) and not torch.equal(move.theta, moved)
+    subject.restore()
+    assert torch.equal(move.theta, moved)
+
+
+class Failing:
+    """Launches a kernel as ever, the second time not."""
+
+    def __init__(self, kernel):
+        self.kernel, self.launches = kernel, 0
+
+    def __getitem__(self, grid):
+        self.launches += 1
+        if self.launches == 2:
+            raise MemoryError("the second launch")
+        return self.kernel[grid]
+
+
+def test_restores_after_half_an_exchange(perturbation, backend, device, monkeypatch):
+    """What failed half-way is put back where it was moved, and left alone where it was not."""
+    moves = [make_move(8192 + 40, dtypes, device) for dtypes in [(F32, F32, F32), (BF16, BF16, BF16)]]
+    saved = [move.theta.clone() for move in moves]
+    subject = perturbation(moves, "asam", True)
+    if backend == "torch":
+        compute = torch_version.Perturbation._compute
+
+        def fail(self, chunk, *args):
+            if chunk.move is moves[1]:
+                raise MemoryError("the second move")
+            compute(self, chunk, *args)
+
+        monkeypatch.setattr(torch_version.Perturbation, "_compute", fail)
+    else:
+        from gapo_kernels.kernels import perturbation as kernels
+
+        monkeypatch.setattr(kernels, "exchange_kernel", Failing(kernels.exchange_kernel))
+    with pytest.raises(MemoryError):
+        subject.exchange(0.03, 5, 1)
+    assert not torch.equal(moves[0].theta, saved[0]) and torch.equal(moves[1].theta, saved[1])
+    subject.restore()
+    assert all(torch.equal(bits(move.theta), bits(theta)) for move, theta in zip(moves, saved))
+
+
+def test_nan_reaches_the_norm(perturbation, device):
+    """The caller looks at the norm alone before it moves anything."""
+    for value in (math.nan, math.inf):
+        move = make_move(8200, (BF16, BF16, BF16), device)
+        move.direction[8195] = value
+        assert not perturbation([move], "asam", True).squared_norm().isfinite()
