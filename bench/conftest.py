@@ -9,6 +9,7 @@ from bench import harness
 
 def pytest_addoption(parser):
     parser.addoption("--save-results", action="store_true", help="write bench/results/*.json")
+    parser.addoption("--step-rounds", type=int, default=5, help="measured rounds of each contender, whole steps")
     parser.addoption("--rounds", type=int, default=15, help="measured rounds of each contender")
 
 
@@ -34,8 +35,11 @@ def pytest_terminal_summary(terminalreporter, config):
             line = f"{case['name']:44} ours {ours['median_ms']:8.2f} ms"
             for name, value in case["ratios"].items():
                 line += f"   {name} {value['median']:5.2f}x ({value['quartile_1']:.2f}-{value['quartile_3']:.2f})"
-            extra = case["peak_beyond_gradient_mib"].get("ours")
-            line += "" if extra is None else f"   peak beyond gradient {extra:.1f} MiB"
+            for name, peaks in case.items():
+                if name.startswith("peak") and peaks["ours"] is not None:
+                    line += f"   {name.replace('_', ' ')} {peaks['ours']:.1f}"
+            if "passes" in case:
+                line += f"   passes over the weights {case['passes_share_of_step']:.1%} of a step"
             terminalreporter.write_line(line)
         if config.getoption("--save-results"):
             terminalreporter.write_line(f"written to {harness.write_results(suite, cases)}")

@@ -123,6 +123,7 @@ class GeometricAnchor:
                         f"{name} is a DTensor (FSDP2): use GeometricAnchor.from_model(model), which reaches the "
                         "modules that must gather their parameters anew after each move"
                     )
+        self._grids()  # raises where a grid does not fit
         self._step = 0
         self._active = False
         self._warned = False
@@ -227,9 +228,19 @@ class GeometricAnchor:
                     )
 
     def _grids(self) -> list[torch.dtype]:
-        """The dtype that the forward computes with, for each parameter. Asked anew each time: model.to(dtype) keeps its
-        Parameter objects."""
-        return [self.compute_dtype or self._gathered_dtypes.get(id(param)) or param.dtype for param in self.params]
+        """The grid of each parameter's anchor: that of the dtype which the forward computes with, or the parameter's own
+        if that is coarser. Asked anew each time: model.to(dtype) keeps its Parameter objects."""
+        grids = []
+        for name, param in zip(self.names, self.params):
+            wanted = self.compute_dtype or self._gathered_dtypes.get(id(param)) or param.dtype
+            if {wanted, param.dtype} == set(HALF):
+                raise ValueError(
+                    f"{name} is {param.dtype} and cannot hold the values of compute_dtype {wanted}; expected the same "
+                    "16-bit dtype, or float32 parameters"
+                )
+            finer = torch.promote_types(wanted, param.dtype) == wanted
+            grids.append(param.dtype if finer else wanted)
+        return grids
 
     def _directions(
         self, objective: Tensor | None, grads: Sequence[Tensor | None] | None, retain_graph: bool

@@ -7,6 +7,7 @@ Floor, b bytes a weight: the norm reads 2 b, the exchange reads 2 b and writes 2
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -59,7 +60,7 @@ class Perturbation:
 
     def squared_norm(self) -> Tensor:
         """|| theta * g ||^2 (asam) or || g ||^2, () float64."""
-        squares = torch.zeros(len(self._chunks), dtype=torch.float64, device=self._device)
+        squares = [0.0] * len(self._chunks)
 
         def drain(queue: Iterator[Chunk]) -> None:
             scratch = _Scratch(self._device)
@@ -68,24 +69,25 @@ class Perturbation:
                 squares[chunk.number] = _square(self._scaled(chunk, scaled))
 
         threads.share(self._chunks, drain, self._device)
-        return squares.sum()
+        return torch.tensor(math.fsum(squares), dtype=torch.float64, device=self._device)
 
     def exchange(self, step_size: float | Tensor, seed: int, step: int) -> Tensor:
         """Moves the weights. (3,) float64: ||delta||^2, ||theta~ - cast(theta)||^2, the number of weights that changed."""
-        stats = torch.zeros(len(self._chunks), 3, dtype=torch.float64, device=self._device)
+        stats = [(0.0, 0.0, 0.0)] * len(self._chunks)
 
         def drain(queue: Iterator[Chunk]) -> None:
             scratch = _Scratch(self._device)
             for chunk in queue:
                 delta, anchor = scratch.of(chunk)
-                self._compute(chunk, step_size, seed, step, delta, anchor, stats[chunk.number])
+                stats[chunk.number] = self._compute(chunk, step_size, seed, step, delta, anchor)
                 theta, original = (t[chunk.start : chunk.stop] for t in (chunk.move.theta, chunk.move.original))
                 original.copy_(theta)
                 self._exchanged[chunk.number] = True
                 theta.copy_(anchor)
 
         threads.share(self._chunks, drain, self._device)
-        return stats.sum(0)
+        sums = [math.fsum(column) for column in zip(*stats)] or [0.0] * 3
+        return torch.tensor(sums, dtype=torch.float64, device=self._device)
 
     def restore(self) -> None:
         """Puts back what `exchange` has moved, also if that failed half-way, and only then lets through what was raised
@@ -107,26 +109,22 @@ class Perturbation:
 
     def _scaled(self, chunk: Chunk, out: Tensor) -> Tensor:
         """theta * g, or g, in `out`: in at least float32."""
-        out.copy_(chunk.move.direction[chunk.start : chunk.stop])
-        return out.mul_(chunk.move.theta[chunk.start : chunk.stop]) if self._asam else out
+        theta, direction = (t[chunk.start : chunk.stop] for t in (chunk.move.theta, chunk.move.direction))
+        if self._asam and theta.dtype == direction.dtype == out.dtype:
+            return torch.mul(direction, theta, out=out)
+        out.copy_(direction)
+        return out.mul_(theta) if self._asam else out
 
     def _compute(
-        self,
-        chunk: Chunk,
-        step_size: float | Tensor,
-        seed: int,
-        step: int,
-        delta: Tensor,
-        anchor: Tensor,
-        stats: Tensor,
-    ) -> None:
-        """theta~ of a chunk in `anchor`; uses up `delta`."""
+        self, chunk: Chunk, step_size: float | Tensor, seed: int, step: int, delta: Tensor, anchor: Tensor
+    ) -> tuple[float, float, float]:
+        """theta~ of a chunk in `anchor`, and `exchange`'s three sums over it; uses up `delta`."""
         move = chunk.move
         theta = move.theta[chunk.start : chunk.stop]
         self._scaled(chunk, delta).mul_(step_size)
         if self._asam:
             delta.mul_(theta)
-        stats[0] = _square(delta)
+        intended = _square(delta)
         base = theta if move.grid in (theta.dtype, delta.dtype) else theta.to(move.grid)
         torch.add(delta, base, out=anchor)
         if move.grid in HALF and self._stochastic:
@@ -138,8 +136,12 @@ class Perturbation:
         elif move.grid != anchor.dtype:
             anchor.copy_(anchor.to(move.grid))
         torch.sub(anchor, base, out=delta)
-        stats[1] = _square(delta)
-        stats[2] = delta.count_nonzero()
+        applied = _square(delta)
+        return (
+            intended,
+            applied,
+            _square(delta.sign_()),
+        )  # the number of elements that are not 0, by a third of its time
 
 
 class _Scratch:
@@ -157,11 +159,9 @@ class _Scratch:
         return one[: chunk.stop - chunk.start], other[: chunk.stop - chunk.start]
 
 
-def _square(x: Tensor) -> Tensor:
-    """The sum of x^2 of a chunk. By rows: a single float32 accumulator would lose digits over so many elements."""
-    rows = x.numel() // philox.LANES * philox.LANES
-    squares = torch.linalg.vector_norm(x[:rows].view(-1, philox.LANES), dim=1).double().square_().sum()
-    return squares + torch.linalg.vector_norm(x[rows:]).double().square_()
+def _square(x: Tensor) -> float:
+    """The sum of x^2 of a chunk."""
+    return torch.dot(x, x).item()
 
 
 def round_stochastically_(x: Tensor, grid: torch.dtype, bits: Tensor) -> Tensor:

@@ -401,7 +401,7 @@ class Faults:
 
     def arm(self):
         self.kind = self.random.choice(["error", "interrupt", "memory", "ctrl-c", "nan"])
-        self.countdown = self.random.randrange(6)  # two forwards, and two parameters there and back
+        self.countdown = self.random.randrange(10)  # two forwards, and the copies of two parameters there and back
 
     def disarm(self):
         self.countdown = None
@@ -433,9 +433,9 @@ class Faults:
         return self.kind == "nan"
 
 
-def train(direction, faults=None, steps=50):
+def train(direction, dtype, faults=None, steps=200):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(VOCABULARY, 6), nn.Linear(6, VOCABULARY))
+    model = nn.Sequential(nn.Embedding(VOCABULARY, 6), nn.Linear(6, VOCABULARY)).to(dtype)
     anchor = GeometricAnchor(model.parameters(), rho=RHO, direction=direction)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(steps):
@@ -466,12 +466,21 @@ def train(direction, faults=None, steps=50):
     return [param.detach() for param in model.parameters()]
 
 
-@pytest.mark.parametrize("direction, seed", [("pessimistic", 0), ("pessimistic", 1), ("gaussian", 2)])
-def test_training_through_faults_ends_where_training_without_them_does(direction, seed, monkeypatch):
-    expected = train(direction)
+@pytest.mark.parametrize(
+    "direction, dtype, seed",
+    [
+        ("pessimistic", torch.float32, 0),
+        ("pessimistic", torch.float32, 1),
+        ("gaussian", torch.float32, 2),
+        ("pessimistic", torch.bfloat16, 3),
+    ],
+    ids=str,
+)
+def test_training_through_faults_ends_where_training_without_them_does(direction, dtype, seed, monkeypatch):
+    expected = train(direction, dtype)
     faults = Faults(monkeypatch, seed)
-    actual = train(direction, faults)
-    assert len(faults.thrown) == 5 and sum(faults.thrown.values()) > 40
+    actual = train(direction, dtype, faults)
+    assert len(faults.thrown) == 5 and sum(faults.thrown.values()) > 120
     assert all(torch.equal(one, other) for one, other in zip(actual, expected))
 
 
@@ -480,6 +489,145 @@ def test_nan_in_the_batch_moves_nothing(model, anchor):
     with pytest.raises(FloatingPointError, match="norm of the probe's gradient is nan"):
         gapo_step(lambda: sequence_logps(model(batch()[0]) * float("nan"), batch()[1]), anchor)
     assert same(model, before)
+
+
+# ---- Layers below the scope run once ----
+
+
+def language_logps(model):
+    ids, labels = tiny_models.preference_batch()
+    return lambda: plain_logps(model(input_ids=ids).logits, labels)
+
+
+def counted_runs(model, layers):
+    """Appends a layer's number to the list each time that it computes."""
+    runs = []
+    for number, layer in enumerate(layers):
+        attention = layer.self_attn if hasattr(layer, "self_attn") else layer.attn
+        attention.register_forward_pre_hook(lambda *_, number=number: runs.append(number))
+    return runs
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("calls", [1, 2], ids=["one-call", "chosen-and-rejected-apart"])
+def test_layers_below_the_scope_run_once(calls, checkpointing):
+    model = tiny_models.build("llama")
+    ids, labels = tiny_models.preference_batch()
+
+    def logps():
+        parts = [plain_logps(model(input_ids=i).logits, l) for i, l in zip(ids.chunk(calls), labels.chunk(calls))]
+        return torch.cat(parts)
+
+    anchor = GeometricAnchor.from_model(model, rho=RHO, scope=2)
+    every = GeometricAnchor(list(zip(anchor.names, anchor.params)), rho=RHO)
+    expected = gapo_step(logps, every)
+    expected.loss.backward()
+    wanted = gradients(model.parameters())
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    runs, forwards = counted_runs(model, model.model.layers), [layer.forward for layer in model.model.layers]
+    for _ in range(2):  # nothing of the first step is left for the second
+        model.zero_grad()
+        runs.clear()
+        out = gapo_step(logps, anchor)
+        clean = [0, 1, 2] * calls
+        at_the_anchor = [2] * calls
+        assert [*runs[: 3 * calls], *runs[len(runs) - calls :]] == clean + at_the_anchor
+        assert len(runs) == 4 * calls + (calls if checkpointing else 0)  # the probe recomputes the layer that it needs
+        assert_close(out, expected, 0)
+        out.loss.backward()
+        assert_close(gradients(model.parameters()), wanted, 0 if not checkpointing else 1e-12)
+    assert [layer.forward for layer in model.model.layers] == forwards
+    assert not any("forward" in vars(layer) for layer in model.model.layers)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt2"])
+def test_a_tied_head_moves_the_embedding_so_all_layers_run_again(name):
+    model = tiny_models.build(name)
+    layers = model.model.layers if name == "gemma2" else model.transformer.h
+    anchor, runs = GeometricAnchor.from_model(model, rho=RHO, scope=1), counted_runs(model, layers)
+    gapo_step(language_logps(model), anchor)
+    assert runs == [0, 1, 2] * 2
+
+
+def test_layers_come_back_after_a_failure_at_the_anchor():
+    model = tiny_models.build("llama")
+    anchor = GeometricAnchor.from_model(model, rho=RHO, scope=2)
+    logps, calls = language_logps(model), []
+
+    def failing():
+        calls.append(1)
+        result = logps()
+        if len(calls) == 2:
+            raise ValueError("at the anchor")
+        return result
+
+    with pytest.raises(ValueError, match="at the anchor"):
+        gapo_step(failing, anchor)
+    assert not any("forward" in vars(layer) or layer._forward_hooks for layer in model.model.layers)
+
+
+def test_more_runs_at_the_anchor_than_before_are_refused():
+    model = tiny_models.build("llama")
+    anchor = GeometricAnchor.from_model(model, rho=RHO, scope=2)
+    logps = language_logps(model)
+
+    def uneven():
+        return logps() if torch.is_grad_enabled() else logps() + logps()
+
+    with pytest.raises(RuntimeError, match="ran the model more often at the anchor than before"):
+        gapo_step(uneven, anchor)
+
+
+@pytest.mark.parametrize("what", ["model", "function"])
+def test_compiled_layers_run_again(what):
+    model = tiny_models.build("llama")
+    anchor = GeometricAnchor.from_model(model, rho=RHO, scope=2)
+    expected = gapo_step(language_logps(model), anchor)
+    if what == "model":
+        model.compile(backend="aot_eager")
+        anchor = GeometricAnchor.from_model(model, rho=RHO, scope=2)
+        compiled = language_logps(model)
+    else:
+        compiled = torch.compile(language_logps(model), backend="aot_eager")
+    for _ in range(3):
+        out = gapo_step(compiled, anchor)
+        out.loss.backward()
+        assert_close(out, expected, 1e-12)
+
+
+# ---- Dropout ----
+
+
+@pytest.fixture
+def dropout_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(VOCABULARY, 6), nn.Dropout(0.5), nn.Linear(6, VOCABULARY)).double()
+
+
+def test_dropout_is_refused(dropout_model):
+    anchor = GeometricAnchor(dropout_model.parameters(), rho=RHO)
+    before, logps = state(dropout_model), logps_fn(dropout_model, *batch(), plain_logps)
+    with pytest.raises(RuntimeError, match="drew random numbers .is dropout active.*allow_dropout=True"):
+        gapo_step(logps, anchor)
+    assert same(dropout_model, before)
+    dropout_model.eval()
+    gapo_step(logps, anchor)
+
+
+def test_allowed_dropout_draws_the_same_masks_again(dropout_model):
+    """With rho = 0 nothing moves: then the gap is the difference between the masks."""
+    logps = logps_fn(dropout_model, *batch(), plain_logps)
+    out = gapo_step(logps, GeometricAnchor(dropout_model.parameters(), rho=0.0), allow_dropout=True)
+    assert (out.gap == 0).all()
+    torch.manual_seed(1)
+    first = gapo_step(logps, GeometricAnchor(dropout_model.parameters(), rho=RHO), allow_dropout=True)
+    state_after = torch.get_rng_state()
+    torch.manual_seed(1)
+    clean = logps()
+    assert torch.equal(torch.get_rng_state(), state_after)  # as if the step had run the model once
+    assert torch.equal(torch.cat([first.chosen_logps, first.rejected_logps]), clean)
+    assert (first.gap != 0).all()
 
 
 # ---- What is refused ----

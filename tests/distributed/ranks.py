@@ -50,7 +50,9 @@ def _train(model, anchor, logps, steps, lr, whole=lambda tensor: tensor):
         model.zero_grad()
         out = gapo_step(logps, anchor)
         out.loss.backward()
-        gradients = {n.removeprefix("module."): whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+        gradients = {
+            n.removeprefix("module."): whole(p.grad) for n, p in model.named_parameters() if p.grad is not None
+        }
         stats = (anchor.stats.grad_norm, anchor.stats.intended_norm, anchor.stats.changed_fraction)
         found.append((out.gap, out.loss.detach(), {n: g.clone() for n, g in gradients.items()}, stats))
         with torch.no_grad():
@@ -127,7 +129,7 @@ def _shard(model, mesh_shape=None, **options):
 
     names = ("shard",) if mesh_shape is None else ("replicate", "shard")
     mesh = init_device_mesh("cpu", mesh_shape or (RANKS,), mesh_dim_names=names)
-    for layer in (model.model.layers if hasattr(model, "model") else model.transformer.h):
+    for layer in model.model.layers if hasattr(model, "model") else model.transformer.h:
         fully_shard(layer, mesh=mesh, **options)
     return fully_shard(model, mesh=mesh, **options)
 
