@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gapo_kernels import philox, threads
 
-CHUNK = 16 * philox.TILE
+CHUNK = 48 * philox.TILE
 HALF = (torch.float16, torch.bfloat16)
 # float16: the least normal number, 2^-14, and below the leading bit ten more.
 _FLOAT16_LEAST_NORMAL, _FLOAT16_LARGEST_POWER, _FLOAT16_DIGITS = 2.0**-14, 2.0**15, 2.0**10
@@ -78,8 +78,8 @@ class Perturbation:
         def drain(queue: Iterator[Chunk]) -> None:
             scratch = _Scratch(self._device)
             for chunk in queue:
-                delta, anchor = scratch.of(chunk)
-                stats[chunk.number] = self._compute(chunk, step_size, seed, step, delta, anchor)
+                stats[chunk.number] = self._compute(chunk, step_size, seed, step, scratch)
+                _, anchor = scratch.of(chunk)
                 theta, original = (t[chunk.start : chunk.stop] for t in (chunk.move.theta, chunk.move.original))
                 original.copy_(theta)
                 self._exchanged[chunk.number] = True
@@ -116,9 +116,10 @@ class Perturbation:
         return out.mul_(theta) if self._asam else out
 
     def _compute(
-        self, chunk: Chunk, step_size: float | Tensor, seed: int, step: int, delta: Tensor, anchor: Tensor
+        self, chunk: Chunk, step_size: float | Tensor, seed: int, step: int, scratch: _Scratch
     ) -> tuple[float, float, float]:
-        """theta~ of a chunk in `anchor`, and `exchange`'s three sums over it; uses up `delta`."""
+        """theta~ of a chunk in the second buffer of `scratch`, and `exchange`'s three sums over it."""
+        delta, anchor = scratch.of(chunk)
         move = chunk.move
         theta = move.theta[chunk.start : chunk.stop]
         self._scaled(chunk, delta).mul_(step_size)
@@ -129,7 +130,7 @@ class Perturbation:
         torch.add(delta, base, out=anchor)
         if move.grid in HALF and self._stochastic:
             place = (chunk.start, chunk.stop - chunk.start, move.number, move.shard)
-            bits = philox.bits16(*place, step, seed, self._device)
+            bits = philox.bits16(*place, step, seed, self._device, *scratch.random())
             rounded = round_stochastically_(anchor.float(), move.grid, bits)  # in place, unless theta is float64
             if rounded is not anchor:
                 anchor.copy_(rounded)
@@ -145,11 +146,12 @@ class Perturbation:
 
 
 class _Scratch:
-    """A thread's two buffers for each dtype."""
+    """A thread's two buffers for each dtype, and those of its random numbers."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._buffers: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+        self._random: tuple[philox.Buffers, Tensor] | None = None
 
     def of(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         dtype = accumulation_dtype(chunk.move)
@@ -157,6 +159,11 @@ class _Scratch:
             self._buffers[dtype] = tuple(torch.empty(CHUNK, dtype=dtype, device=self._device) for _ in range(2))
         one, other = self._buffers[dtype]
         return one[: chunk.stop - chunk.start], other[: chunk.stop - chunk.start]
+
+    def random(self) -> tuple[philox.Buffers, Tensor]:
+        if self._random is None:
+            self._random = philox.Buffers(), torch.empty(CHUNK, dtype=torch.int32, device=self._device)
+        return self._random
 
 
 def _square(x: Tensor) -> float:

@@ -26,34 +26,66 @@ ROUNDS = 10
 ROUNDING, NOISE = 0, 1
 
 
-def philox(c0: Tensor, c1: int, c2: int, c3: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four words for every counter, each of c0's shape, int64 in [0, 2^32). `c0`: int64 in [0, 2^32); `seed`: 64 bits."""
+class Buffers:
+    """Memory for `philox`, kept from one call to the next: fresh tensors of this size would be most of its time."""
+
+    def __init__(self) -> None:
+        self._rows: tuple[Tensor, ...] = ()
+
+    def like(self, c0: Tensor) -> tuple[Tensor, ...]:
+        """Six int64 tensors of c0's shape."""
+        if not self._rows or self._rows[0].numel() < c0.numel() or self._rows[0].device != c0.device:
+            self._rows = tuple(torch.empty(c0.numel(), dtype=torch.int64, device=c0.device) for _ in range(6))
+        return tuple(row[: c0.numel()].view(c0.shape) for row in self._rows)
+
+
+def philox(c0: Tensor, c1: int, c2: int, c3: int, seed: int, buffers: Buffers | None = None) -> tuple[Tensor, ...]:
+    """Four words for every counter, each of c0's shape, int64 in [0, 2^32), in memory of `buffers`.
+
+    `c0`: int64 in [0, 2^32); `seed`: 64 bits.
+    """
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
-    words = [c0.clone(), *(torch.full_like(c0, c & _LOW) for c in (c1, c2, c3))]
+    *words, high0, high1 = (buffers or Buffers()).like(c0)
+    words[0].copy_(c0)
+    for word, c in zip(words[1:], (c1, c2, c3)):
+        word.fill_(c & _LOW)
     for _ in range(ROUNDS):
-        product0, product1 = words[0].mul_(_MULTIPLIERS[0]), words[2].mul_(_MULTIPLIERS[1])
-        # In int64 the product wraps to the same 64 bits; the shift keeps the sign, so the high half is masked.
-        high0, high1 = (product0 >> 32).bitwise_and_(_LOW), (product1 >> 32).bitwise_and_(_LOW)
-        low0, low1 = product0.bitwise_and_(_LOW), product1.bitwise_and_(_LOW)
-        words = [
-            high1.bitwise_xor_(words[1]).bitwise_xor_(k0),
-            low1,
-            high0.bitwise_xor_(words[3]).bitwise_xor_(k1),
-            low0,
-        ]
+        # In int64 the products wrap to the same 64 bits. Above bit 32 words may hold anything until they are multiplied.
+        torch.bitwise_right_shift(words[0].mul_(_MULTIPLIERS[0]), 32, out=high0)
+        torch.bitwise_right_shift(words[2].mul_(_MULTIPLIERS[1]), 32, out=high1)
+        words[1].bitwise_xor_(high1).bitwise_xor_(k0).bitwise_and_(_LOW)
+        words[3].bitwise_xor_(high0).bitwise_xor_(k1).bitwise_and_(_LOW)
+        words = [words[1], words[2], words[3], words[0]]
         k0, k1 = (k0 + _KEY_STEPS[0]) & _LOW, (k1 + _KEY_STEPS[1]) & _LOW
+    words[1].bitwise_and_(_LOW)
+    words[3].bitwise_and_(_LOW)
     return tuple(words)
 
 
-def bits16(start: int, count: int, number: int, shard: int, step: int, seed: int, device: torch.device) -> Tensor:
-    """(count,) int32 in [0, 2^16) for the elements [start, start + count) of a parameter; start is a tile's first."""
+def bits16(
+    start: int,
+    count: int,
+    number: int,
+    shard: int,
+    step: int,
+    seed: int,
+    device: torch.device,
+    buffers: Buffers | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """(count,) int32 in [0, 2^16) for the elements [start, start + count) of a parameter; start is a tile's first.
+
+    `out`: int32 memory for the whole tiles.
+    """
     tiles = -(-count // TILE)
     c0 = torch.arange(start // GROUPS, start // GROUPS + tiles * LANES, device=device).view(tiles, LANES)
-    bits = torch.empty(tiles, GROUPS, LANES, dtype=torch.int32, device=device)
-    for i, word in enumerate(philox(c0, 2 * shard + ROUNDING, number, step, seed)):
-        torch.bitwise_and(word, 0xFFFF, out=bits[:, 2 * i])
-        torch.bitwise_right_shift(word, 16, out=bits[:, 2 * i + 1])
-    return bits.view(-1)[:count]
+    if out is None:
+        out = torch.empty(tiles * TILE, dtype=torch.int32, device=device)
+    bits = out[: tiles * TILE].view(tiles, GROUPS, LANES)
+    for i, word in enumerate(philox(c0, 2 * shard + ROUNDING, number, step, seed, buffers)):
+        bits[:, 2 * i] = word  # the lower 32 bits
+        torch.bitwise_right_shift(bits[:, 2 * i], 16, out=bits[:, 2 * i + 1])
+    return bits.bitwise_and_(0xFFFF).view(-1)[:count]
 
 
 def normal(start: int, count: int, number: int, shard: int, step: int, seed: int, device: torch.device) -> Tensor:
