@@ -441,7 +441,7 @@ def test_writes_that_fail_half_way(params, anchor, thrown, calls, monkeypatch, o
 @pytest.mark.parametrize("threads", [1, 2])
 def test_any_copy_may_fail_half_way(params, anchor, monkeypatch, threads):
     """Into scratch, into the gradients' memory, into the weights: also on threads of their own."""
-    anchor_of_all = GeometricAnchor([*params, nn.Parameter(torch.randn(300_000).bfloat16())], rho=0.1)
+    anchor_of_all = GeometricAnchor([*params, nn.Parameter(torch.randn(900_000).bfloat16())], rho=0.1)
     before, theta = bits(anchor_of_all.params), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
