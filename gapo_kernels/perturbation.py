@@ -168,7 +168,7 @@ class _Scratch:
 
 def _square(x: Tensor) -> float:
     """The sum of x^2 of a chunk. In parts: float32 sums of a whole chunk would be wrong in the seventh digit."""
-    return math.fsum(torch.dot(part, part).item() for part in x.split(4 * philox.TILE))
+    return math.fsum(torch.dot(part, part).item() for part in x.split(8 * philox.TILE))
 
 
 def round_stochastically_(x: Tensor, grid: torch.dtype, bits: Tensor) -> Tensor:

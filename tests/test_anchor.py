@@ -403,7 +403,8 @@ class FailingWrites:
         self.count += 1
         if self.count - 1 in self.calls:
             half = tensor.shape[0] // 2
-            self.copy(tensor[:half], torch.full_like(tensor[:half], math.nan))
+            broken = math.nan if tensor.is_floating_point() else 7
+            self.copy(tensor[:half], torch.full_like(tensor[:half], broken))
             raise self.thrown
         return self.copy(tensor, source)
 

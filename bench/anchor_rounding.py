@@ -1,0 +1,423 @@
+"""What rounding does to the Anchor Gap: its error against float64 for nearest, stochastic and no rounding of theta~.
+
+    python bench/anchor_rounding.py            # SmolLM2-135M-Instruct and tiny models
+    python bench/anchor_rounding.py --quick    # the tiny models only, nothing is written
+
+Three measurements. The error is || gaps - truth ||_2 / || truth ||_2 over the pairs of one batch.
+    rho         SmolLM2 with weights on bfloat16's grid, over the radius of the perturbation
+    parameters  Llamas with random weights on that grid, over their number of parameters
+    masters     SmolLM2 with float32 masters off the grid, whose forward computes with bf16(theta)
+
+All but the truth is float32 arithmetic, so what is compared is the rounding of the weights alone. A forward that casts
+its weights to bfloat16 is a forward with weights that lie on the grid: the casts are made in the parameters, and the
+gradient at bf16(theta) is also the one that such casts hand to the masters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from pathlib import Path
+from statistics import fmean
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "python")]  # the tree that this file lies in, installed or not
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench import harness
+from gapo_kernels import AnchorStats, GeometricAnchor, gapo_objective, sequence_logps
+
+RHOS = (0.0125, 0.025, 0.05, 0.1)
+RHO = 0.025  # where only one is measured: the authors' recipe for Mistral-7B
+BETA, GAMMA = 2.0, 0.5
+MAX_LENGTH = 128
+PAIRS_AT_ONCE = 4
+TINY_SEEDS = 5
+# hidden size, layers, vocabulary, MLP width: about 1e4 to 1e7 parameters.
+TINY = ((16, 2, 256, 48), (32, 4, 512, 96), (64, 6, 1024, 192), (128, 8, 2048, 384), (256, 10, 4096, 768))
+GRID = torch.bfloat16
+# Masters off the grid: float32's lower 16 bits, of which 2^15 is half of a bfloat16's last digit.
+MASTERS = {
+    "close to the grid": 2**11 - 1,  # 1/32 of a last digit to either side: fine-tuning has just begun
+    "anywhere off the grid": 2**15 - 1,
+    "as this checkpoint has them": None,
+}
+Weights = list[Tensor]
+
+
+# ---- the gaps of one batch ----
+
+
+def margins(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """M (B,) of the pairs of a `PreferenceCollator` batch."""
+    hidden = model.get_decoder()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    logits = model.get_output_embeddings()(hidden.flatten(0, 1)[batch["completion_positions"]])
+    logps = sequence_logps(logits, batch["completion_labels"], cu_seqlens=batch["cu_seqlens"], shift=False)
+    chosen, rejected = logps.chunk(2)
+    return chosen - rejected
+
+
+def all_margins(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> Tensor:
+    """(B,) float64, without a graph."""
+    with torch.no_grad():
+        return torch.cat([margins(model, batch).double() for batch in batches])
+
+
+def probe(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> Weights:
+    """The gradient of J = mean -log sigma(beta M - gamma) for every parameter, in the order of the anchor's."""
+    params = GeometricAnchor.from_model(model).params
+    pairs = sum(len(batch["index"]) for batch in batches)
+    total = [torch.zeros_like(param) for param in params]
+    for batch in batches:
+        objective, _ = gapo_objective(margins(model, batch), beta=BETA, gamma=GAMMA)
+        for sum_, grad in zip(total, torch.autograd.grad(objective, params)):
+            sum_.add_(grad, alpha=len(batch["index"]) / pairs)
+    return total
+
+
+class Measurement:
+    """Gaps of one model on one batch, at anchors made from one gradient."""
+
+    def __init__(self, model: nn.Module, batches: Sequence[dict[str, Tensor]], grads: Weights, clean: Tensor) -> None:
+        self._model, self._batches, self._grads, self.clean = model, batches, grads, clean
+
+    def gaps(
+        self,
+        rho: float,
+        dtype: torch.dtype | None = None,
+        rounding: str = "stochastic",
+        seed: int = 0,
+        then: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, AnchorStats]:
+        """(B,) float64. `then` is applied to every weight of the anchor before the model runs there."""
+        anchor = GeometricAnchor.from_model(self._model, rho=rho, compute_dtype=dtype, rounding=rounding, seed=seed)
+        with anchor.perturbed(grads=self._grads):
+            for param in anchor.params if then else ():
+                param.data.copy_(then(param.data))
+            return self.clean - all_margins(self._model, self._batches), anchor.stats
+
+
+def truth_of(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> Callable[[float], Tensor]:
+    """rho -> gaps (B,) with everything in float64: the probe, its gradient, the anchor, both margins."""
+    model = deepcopy(model).double()
+    for module in model.modules():
+        if type(module).__name__ == "LlamaRMSNorm":  # transformers' own computes in float32 whatever it is given
+            module.forward = _norm_in_own_dtype(module)
+    measurement = Measurement(model, batches, probe(model, batches), all_margins(model, batches))
+    return lambda rho: measurement.gaps(rho)[0]
+
+
+def _norm_in_own_dtype(norm: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda hidden: F.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
+def error(gaps: Tensor, truth: Tensor) -> float:
+    return (torch.linalg.vector_norm(gaps - truth) / torch.linalg.vector_norm(truth)).item()
+
+
+# ---- weights ----
+
+
+def to_grid(weight: Tensor) -> Tensor:
+    return weight.to(GRID).float()
+
+
+def round_stochastically(weight: Tensor, generator: torch.Generator) -> Tensor:
+    """A float32 weight to one of its two bfloat16 neighbours: what the anchor does, around another value."""
+    bits = torch.randint(2**16, weight.shape, dtype=torch.int32, generator=generator)
+    return (weight.view(torch.int32) + bits).bitwise_and_(-(2**16)).view(torch.float32)
+
+
+def off_grid(weight: Tensor, reach: int, generator: torch.Generator) -> Tensor:
+    """A weight on the grid plus uniform noise in its lower bits, too small for the cast to see."""
+    bits = torch.randint(-reach, reach + 1, weight.shape, dtype=torch.int32, generator=generator)
+    return torch.where(weight == 0, weight, (weight.view(torch.int32) + bits).view(torch.float32))
+
+
+def load(model: nn.Module, weights: Weights) -> None:
+    for param, weight in zip(model.parameters(), weights):
+        param.data.copy_(weight)
+
+
+# ---- measurements ----
+
+
+def on_the_grid(
+    model: nn.Module, batches: Sequence[dict[str, Tensor]], rhos: Sequence[float], seeds: int, names: dict
+) -> tuple[list[dict], Measurement, dict[float, Tensor]]:
+    """One case for each rho: nearest, stochastic and float32 on weights that lie on the grid."""
+    truth_at = truth_of(model, batches)
+    truths = {rho: truth_at(rho) for rho in rhos}
+    del truth_at
+    measurement = Measurement(model, batches, probe(model, batches), all_margins(model, batches))
+    cases = []
+    for rho in rhos:
+        runs = {
+            "nearest": [measurement.gaps(rho, GRID, "nearest")],
+            "stochastic": [measurement.gaps(rho, GRID, "stochastic", seed) for seed in range(seeds)],
+            "float32": [measurement.gaps(rho, torch.float32)],
+        }
+        roundings = {name: _described([gaps for gaps, _ in run], truths[rho]) for name, run in runs.items()}
+        for name, run in runs.items():
+            roundings[name]["changed_fraction"] = fmean(stats.changed_fraction for _, stats in run)
+            roundings[name]["applied_over_intended_norm"] = fmean(s.applied_norm / s.intended_norm for _, s in run)
+        case = {**names, "rho": rho, "true_mean_gap": truths[rho].mean().item(), "roundings": roundings}
+        cases.append(case)
+        _say(f"{names['model']}, rho {rho}", case)
+    return cases, measurement, truths
+
+
+def _described(gaps: Sequence[Tensor], truth: Tensor) -> dict[str, list[float]]:
+    return {"errors": [error(g, truth) for g in gaps], "mean_gaps": [g.mean().item() for g in gaps]}
+
+
+def tiny_models(seeds: int, pairs: int) -> list[dict]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    cases = []
+    for hidden, layers, vocabulary, width in TINY:
+        config = LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden // 8,
+            num_key_value_heads=hidden // 8,
+            intermediate_size=width,
+            max_position_embeddings=64,
+            initializer_range=hidden**-0.5,
+            tie_word_embeddings=True,
+        )
+        for seed in range(TINY_SEEDS):
+            torch.manual_seed(seed)
+            model = LlamaForCausalLM(config).eval()
+            load(model, [to_grid(param.data) for param in model.parameters()])
+            size = sum(param.numel() for param in model.parameters())
+            names = {
+                "part": "parameters",
+                "model": f"random Llama of {size} parameters, seed {seed}",
+                "parameters": size,
+                "model_seed": seed,
+            }
+            cases += on_the_grid(model, random_batches(vocabulary, pairs, seed), (RHO,), seeds, names)[0]
+    return cases
+
+
+def random_batches(vocabulary: int, pairs: int, seed: int) -> list[dict[str, Tensor]]:
+    from gapo_trainer.preferences import PreferenceCollator
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(count):
+        return torch.randint(1, vocabulary, (count,), generator=generator).tolist()
+
+    rows = [
+        {"prompt_ids": tokens(8), "chosen_ids": tokens(24), "rejected_ids": tokens(16), "index": i, "is_flipped": False}
+        for i in range(pairs)
+    ]
+    return [PreferenceCollator(0)(rows)]
+
+
+def smollm2(seeds: int, pairs: int) -> list[dict]:
+    from gapo_trainer.preferences import PreferenceCollator, load_preferences, tokenize_pairs
+    from gapo_trainer.smollm2 import load_smollm2
+
+    model, tokenizer = load_smollm2()
+    rows = tokenize_pairs(load_preferences("train")[:pairs], tokenizer, MAX_LENGTH)
+    collate = PreferenceCollator(tokenizer.pad_token_id or 0)
+    batches = [collate(rows[i : i + PAIRS_AT_ONCE]) for i in range(0, len(rows), PAIRS_AT_ONCE)]
+    checkpoint = [param.data.clone() for param in model.parameters()]
+    grid = [to_grid(weight) for weight in checkpoint]
+    load(model, grid)
+    names = {"model": "SmolLM2-135M-Instruct", "parameters": sum(weight.numel() for weight in grid)}
+    cases, measurement, truths = on_the_grid(model, batches, RHOS, seeds, {"part": "rho", **names})
+    for number, (kind, reach) in enumerate(MASTERS.items()):
+        generator = torch.Generator().manual_seed(number)
+        masters = checkpoint if reach is None else [off_grid(weight, reach, generator) for weight in grid]
+        case = {"part": "masters", **names, "masters": kind, "rho": RHO}
+        case |= off_the_grid(model, batches, masters, grid, measurement, truths[RHO], seeds)
+        cases.append(case)
+        _say(f"masters {kind}", case)
+    return cases
+
+
+def off_the_grid(
+    model: nn.Module,
+    batches: Sequence[dict[str, Tensor]],
+    masters: Weights,
+    grid: Weights,
+    measurement: Measurement,
+    truth: Tensor,
+    seeds: int,
+) -> dict:
+    """Float32 masters whose forward computes with `grid`, their cast. `measurement`, `truth`: of the model on that grid.
+
+    The truth is that of the model that the forward computes; `float32_training` is how far from it are the gaps of
+    somebody who trains the masters in float32, without casts, and so at slightly different weights.
+    """
+    if not all(map(torch.equal, map(to_grid, masters), grid)):
+        raise AssertionError("expected masters that the cast takes to the grid's weights, got others")
+    load(model, masters)
+    uncast = Measurement(model, batches, probe(model, batches), all_margins(model, batches))
+    in_float32 = uncast.gaps(RHO, torch.float32)[0]
+    generators = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
+    ours = [measurement.gaps(RHO, GRID, "stochastic", seed)[0] for seed in range(seeds)]
+    ways = {
+        "cast(theta + delta)": [measurement.gaps(RHO, torch.float32, then=to_grid)[0]],
+        "SR(theta + delta)": [
+            measurement.gaps(RHO, torch.float32, then=lambda weight, g=g: round_stochastically(weight, g))[0]
+            for g in generators
+        ],
+        "SR(cast(theta) + delta)": ours,
+    }
+    # Autocast's clean pass takes norms and embedding lookups from the masters, all else from their casts.
+    load(model, grid)
+    offset = autocast_margins(model, batches, masters) - measurement.clean
+    ways["SR(cast(theta) + delta), autocast"] = [gaps + offset for gaps in ours]
+    load(model, grid)
+    return {
+        "true_mean_gap": truth.mean().item(),
+        "float32_training": _described([in_float32], truth),
+        "ways": {name: _described(gaps, truth) for name, gaps in ways.items()},
+    }
+
+
+def autocast_margins(model: nn.Module, batches: Sequence[dict[str, Tensor]], masters: Weights) -> Tensor:
+    """(B,) float64: the model's margins, with norms and embedding lookups that use the masters."""
+    embedding = model.get_input_embeddings()
+    lookup = None
+    own = []
+    for (name, param), master in zip(model.named_parameters(), masters):
+        own.append(param.data.clone())
+        if param is embedding.weight:
+            lookup = master  # the head, which is tied to it, is cast
+        elif "norm" in name:
+            param.data.copy_(master)
+    handle = embedding.register_forward_hook(lambda module, args, output: F.embedding(args[0], lookup))
+    try:
+        return all_margins(model, batches)
+    finally:
+        handle.remove()
+        load(model, own)
+
+
+# ---- results ----
+
+
+def _say(name: str, case: dict) -> None:
+    ways = case.get("roundings") or {"float32 training": case["float32_training"], **case["ways"]}
+    print(f"{name}: true mean gap {case['true_mean_gap']:.4g}")
+    for way, results in ways.items():
+        low, high = min(results["errors"]), max(results["errors"])
+        spread = f" ({low:.3%} to {high:.3%})" if len(results["errors"]) > 1 else ""
+        print(f"    {way:34} error {fmean(results['errors']):9.3%}{spread}, mean gap {fmean(results['mean_gaps']):.4g}")
+    sys.stdout.flush()
+
+
+def write_json(folder: Path, settings: dict, cases: list[dict]) -> Path:
+    """FOLDER/anchor-rounding-DEVICE.json, replaced as a whole."""
+    slug = re.sub("[^a-z0-9]+", "-", harness.device_name().lower()).strip("-")
+    path = folder / f"anchor-rounding-{slug}.json"
+    temporary = path.with_suffix(".tmp")
+    command = " ".join(["python bench/anchor_rounding.py", *sys.argv[1:]])
+    content = {"environment": harness.environment(), "command": command, "settings": settings, "cases": cases}
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
+    return path
+
+
+def plot(cases: list[dict], path: Path) -> None:
+    """Two panels: the error over rho, and over the number of parameters."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    styles = {"nearest": ("s", "--", "C3"), "stochastic": ("o", "-", "C0"), "float32": ("^", ":", "C7")}
+    labels = {"nearest": "nearest, bfloat16", "stochastic": "stochastic, bfloat16", "float32": "float32"}
+    by_rho = [case for case in cases if case["part"] == "rho"]
+    tiny = [case for case in cases if case["part"] == "parameters"]
+    at_rho = [case for case in by_rho if case["rho"] == RHO]
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+
+    def draw(axes, cases, key, name, line):
+        """Mean and range at each value of `key`."""
+        marker, style, colour = styles[name]
+        values = sorted({case[key] for case in cases})
+        errors = [[e for case in cases if case[key] == v for e in case["roundings"][name]["errors"]] for v in values]
+        means = [fmean(e) for e in errors]
+        spread = [[m - min(e) for m, e in zip(means, errors)], [max(e) - m for m, e in zip(means, errors)]]
+        face = {} if line else {"markerfacecolor": "white"}
+        axes.errorbar(
+            values,
+            means,
+            yerr=spread,
+            marker=marker,
+            linestyle=style if line else "none",
+            color=colour,
+            capsize=3,
+            label=labels[name] if line else None,
+            **face,
+        )
+
+    for name in styles:
+        draw(left, by_rho, "rho", name, True)
+        draw(right, tiny, "parameters", name, True)
+        draw(right, at_rho, "parameters", name, False)
+    left.set(title="SmolLM2-135M-Instruct", xlabel="rho", ylabel="relative error of the Anchor Gaps")
+    left.set_xscale("log")
+    left.set_yscale("log")
+    left.set_xticks(RHOS, [str(rho) for rho in RHOS])
+    left.minorticks_off()
+    right.set(title=f"random Llamas (open: SmolLM2), rho {RHO}", xlabel="parameters", xscale="log")
+    left.legend(loc="center left")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="the tiny models only")
+    parser.add_argument("--pairs", type=int, default=16, help="preference pairs in the batch")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds of the stochastic rounding")
+    parser.add_argument("--output", type=Path, help="folder for results and plot; default: bench/results and docs here")
+    parser.add_argument("--plot-only", type=Path, metavar="JSON", help="measure nothing: the plot of these results")
+    arguments = parser.parse_args()
+    if arguments.pairs < 1 or arguments.seeds < 1:
+        parser.error("--pairs and --seeds must be at least 1")
+    results, docs = (arguments.output or ROOT / "bench" / "results"), (arguments.output or ROOT / "docs")
+    for folder in (results, docs):
+        folder.mkdir(parents=True, exist_ok=True)
+    picture = docs / "anchor-rounding.png"
+    if arguments.plot_only:
+        plot(json.loads(arguments.plot_only.read_text())["cases"], picture)
+        return
+
+    # The library says that nearest rounding loses the perturbation, which is what is measured here.
+    warnings.filterwarnings("ignore", message="of a perturbation with norm")
+    begin = time.perf_counter()
+    cases = tiny_models(arguments.seeds, arguments.pairs)
+    if not arguments.quick:
+        cases += smollm2(arguments.seeds, arguments.pairs)
+    settings = {"pairs": arguments.pairs, "max_length": MAX_LENGTH, "rounding_seeds": arguments.seeds}
+    settings |= {"tiny_model_seeds": TINY_SEEDS, "beta": BETA, "gamma": GAMMA, "probe": "loss", "geometry": "asam"}
+    settings["seconds"] = round(time.perf_counter() - begin)
+    if arguments.quick and not arguments.output:
+        print(f"{settings['seconds']} s; a quick run writes its results only with --output")
+        return
+    print(f"{settings['seconds']} s, written to {write_json(results, settings, cases)} and {picture}")
+    plot(cases, picture)
+
+
+if __name__ == "__main__":
+    main()
