@@ -136,9 +136,14 @@ class ShardedModel:
 
     def gradients(self, objective: Tensor, params: Sequence[nn.Parameter], retain_graph: bool) -> list[Tensor | None]:
         """The objective's gradients, averaged by FSDP; every .grad is what it was before."""
-        if not all(group.reduce_grads for group in self._groups()):
+        if any(param._post_accumulate_grad_hooks for param in self._params):
             raise RuntimeError(
-                "set_requires_gradient_sync(False) keeps the probe's gradient from being averaged over the ranks; leave "
+                "under FSDP2 the probe's backward would run the hooks of register_post_accumulate_grad_hook (an optimizer "
+                "step, say) on the probe's gradient; remove them"
+            )
+        if not all(group.reduce_grads and group.all_reduce_grads for group in self._groups()):
+            raise RuntimeError(
+                "set_requires_gradient_sync(False) or set_requires_all_reduce(False) keeps the probe's gradient from being averaged over the ranks; leave "
                 "gradient synchronisation on in GAPO steps"
             )
         aside = [param.grad for param in self._params]

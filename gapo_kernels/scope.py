@@ -9,6 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+# transformers' decoders whose layers pass on their output and nothing else: no keys and values shared between layers
+# (gemma3n), no router's logits (mixtral). Replaying layers was compared with running them on each of these.
+PLAIN_DECODERS = "bloom cohere falcon gemma2 gemma3_text gpt2 gpt_neox llama mistral olmo2 phi phi3 qwen2 qwen3".split()
+
 NamedParameters = list[tuple[str, nn.Parameter]]
 
 
@@ -59,11 +63,13 @@ def _upper(model: nn.Module, backbone: nn.Module, first: int) -> Scope:
     ]
     named += [(f"norm.{n}", p) for n, p in norm.named_parameters()]
     named += [(f"head.{n}", p) for n, p in head.named_parameters()]
-    above = {id(p) for module in (*layers[first:], norm) for p in module.parameters()}
-    below = {id(p) for p in backbone.parameters()} - above
+    others = [child for child in backbone.children() if child is not layers and child is not norm]
+    below = {id(p) for module in (*layers[:first], *others) for p in module.parameters()}
+    below |= {id(p) for p in backbone.parameters(recurse=False)}
     moved = {id(p) for _, p in named if p.requires_grad}
-    # A tied head moves the embedding that the lower layers read: then they have to run again.
-    return Scope(named, [] if moved & below or _compiled(model) else list(layers[:first]))
+    # A tied head moves the embedding that the lower layers read, as a shared block does: then they have to run again.
+    plain = getattr(getattr(model, "config", None), "model_type", None) in PLAIN_DECODERS
+    return Scope(named, list(layers[:first]) if plain and not moved & below and not _compiled(model) else [])
 
 
 def _compiled(model: nn.Module) -> bool:
@@ -85,13 +91,17 @@ class UnmovedLayers:
     """
 
     def __init__(self, layers: list[nn.Module]) -> None:
-        self._layers = layers
-        self._outputs: list[list[object]] = [[] for _ in layers]
+        # Somebody's hooks on a layer may do anything, and would be applied again to what is replayed: then it runs again.
+        hooked = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+        self._layers = [] if hooked else layers
+        self._outputs: list[list[object]] = [[] for _ in self._layers]
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        handles = [layer.register_forward_hook(_keep_in(kept)) for layer, kept in zip(self._layers, self._outputs)]
+        handles = []
         try:
+            for layer, kept in zip(self._layers, self._outputs):
+                handles.append(layer.register_forward_hook(_keep_in(kept)))
             yield
         except BaseException:
             self._forget()  # a traceback may keep this object for long

@@ -84,13 +84,43 @@ def gapo_step(
                 "Switch dropout off, model.eval() or its probabilities to 0, or pass allow_dropout=True to draw the same "
                 "numbers in both runs"
             )
+        counter = anchor.state_dict()
         objective = None if anchor.direction == "gaussian" else _probe(probe, margin, beta, gamma, valid)
         with anchor.perturbed(objective, retain_graph=True), torch.no_grad():
             with randomness.repeated() if drawn else unmoved.replayed():
                 anchor_margin = _margin(logps_fn())[0]
 
-    options = dict(beta=beta, gamma=gamma, label_smoothing=label_smoothing, loss_type=loss_type, valid=valid)
-    loss, weight = gapo_objective(margin, anchor_margin, **options)
+    try:
+        return _packed(
+            margin,
+            anchor_margin,
+            logps,
+            counts,
+            valid,
+            sft_weight,
+            beta=beta,
+            gamma=gamma,
+            label_smoothing=label_smoothing,
+            loss_type=loss_type,
+        )
+    except BaseException:
+        if anchor is not None:  # a step that failed is repeated with the same random numbers
+            anchor.load_state_dict(counter)
+        raise
+
+
+def _packed(
+    margin: Tensor,
+    anchor_margin: Tensor,
+    logps: Tensor,
+    counts: Tensor | None,
+    valid: Tensor,
+    sft_weight: float,
+    **options,
+) -> GAPOOutput:
+    """The loss and the output's other fields."""
+    pairs = margin.shape[0]
+    loss, weight = gapo_objective(margin, anchor_margin, valid=valid, **options)
     sft_loss = torch.zeros_like(loss)
     if sft_weight:
         sft_loss, _ = sft_terms((logps * counts)[:pairs], counts[:pairs], valid, sft_weight)
