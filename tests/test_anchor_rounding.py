@@ -203,16 +203,6 @@ def test_an_ordinary_gradient_is_ours():
     assert ownership.alone(ownership.references(gradient))
 
 
-def test_a_linear_layers_gradient_is_ours_though_it_is_a_view():
-    layer = nn.Linear(40, 3, bias=False)
-    (gradient,) = torch.autograd.grad(layer(torch.randn(6, 40)).square().sum(), [layer.weight])
-    assert gradient._base is not None and ownership.alone(ownership.references(gradient))
-    base = gradient._base
-    assert not ownership.alone(ownership.references(gradient))
-    del base
-    assert ownership.alone(ownership.references(gradient))
-
-
 def test_expanded_and_sparse_gradients():
     table, bias = nn.Embedding(30, 8, sparse=True), nn.Parameter(torch.randn(8))
     anchor = GeometricAnchor([table.weight, bias], rho=0.5)
