@@ -28,8 +28,27 @@ DIRECTIONS = ("pessimistic", "gaussian")
 ROUNDINGS = ("stochastic", "nearest")
 EPSILON = 1e-12
 HALF = (torch.float16, torch.bfloat16)
-# Parameters that some anchor has moved right now, by id: two anchors may share them.
-_MOVED: set[int] = set()
+
+
+class _Claim:
+    """A use's parameters, while they are moved: anchors in other threads, or inside of this use, may share them."""
+
+    current: list[_Claim] = []  # appending and removing are each one step, which nothing interrupts
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self._ids = frozenset(map(id, params))
+
+    def check(self) -> None:
+        if any(other is not self and not other._ids.isdisjoint(self._ids) for other in tuple(self.current)):
+            raise RuntimeError("perturbed() inside perturbed(): the weights are at an anchor already")
+
+    def take(self) -> None:
+        self.current.append(self)  # before the check: of two threads, none or one gets through
+        self.check()
+
+    def release(self) -> None:
+        if self in self.current:
+            self.current.remove(self)
 
 
 class AnchorStats:
@@ -125,7 +144,6 @@ class GeometricAnchor:
                     )
         self._grids()  # raises where a grid does not fit
         self._step = 0
-        self._active = False
         self._warned = False
 
     @classmethod
@@ -148,7 +166,8 @@ class GeometricAnchor:
         return anchor
 
     def state_dict(self) -> dict[str, int]:
-        """The step counter and seed behind the random numbers."""
+        """The step counter and seed behind the random numbers. A training step that failed after its use of the anchor
+        (in the backward, the optimizer) is repeated exactly if this state from before it is loaded."""
         return {"step": self._step, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -167,7 +186,8 @@ class GeometricAnchor:
         Autograd is not told of the move, so a graph built before the context stays usable after it. Nothing is
         written to `.grad`. A Ctrl-C inside waits until the weights are back; a second one does not wait, and they are
         put back all the same. The original weights wait in the memory of the objective's gradients: beyond those
-        nothing of the model's size is held (with `grads`, or noise, one copy of the parameters that move).
+        nothing of the model's size is held (with `grads` one copy of the parameters that move; with noise, which is
+        float32, one of those that are not).
 
         Args:
             objective: scalar with a graph; theta~ is uphill of it. Not used by direction="gaussian".
@@ -176,12 +196,13 @@ class GeometricAnchor:
             retain_graph: keep the objective's graph for a later backward.
 
         Raises:
-            ValueError: neither or both of objective and grads, or no parameter in scope has a gradient.
+            ValueError: neither or both of objective and grads, no parameter in scope has a gradient, or two Parameters
+                lie in the same memory.
             FloatingPointError: the gradients' norm is not finite; the weights were not moved.
-            RuntimeError: the anchor is in use already.
+            RuntimeError: these parameters are at an anchor already, of this or another thread.
         """
-        if self._active or not _MOVED.isdisjoint(map(id, self.params)):
-            raise RuntimeError("perturbed() inside perturbed(): the weights are at an anchor already")
+        claim = _Claim(self.params)
+        claim.check()  # before the probe's backward, and once more after it
         grids = self._grids()
         self._warn_of_autocast(grids)
         directions, ours = self._directions(objective, grads, retain_graph)
@@ -191,8 +212,7 @@ class GeometricAnchor:
         with interrupt_held():
             move = None
             try:
-                self._active = True
-                _MOVED.update(map(id, self.params))
+                claim.take()
                 move = displacement.Displacement(
                     self.params,
                     directions,
@@ -212,8 +232,7 @@ class GeometricAnchor:
                     if move is not None:
                         move.restore()
                 finally:
-                    self._active = False
-                    _MOVED.difference_update(map(id, self.params))
+                    claim.release()
                     self._drop_copies()
         self._step += 1  # only now: a use that failed is repeated with the same noise
 

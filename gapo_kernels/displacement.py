@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -41,18 +42,19 @@ class Displacement:
     ) -> None:
         self._staged: list[tuple[Tensor, Tensor]] = []  # (parameter, its contiguous stand-in)
         tensors = [distributed.local(param) for param in params]
-        apart = _apart(tensors)
+        _check_apart(tensors)
+        dense = [torch.empty_like(tensor, device="meta").stride() == tensor.stride() for tensor in tensors]
         groups: dict[tuple, list[perturbation.Move]] = {}
         for number, (param, tensor) in enumerate(zip(params, tensors)):
             direction, directions[number] = directions[number], None
             if direction is None:
                 continue
             exclusive = ours and ownership.alone(ownership.references(direction))
-            theta = _flat(tensor) if apart[number] else self._stage(tensor)
-            if apart[number] and direction.stride() != tensor.stride():
+            theta = _flat(tensor) if dense[number] else self._stage(tensor)
+            if dense[number] and direction.stride() != tensor.stride():
                 direction, exclusive = torch.empty_like(tensor, dtype=direction.dtype).copy_(direction), True
-            flat = _flat(direction) if apart[number] else direction.reshape(-1)
-            fits = exclusive and apart[number] and flat.element_size() == theta.element_size()
+            flat = _flat(direction) if dense[number] else direction.reshape(-1)
+            fits = exclusive and dense[number] and flat.element_size() == theta.element_size()
             original = flat.view(theta.dtype) if fits else torch.empty_like(theta)
             move = perturbation.Move(theta, flat, original, grids[number], number, distributed.shard_number(param))
             groups.setdefault((tensor.device, distributed.shard_group(param)), []).append(move)
@@ -125,21 +127,19 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
-def _apart(tensors: Sequence[Tensor]) -> list[bool]:
-    """Which tensors are dense and share memory with no other: what can be moved in place."""
+def _check_apart(tensors: Sequence[Tensor]) -> None:
+    """Raises where two dense parameters share memory: their deltas would overwrite each other."""
     spans = sorted(
         (tensor.data_ptr(), tensor.data_ptr() + _extent(tensor), number)
         for number, tensor in enumerate(tensors)
-        if tensor.numel()
+        if tensor.numel() and _extent(tensor) == tensor.numel() * tensor.element_size()
     )
-    apart = [torch.empty_like(tensor, device="meta").stride() == tensor.stride() for tensor in tensors]
-    reach, last = -1, -1
-    for start, stop, number in spans:
-        if start < reach:
-            apart[number] = apart[last] = False
-        if stop > reach:
-            reach, last = stop, number
-    return apart
+    for (_, stop, one), (start, _, other) in pairwise(spans):
+        if start < stop:
+            raise ValueError(
+                f"parameters {one} and {other} of the anchor, of shapes {tuple(tensors[one].shape)} and "
+                f"{tuple(tensors[other].shape)}, share memory but are two Parameters: tie them by using one Parameter"
+            )
 
 
 def _extent(tensor: Tensor) -> int:

@@ -115,6 +115,19 @@ def _buckets(grads: list[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
+def _leaves(result: Tensor) -> Iterator[Tensor]:
+    """What a backward from `result` would write to the .grad of."""
+    seen, ahead = set(), [result.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        ahead.extend(following for following, _ in node.next_functions)
+
+
 class ShardedModel:
     """A model under fully_shard: its probe's gradients, and the copies of its shards that must not grow stale."""
 
@@ -136,25 +149,26 @@ class ShardedModel:
 
     def gradients(self, objective: Tensor, params: Sequence[nn.Parameter], retain_graph: bool) -> list[Tensor | None]:
         """The objective's gradients, averaged by FSDP; every .grad is what it was before."""
-        if any(param._post_accumulate_grad_hooks for param in self._params):
+        leaves = list({id(leaf): leaf for leaf in (*self._params, *_leaves(objective))}.values())
+        if any(leaf._post_accumulate_grad_hooks for leaf in leaves):
             raise RuntimeError(
                 "under FSDP2 the probe's backward would run the hooks of register_post_accumulate_grad_hook (an optimizer "
                 "step, say) on the probe's gradient; remove them"
             )
         if not all(group.reduce_grads and group.all_reduce_grads for group in self._groups()):
             raise RuntimeError(
-                "set_requires_gradient_sync(False) or set_requires_all_reduce(False) keeps the probe's gradient from being averaged over the ranks; leave "
-                "gradient synchronisation on in GAPO steps"
+                "set_requires_gradient_sync(False) or set_requires_all_reduce(False) keeps the probe's gradient from being "
+                "averaged over the ranks; leave gradient synchronisation on in GAPO steps"
             )
-        aside = [param.grad for param in self._params]
+        aside = [leaf.grad for leaf in leaves]
         try:
-            for param in self._params:
-                param.grad = None
+            for leaf in leaves:
+                leaf.grad = None
             objective.backward(retain_graph=retain_graph)
             return [param.grad for param in params]
         finally:
-            for param, grad in zip(self._params, aside):
-                param.grad = grad
+            for leaf, grad in zip(leaves, aside):
+                leaf.grad = grad
 
     def _groups(self) -> Iterator:
         for module in self._modules:

@@ -16,17 +16,19 @@ def interrupt_held() -> Iterator[None]:
     if not callable(previous) or threading.current_thread() is not threading.main_thread():
         yield  # nothing raises KeyboardInterrupt here
         return
-    held = []
+    held, left = [], []
 
     def hold(signum, frame):
-        held.append(signum)
-        if len(held) > 1:
+        if not left:
+            held.append(signum)
+        if left or len(held) > 1:
             previous(signum, frame)
 
     signal.signal(signal.SIGINT, hold)
     try:
         yield
     finally:
+        left.append(True)  # blocks that are not left in reverse order may put this handler back in place
         if signal.getsignal(signal.SIGINT) is hold:
             signal.signal(signal.SIGINT, previous)
         if held:

@@ -48,8 +48,9 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _upper(model: nn.Module, backbone: nn.Module, first: int) -> Scope:
+    backbone = _first_module(backbone, ("decoder",)) or backbone  # OPT
     layers = _first_module(backbone, ("layers", "h", "blocks"))
-    norm = _first_module(backbone, ("norm", "ln_f", "final_layernorm", "final_layer_norm"))
+    norm = _first_module(backbone, ("norm", "ln_f", "norm_f", "final_layernorm", "final_layer_norm"))
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else getattr(model, "lm_head", None)
     if not isinstance(layers, nn.ModuleList) or norm is None or head is None:
         raise ValueError(

@@ -173,12 +173,18 @@ def test_views_and_transposed_parameters():
     assert torch.equal(storage, whole)
 
 
-def test_parameters_that_share_memory_come_back():
+def test_two_parameters_in_the_same_memory_are_refused():
     storage = torch.randn(6, dtype=torch.float64)
-    params = [nn.Parameter(storage), nn.Parameter(storage[:4])]
     before = storage.clone()
-    with GeometricAnchor(params, rho=0.5).perturbed(grads=[torch.ones_like(p) for p in params]):
-        assert not torch.equal(storage, before)
+    for shared in ([storage, storage], [storage[:4], storage[3:]], [storage[4:], storage]):
+        params = [nn.Parameter(part) for part in shared]
+        with pytest.raises(ValueError, match="parameters . and . of the anchor, of shapes .* share memory"):
+            with GeometricAnchor(params, rho=0.5).perturbed(grads=[torch.ones_like(p) for p in params]):
+                pytest.fail("entered")
+        assert torch.equal(storage, before)
+    apart = [nn.Parameter(storage[:3]), nn.Parameter(storage[3:])]
+    with GeometricAnchor(apart, rho=0.5).perturbed(grads=[torch.ones_like(p) for p in apart]):
+        assert (storage != before).all()
     assert torch.equal(storage, before)
 
 
@@ -283,6 +289,22 @@ def test_with_lora_only_the_adapters_move(scope, adapters):
     before = bits(model.parameters())
     moved = moved_names(anchor, objective=model(ids, labels=labels).loss)
     assert moved == anchor.names and same(model.parameters(), before)
+
+
+@pytest.mark.parametrize("name", ["OPT", "Mpt"])
+def test_upper_layers_of_other_decoders(name):
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(
+        OPT=dict(hidden_size=8, ffn_dim=8, num_hidden_layers=3, num_attention_heads=2, word_embed_proj_dim=8),
+        Mpt=dict(d_model=8, n_heads=2, n_layers=3, expansion_ratio=1),
+    )
+    config = getattr(transformers, f"{name}Config")(vocab_size=11, **sizes[name])
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    anchor = GeometricAnchor.from_model(model, scope=1)
+    layers = model.model.decoder.layers if name == "OPT" else model.transformer.blocks
+    norm = model.model.decoder.final_layer_norm if name == "OPT" else model.transformer.norm_f
+    expected = [layers[1], layers[2], norm, model.lm_head]
+    assert {id(p) for p in anchor.params} == {id(p) for module in expected for p in module.parameters()}
 
 
 def test_models_without_a_backbone_are_refused():
@@ -538,6 +560,56 @@ def test_perturbed_inside_that_of_another_anchor(params, anchor):
         assert same(params, inside)
     assert same(params, before)
     assert_usable(other)
+
+
+def test_two_threads_whose_probes_run_side_by_side(params):
+    """Both pass the check before the probe; only one may move the weights."""
+    before, barrier, inside, failures = bits(params), threading.Barrier(2), [], []
+    done = threading.Event()
+
+    def work():
+        anchor = GeometricAnchor(params, rho=0.1)
+        gradients = anchor._gradients
+
+        def both_at_once(*args):
+            barrier.wait(30)
+            return gradients(*args)
+
+        anchor._gradients = both_at_once
+        try:
+            with anchor.perturbed(sum((p**2).sum() for p in params)):
+                inside.append(1)
+                done.wait(30)
+        except RuntimeError as error:
+            failures.append(str(error))
+        finally:
+            if failures:
+                done.set()
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(inside) <= 1 and failures and all("are at an anchor already" in failure for failure in failures)
+    assert same(params, before)
+    assert_usable(GeometricAnchor(params))
+
+
+def test_two_anchors_left_in_the_order_of_their_entry(params):
+    before, handler = bits(params), signal.getsignal(signal.SIGINT)
+    one, other = (GeometricAnchor([param], rho=0.1) for param in params[::2])
+    contexts = [anchor.perturbed(grads=make_grads(anchor.params)) for anchor in (one, other)]
+    for context in contexts:
+        context.__enter__()
+    for context in contexts:
+        context.__exit__(None, None, None)
+    assert same(params, before)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def test_an_exception_kept_for_later_keeps_no_copy_of_the_weights(params, anchor, monkeypatch):

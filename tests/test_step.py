@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gapo_kernels import GAPOOutput, GeometricAnchor, gapo_objective, gapo_step, reference, sequence_logps
+from gapo_kernels import GAPOOutput, GeometricAnchor, gapo_objective, gapo_step, reference, sequence_logps, step
 
 RHO = 0.3  # large, so that an anchor that is not there is seen
 VOCABULARY = 11
@@ -548,6 +548,53 @@ def test_a_tied_head_moves_the_embedding_so_all_layers_run_again(name):
     anchor, runs = GeometricAnchor.from_model(model, rho=RHO, scope=1), counted_runs(model, layers)
     gapo_step(language_logps(model), anchor)
     assert runs == [0, 1, 2] * 2
+
+
+def test_a_block_that_a_lower_layer_shares_runs_again():
+    model = tiny_models.build("llama")
+    model.model.layers[0].mlp = model.model.layers[2].mlp
+    anchor = GeometricAnchor.from_model(model, rho=RHO, scope=2)
+    assert anchor.unmoved_layers == []
+    every = GeometricAnchor(list(zip(anchor.names, anchor.params)), rho=RHO)
+    assert_close(gapo_step(language_logps(model), anchor), gapo_step(language_logps(model), every), 0)
+
+
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+def test_layers_with_somebodys_hooks_run_again(kind):
+    """A hook that doubles a layer's output would be applied twice to an output that is replayed."""
+    model = tiny_models.build("llama")
+    anchor = GeometricAnchor.from_model(model, rho=RHO, scope=2)
+    double = (lambda _, args, output: output * 2) if kind == "register_forward_hook" else lambda _, args: None
+    getattr(model.model.layers[0], kind)(double)
+    runs = counted_runs(model, model.model.layers)
+    found = gapo_step(language_logps(model), anchor)
+    assert runs == [0, 1, 2] * 2
+    every = GeometricAnchor(list(zip(anchor.names, anchor.params)), rho=RHO)
+    assert_close(found, gapo_step(language_logps(model), every), 0)
+
+
+def test_decoders_not_known_to_be_plain_run_every_layer_again():
+    """Mixtral's layers also pass their routers' logits on, past what a layer returns."""
+    transformers = pytest.importorskip("transformers")
+    size = dict(vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=3)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, num_local_experts=2)
+    config = transformers.MixtralConfig(**size, **heads, pad_token_id=0, bos_token_id=0, eos_token_id=0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    assert GeometricAnchor.from_model(model, rho=RHO, scope=2).unmoved_layers == []
+
+
+def test_a_step_that_failed_after_its_use_of_the_anchor_is_repeated_with_the_same_noise(model, monkeypatch):
+    logps = logps_fn(model, *batch())
+
+    def new_anchor():
+        return GeometricAnchor(model.named_parameters(), rho=RHO, direction="gaussian")
+
+    expected, anchor = gapo_step(logps, new_anchor()).anchor_margin, new_anchor()
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "_packed", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            gapo_step(logps, anchor)
+    assert torch.equal(gapo_step(logps, anchor).anchor_margin, expected)
 
 
 def test_layers_come_back_after_a_failure_at_the_anchor():

@@ -207,11 +207,30 @@ def fsdp_mixed_precision(rank):
     return on_grid, unchanged, restored, anchor.stats.changed_fraction
 
 
-def fsdp_without_sync(rank):
-    model = _shard(tiny_models.build("llama"))
+def fsdp_refused(rank, what):
+    model = _shard(tiny_models.build("llama"), mesh_shape=(2, 1) if what == "all-reduce" else None)
     anchor = GeometricAnchor.from_model(model, rho=RHO)
-    model.set_requires_gradient_sync(False)
+    if what == "sync":
+        model.set_requires_gradient_sync(False)
+    elif what == "all-reduce":
+        model.set_requires_all_reduce(False)
+    else:
+        model.lm_head.weight.register_post_accumulate_grad_hook(lambda param: None)
     try:
         gapo_step(logps_of(model, rank), anchor)
     except RuntimeError as error:
         return str(error)
+
+
+def fsdp_leaf_outside(rank):
+    """A scale of the user's own, which the anchor knows nothing of: the probe adds nothing to its gradient."""
+    model = _shard(tiny_models.build("llama"))
+    anchor = GeometricAnchor.from_model(model, rho=RHO)
+    logps = logps_of(model, rank)
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+    scale.grad = torch.full((), 5.0, dtype=torch.float64)
+    out = gapo_step(lambda: logps() * scale, anchor)
+    untouched = scale.grad.item()
+    scale.grad = None
+    out.loss.backward()
+    return untouched, scale.grad.item() != 0, out.gap.abs().max().item()

@@ -94,9 +94,22 @@ def test_fsdp2_mixed_precision_is_perturbed_on_its_own_grid(on_two_ranks):
         assert 0.01 < 1 - unchanged and abs(1 - unchanged - changed) < 0.05
 
 
-def test_fsdp2_without_gradient_sync_is_refused(on_two_ranks):
-    for message in on_two_ranks("fsdp_without_sync"):
-        assert "leave gradient synchronisation on" in message
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ("sync", "leave gradient synchronisation on"),
+        ("all-reduce", "leave gradient synchronisation on"),
+        ("hook", "would run the hooks of register_post_accumulate_grad_hook"),
+    ],
+)
+def test_fsdp2_refuses_what_would_make_the_probe_wrong(on_two_ranks, what, message):
+    for found in on_two_ranks("fsdp_refused", what=what):
+        assert message in found
+
+
+def test_fsdp2_leaves_gradients_outside_of_the_model_alone(on_two_ranks):
+    for untouched, trained, gap in on_two_ranks("fsdp_leaf_outside"):
+        assert untouched == 5.0 and trained and gap > 1e-3
 
 
 def test_ranks_move_to_the_same_bfloat16_weights(on_two_ranks):
