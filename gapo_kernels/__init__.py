@@ -2,6 +2,7 @@
 
 from gapo_kernels import reference
 from gapo_kernels.anchor import AnchorStats, GeometricAnchor
+from gapo_kernels.linear import fused_linear_gapo_loss, linear_sequence_logps
 from gapo_kernels.logprobs import sequence_logps
 from gapo_kernels.loss import fused_gapo_loss
 from gapo_kernels.objective import gapo_objective
@@ -15,8 +16,10 @@ __all__ = [
     "GAPOOutput",
     "GeometricAnchor",
     "fused_gapo_loss",
+    "fused_linear_gapo_loss",
     "gapo_objective",
     "gapo_step",
+    "linear_sequence_logps",
     "reference",
     "sequence_logps",
 ]

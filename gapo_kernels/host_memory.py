@@ -1,4 +1,4 @@
-"""Memory for a gradient the size of the logits, on the CPU: kept from one step to the next.
+"""Memory for a tensor the size of the logits, a gradient or a buffer, on the CPU: kept from one step to the next.
 
 A fresh tensor of that size costs a page fault for each of its pages, and the operating system zeroes them all before
 anyone writes: for [4, 256, 32000] in float32 that is a third of the whole backward. So the pages of the last gradient
@@ -24,9 +24,30 @@ def zeros_but(like: Tensor, written: Tensor) -> Tensor:
 
     `written`: (K,) int64, ascending, those rows' positions among all rows: they hold anything.
     """
-    size = like.numel() * like.element_size()
-    if like.device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE") or size < HUGE_PAGE:
+    mapped = _mapped(like.shape, like.dtype, like.device)
+    if mapped is None:
         return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+    flat, memory, fresh = mapped
+    if not fresh:
+        size = like.numel() * like.element_size()
+        _discard(memory, size, len(memory))
+        row = size // like.shape[:-1].numel()
+        for start, stop in _gaps(written, like.shape[:-1].numel()):
+            _zero(memory, flat, start * row, stop * row)
+    return flat.view(like.shape)
+
+
+def uninitialized(shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.empty, in kept memory where that pays."""
+    mapped = _mapped(torch.Size(shape), dtype, device)
+    return torch.empty(shape, dtype=dtype, device=device) if mapped is None else mapped[0].view(shape)
+
+
+def _mapped(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, mmap.mmap, bool] | None:
+    """A flat tensor, its memory, and whether that is new (all zeros); None where torch's own allocator serves."""
+    size = shape.numel() * dtype.itemsize
+    if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE") or size < HUGE_PAGE:
+        return None
     memory = _spare.pop() if _spare else None
     if memory is not None and len(memory) < size:
         memory = None  # unmapped before its successor is mapped
@@ -35,19 +56,12 @@ def zeros_but(like: Tensor, written: Tensor) -> Tensor:
         try:
             memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError:  # no memory: torch's own error says so as users expect it
-            return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+            return None
         _advise(memory, mmap.MADV_HUGEPAGE, 0, size)
     view = memoryview(memory)
-    weakref.finalize(
-        view, _keep, memory
-    ).atexit = False  # the tensor owns the view: when it dies, the memory comes back
-    flat = torch.frombuffer(view, dtype=like.dtype, count=like.numel())
-    if not fresh:
-        _discard(memory, size, len(memory))
-        row = size // like.shape[:-1].numel()
-        for start, stop in _gaps(written, like.shape[:-1].numel()):
-            _zero(memory, flat, start * row, stop * row)
-    return flat.view(like.shape)
+    # The tensor owns the view: when it dies, the memory comes back.
+    weakref.finalize(view, _keep, memory).atexit = False
+    return torch.frombuffer(view, dtype=dtype, count=shape.numel()), memory, fresh
 
 
 def release() -> None:

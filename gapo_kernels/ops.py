@@ -26,7 +26,7 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     return backend
 
 
-def _launchers(backend: str, device: torch.device) -> ModuleType:
+def launchers(backend: str, device: torch.device) -> ModuleType:
     """The back end's launchers, or a RuntimeError that says what is missing."""
     if backend == "torch":
         return cpu
@@ -45,7 +45,7 @@ def _launchers(backend: str, device: torch.device) -> ModuleType:
     return kernels
 
 
-def _on(device: torch.device) -> AbstractContextManager:
+def on(device: torch.device) -> AbstractContextManager:
     """Triton launches on the current device, which need not be the tensors'."""
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
@@ -61,10 +61,10 @@ def logps_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """s (S,), counts (S,) int64, and per row (R,) the shift and total that `logps_backward` takes."""
-    launchers = _launchers(backend, logits.device)
+    back_end = launchers(backend, logits.device)
     validation.check_values(labels, logits.shape[-1], cu_seqlens, shift, ignore_index)
-    with _on(logits.device):
-        return launchers.logps_forward(logits, labels, cu_seqlens, length_normalized, shift, ignore_index)
+    with on(logits.device):
+        return back_end.logps_forward(logits, labels, cu_seqlens, length_normalized, shift, ignore_index)
 
 
 @logps_forward.register_fake
@@ -98,10 +98,10 @@ def loss_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """objective.PairResults' ten fields, then per row (R,) the shift and total that `logps_backward` takes."""
-    launchers = _launchers(backend, logits.device)
+    back_end = launchers(backend, logits.device)
     validation.check_values(labels, logits.shape[-1], cu_seqlens, shift, ignore_index)
-    with _on(logits.device):
-        results, row_shift, row_total = launchers.loss_forward(
+    with on(logits.device):
+        results, row_shift, row_total = back_end.loss_forward(
             logits,
             labels,
             anchor_logits,
@@ -150,10 +150,10 @@ def logps_backward(
     backend: str,
 ) -> Tensor:
     """d logits, contiguous: scale[sequence] * (softmax - onehot) on predicting rows, zero elsewhere."""
-    launchers = _launchers(backend, logits.device)
+    back_end = launchers(backend, logits.device)
     arguments = (scale, logits, labels, cu_seqlens, row_shift, row_total, shift, ignore_index)
-    with _on(logits.device):
-        return launchers.logps_backward(*arguments, inplace=False)
+    with on(logits.device):
+        return back_end.logps_backward(*arguments, inplace=False)
 
 
 @logps_backward.register_fake
@@ -184,10 +184,10 @@ def logps_backward_(
     backend: str,
 ) -> None:
     """`logps_backward`, the gradient written over the logits."""
-    launchers = _launchers(backend, logits.device)
+    back_end = launchers(backend, logits.device)
     arguments = (scale, logits, labels, cu_seqlens, row_shift, row_total, shift, ignore_index)
-    with _on(logits.device):
-        launchers.logps_backward(*arguments, inplace=True)
+    with on(logits.device):
+        back_end.logps_backward(*arguments, inplace=True)
 
 
 def logits_gradient(

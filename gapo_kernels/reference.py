@@ -14,7 +14,7 @@ from gapo_kernels.layout import align_targets, sequence_count, sequence_of_rows
 from gapo_kernels.objective import gapo_objective, sequence_means, sft_terms
 from gapo_kernels.outputs import GAPOOutput
 
-__all__ = ["fused_gapo_loss", "gapo_objective", "sequence_logps"]
+__all__ = ["fused_gapo_loss", "fused_linear_gapo_loss", "gapo_objective", "linear_sequence_logps", "sequence_logps"]
 
 
 def _token_sums(
@@ -131,3 +131,74 @@ def fused_gapo_loss(
     gap = margin - anchor_margin
     fields = (chosen, rejected, margin, anchor_margin, gap, weight, sft_loss, valid)
     return GAPOOutput(loss, *(field.detach() for field in fields))
+
+
+def _logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    vocab_parallel_group: torch.distributed.ProcessGroup | None,
+) -> Tensor:
+    """cap(logit_scale * (hidden @ weight^T + bias)) with cap(x) = softcap * tanh(x / softcap)."""
+    if vocab_parallel_group is not None:
+        raise NotImplementedError("backend='reference' takes the whole weight: pass vocab_parallel_group=None")
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    logits = hidden.to(dtype) @ weight.to(dtype).t()
+    if bias is not None:
+        logits = logits + bias.to(dtype)
+    logits = logits * logit_scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def linear_sequence_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    max_logits_bytes: int = 2**30,
+    vocab_parallel_group: torch.distributed.ProcessGroup | None = None,
+    **options,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Eager twin of `gapo_kernels.linear_sequence_logps`, with all logits; `max_logits_bytes` changes nothing."""
+    validation.check_linear(
+        hidden, weight, labels, bias, options.get("cu_seqlens"), options.get("ignore_index", -100), softcap, logit_scale
+    )
+    logits = _logits(hidden, weight, bias, softcap, logit_scale, vocab_parallel_group)
+    return sequence_logps(logits, labels, **options)
+
+
+def fused_linear_gapo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    anchor_hidden: Tensor | None = None,
+    anchor_weight: Tensor | None = None,
+    anchor_margin: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    max_logits_bytes: int = 2**30,
+    vocab_parallel_group: torch.distributed.ProcessGroup | None = None,
+    **options,
+) -> GAPOOutput:
+    """Eager twin of `gapo_kernels.fused_linear_gapo_loss`, with all logits; `max_logits_bytes` changes nothing."""
+    validation.check_linear(
+        hidden, weight, labels, bias, options.get("cu_seqlens"), options.get("ignore_index", -100), softcap, logit_scale
+    )
+    validation.check_linear_anchor(
+        hidden, weight, options.get("cu_seqlens"), anchor_hidden, anchor_weight, anchor_margin
+    )
+    head = (bias, softcap, logit_scale, vocab_parallel_group)
+    anchor_logits = None
+    if anchor_hidden is not None:
+        with torch.no_grad():
+            anchor_logits = _logits(anchor_hidden, weight if anchor_weight is None else anchor_weight, *head)
+    return fused_gapo_loss(
+        _logits(hidden, weight, *head), labels, anchor_logits=anchor_logits, anchor_margin=anchor_margin, **options
+    )

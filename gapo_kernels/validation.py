@@ -85,10 +85,97 @@ def check_device(tensor: Tensor, like: Tensor, name: str, like_name: str) -> Non
 
 def check_logits_and_labels(logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> None:
     """Ranks, shapes, dtypes and devices; nothing that would wait for a GPU."""
-    if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        raise TypeError(f"logits must be a floating-point tensor, got {describe(logits)}")
-    if logits.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise TypeError(f"logits must be float16, bfloat16, float32 or float64, got {logits.dtype}")
+    _check_rows_and_labels(logits, labels, cu_seqlens, ignore_index, "logits", "V", "vocabulary of at least one token")
+
+
+def check_linear(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+) -> None:
+    """Hidden states, their labels and the LM head."""
+    if getattr(hidden, "device_mesh", None) is not None:
+        raise TypeError("hidden must be a plain tensor, got a DTensor; pass hidden.full_tensor()")
+    _check_rows_and_labels(hidden, labels, cu_seqlens, ignore_index, "hidden", "H", "width of at least 1")
+    check_head(weight, hidden, "weight")
+    if bias is not None:
+        if not isinstance(bias, Tensor) or bias.dtype != hidden.dtype:
+            raise TypeError(f"bias must have hidden's dtype, {hidden.dtype}, got {describe(bias)}")
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+        check_device(bias, hidden, "bias", "hidden")
+    check_number(logit_scale, "logit_scale")
+    if logit_scale == 0:
+        raise ValueError("logit_scale must not be 0")
+    if softcap is not None:
+        check_number(softcap, "softcap")
+        if softcap <= 0:
+            raise ValueError(f"softcap must be > 0 or None, got {softcap}")
+
+
+def check_head(weight: Tensor, hidden: Tensor, name: str) -> None:
+    if isinstance(weight, torch.nn.Module):
+        raise TypeError(
+            f"{name} must be the LM head's weight, (V, H), got the module {type(weight).__name__}; pass its .weight, and "
+            "its bias= if it has one. A head with an adapter on it (LoRA) is more than its weight: merge the adapter, or "
+            "use sequence_logps on the model's logits"
+        )
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(weight).__name__}")
+    if getattr(weight, "device_mesh", None) is not None:
+        raise TypeError(
+            f"{name} is a DTensor, got placements {weight.placements}: pass {name}.full_tensor(); or, sharded by rows of "
+            "the vocabulary, its local shard (to_local()) with vocab_parallel_group"
+        )
+    if weight.is_quantized or not weight.is_floating_point() or hasattr(weight, "quant_state"):
+        raise TypeError(
+            f"{name} must be a floating-point tensor, got {describe(weight)}: dequantise a quantised head first"
+        )
+    if weight.dtype != hidden.dtype:
+        raise TypeError(f"{name} must have hidden's dtype, {hidden.dtype}, got {weight.dtype}")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        raise ValueError(f"{name} must have shape (V, H) with H = {hidden.shape[-1]}, got {tuple(weight.shape)}")
+    check_device(weight, hidden, name, "hidden")
+
+
+def check_linear_anchor(
+    hidden: Tensor,
+    weight: Tensor,
+    cu_seqlens: Tensor | None,
+    anchor_hidden: Tensor | None,
+    anchor_weight: Tensor | None,
+    anchor_margin: Tensor | None,
+) -> None:
+    check_anchor(hidden, cu_seqlens, anchor_hidden, anchor_margin, "hidden")
+    if anchor_weight is not None:
+        if anchor_hidden is None:
+            raise ValueError("anchor_weight was given without anchor_hidden")
+        check_head(anchor_weight, hidden, "anchor_weight")
+        if anchor_weight.shape != weight.shape:
+            raise ValueError(
+                f"anchor_weight must have weight's shape, {tuple(weight.shape)}, got {tuple(anchor_weight.shape)}"
+            )
+
+
+def check_budget(max_logits_bytes: int) -> None:
+    if isinstance(max_logits_bytes, bool) or not isinstance(max_logits_bytes, int):
+        raise TypeError(f"max_logits_bytes must be an int, got {type(max_logits_bytes).__name__}")
+    if max_logits_bytes <= 0:
+        raise ValueError(f"max_logits_bytes must be > 0, got {max_logits_bytes}")
+
+
+def _check_rows_and_labels(
+    rows: Tensor, labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, name: str, last: str, least: str
+) -> None:
+    if not isinstance(rows, Tensor) or not rows.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {describe(rows)}")
+    if rows.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {rows.dtype}")
     if not isinstance(labels, Tensor) or labels.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64):
         raise TypeError(f"labels must be an integer tensor (int64), got {describe(labels)}")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt)):
@@ -96,20 +183,24 @@ def check_logits_and_labels(logits: Tensor, labels: Tensor, cu_seqlens: Tensor |
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index must fit in 64 bits, got {ignore_index}")
     packed = cu_seqlens is not None
-    if logits.dim() != (2 if packed else 3):
-        expected = "(N, V) when cu_seqlens is given" if packed else "(S, T, V), or (N, V) with cu_seqlens"
-        raise ValueError(f"logits must have shape {expected}, got {tuple(logits.shape)}")
-    if labels.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"labels must have the logits' shape without the vocabulary, {tuple(logits.shape[:-1])}, "
-            f"got {tuple(labels.shape)}"
+    if rows.dim() != (2 if packed else 3):
+        expected = (
+            f"(N, {last}) when cu_seqlens is given" if packed else f"(S, T, {last}), or (N, {last}) with cu_seqlens"
         )
-    if logits.shape[-1] == 0:
-        raise ValueError(f"logits must have a vocabulary of at least one token, got shape {tuple(logits.shape)}")
-    check_last_stride(logits, "logits")
-    check_device(labels, logits, "labels", "logits")
+        raise ValueError(f"{name} must have shape {expected}, got {tuple(rows.shape)}")
+    if labels.shape != rows.shape[:-1]:
+        raise ValueError(
+            f"labels must have the {name}' shape without the vocabulary, {tuple(rows.shape[:-1])}, "
+            f"got {tuple(labels.shape)}"
+            if name == "logits"
+            else f"labels must have hidden's shape without its width, {tuple(rows.shape[:-1])}, got {tuple(labels.shape)}"
+        )
+    if rows.shape[-1] == 0:
+        raise ValueError(f"{name} must have a {least}, got shape {tuple(rows.shape)}")
+    check_last_stride(rows, name)
+    check_device(labels, rows, "labels", name)
     if packed:
-        check_cu_seqlens(cu_seqlens, logits)
+        check_cu_seqlens(cu_seqlens, rows)
 
 
 def check_last_stride(tensor: Tensor, name: str) -> None:
@@ -137,19 +228,24 @@ def check_pairs(logits: Tensor, cu_seqlens: Tensor | None) -> None:
 
 
 def check_anchor(
-    logits: Tensor, cu_seqlens: Tensor | None, anchor_logits: Tensor | None, anchor_margin: Tensor | None
+    logits: Tensor,
+    cu_seqlens: Tensor | None,
+    anchor_logits: Tensor | None,
+    anchor_margin: Tensor | None,
+    name: str = "logits",
 ) -> None:
+    owner = "the logits'" if name == "logits" else "hidden's"
     if anchor_logits is not None and anchor_margin is not None:
-        raise ValueError("anchor_logits and anchor_margin were both given; expected at most one of them")
+        raise ValueError(f"anchor_{name} and anchor_margin were both given; expected at most one of them")
     if anchor_logits is not None:
         if not isinstance(anchor_logits, Tensor) or anchor_logits.dtype != logits.dtype:
-            raise TypeError(f"anchor_logits must have the logits' dtype, {logits.dtype}, got {describe(anchor_logits)}")
+            raise TypeError(f"anchor_{name} must have {owner} dtype, {logits.dtype}, got {describe(anchor_logits)}")
         if anchor_logits.shape != logits.shape:
             raise ValueError(
-                f"anchor_logits must have the logits' shape, {tuple(logits.shape)}, got {tuple(anchor_logits.shape)}"
+                f"anchor_{name} must have {owner} shape, {tuple(logits.shape)}, got {tuple(anchor_logits.shape)}"
             )
-        check_last_stride(anchor_logits, "anchor_logits")
-        check_device(anchor_logits, logits, "anchor_logits", "logits")
+        check_last_stride(anchor_logits, f"anchor_{name}")
+        check_device(anchor_logits, logits, f"anchor_{name}", name)
     if anchor_margin is not None:
         check_margin(anchor_margin, "anchor_margin")
         pairs = (logits.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1) // 2

@@ -1,0 +1,206 @@
+"""The LM head on a tile of rows: logits into one buffer, their gradient over them, and what that gives each operand.
+
+    logits = cap(logit_scale * (hidden @ weight^T + bias)),    cap(x) = softcap * tanh(x / softcap)
+
+Arithmetic: the GEMMs are torch's, in the dtype of the operands with float32 accumulation; 16-bit operands on a CPU are
+computed in float32, a slice of the vocabulary at a time. The softmax is a back end's launchers', each row by itself.
+With a process group the vocabulary is sharded over its ranks: a row's maximum and sum are combined, O(rows) numbers.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CAST_BYTES = 16 * 2**20  # of the weight, cast at a time
+SOFTCAP_BYTES = 8 * 2**20  # of the logits, kept at a time for softcap's derivative
+HALF = (torch.float16, torch.bfloat16)
+
+
+class Statistics(NamedTuple):
+    """Of every row: what its softmax is rebuilt from, and its label's log-probability."""
+
+    shift: Tensor  # (R,)
+    total: Tensor  # (R,) sum_j exp(x_j - shift), over all shards
+    logps: Tensor  # (R,)
+
+
+class VocabularyShard(NamedTuple):
+    group: torch.distributed.ProcessGroup
+    start: int  # the first token whose row of the weight is on this rank
+
+
+class Head(NamedTuple):
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    softcap: float | None
+    logit_scale: float
+    launchers: ModuleType
+    shard: VocabularyShard | None = None
+
+    @property
+    def buffer_dtype(self) -> torch.dtype:
+        """Of logits: 16-bit GEMMs on a CPU are slow and round every logit."""
+        return torch.float32 if self._casts else self.weight.dtype
+
+    @property
+    def _casts(self) -> bool:
+        return self.weight.device.type == "cpu" and self.weight.dtype in HALF
+
+    def project(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """The logits (R, V) of hidden (R, H), in `out`."""
+        hidden = hidden.to(out.dtype)
+        if self.logit_scale != 1 and self.bias is None:
+            hidden = hidden * self.logit_scale
+        for columns, weight in self._weights():
+            target = out[:, columns]
+            if self.bias is None:
+                torch.mm(hidden, weight.t(), out=target)
+            else:
+                bias, scale = self.bias[columns].to(out.dtype), self.logit_scale
+                torch.addmm(bias, hidden, weight.t(), beta=scale, alpha=scale, out=target)
+        if self.softcap is not None:
+            out.div_(self.softcap).tanh_().mul_(self.softcap)
+        return out
+
+    def statistics(self, logits: Tensor, labels: Tensor) -> Statistics:
+        """Of logits (R, V) and their labels (R,)."""
+        shard_labels, elsewhere = self._local(labels)
+        options = (_rows_apart(logits), False, False, _NO_LABEL)
+        logps, _, shift, total = self.launchers.logps_forward(logits, shard_labels, *options)
+        if self.shard is None:
+            return Statistics(shift, total, logps)
+        own = logits.gather(1, shard_labels[:, None]).squeeze(1).to(shift.dtype).masked_fill(elsewhere, 0)
+        return self._combined(shift, total, own)
+
+    def _combined(self, shift: Tensor, total: Tensor, label_logit: Tensor) -> Statistics:
+        # Finite where the maximum is not: a shard whose logits are all -inf takes no part.
+        largest = (shift + total.log()).nan_to_num(nan=torch.inf, neginf=torch.finfo(shift.dtype).min)
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=self.shard.group)
+        sums = torch.stack([total * (shift - largest).exp(), label_logit])
+        torch.distributed.all_reduce(sums, group=self.shard.group)
+        return Statistics(largest, sums[0], sums[1] - largest - sums[0].log())
+
+    def differentiate_(self, logits: Tensor, labels: Tensor, shift: Tensor, total: Tensor, scale: Tensor) -> Tensor:
+        """scale[row] * d(-log-prob of the row's label) / d(hidden @ weight^T + bias), over the logits (R, V)."""
+        scale = scale.to(shift.dtype) * self.logit_scale
+        if self.softcap is None:
+            self._softmax_gradient_(logits, labels, shift, total, scale)
+            return logits
+        rows = max(1, SOFTCAP_BYTES // (logits.shape[1] * logits.element_size()))
+        for parts in zip(*(tensor.split(rows) for tensor in (logits, labels, shift, total, scale))):
+            slope = (parts[0].to(shift.dtype) / self.softcap).square_().neg_().add_(1)
+            self._softmax_gradient_(*parts)
+            parts[0].mul_(slope)
+        return logits
+
+    def _softmax_gradient_(self, logits: Tensor, labels: Tensor, shift: Tensor, total: Tensor, scale: Tensor) -> None:
+        shard_labels, elsewhere = self._local(labels)
+        if elsewhere is not None:
+            # The label that stands in for one on another rank has a plain softmax's gradient.
+            at = elsewhere.nonzero().flatten()
+            column = shard_labels[at]
+            plain = ((logits[at, column].to(shift.dtype) - shift[at]).exp() / total[at] * scale[at]).to(logits.dtype)
+        options = (_rows_apart(logits), shift, total, False, _NO_LABEL)
+        self.launchers.logps_backward(scale, logits, shard_labels, *options, inplace=True)
+        if elsewhere is not None:
+            logits[at, column] = plain.masked_fill(scale[at] == 0, 0)
+
+    def _local(self, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Labels as columns of this rank's shard, and which of them (R,) are another rank's: these become column 0."""
+        if self.shard is None:
+            return labels, None
+        local = labels - self.shard.start
+        elsewhere = (local < 0) | (local >= self.weight.shape[0])
+        return local.masked_fill(elsewhere, 0), elsewhere
+
+    def hidden_gradient(self, gradient: Tensor) -> Tensor:
+        """gradient (R, V) @ weight, (R, H): of this rank's shard."""
+        if not self._casts:
+            return _mm_float32(gradient, self.weight) if self.weight.dtype in HALF else gradient @ self.weight
+        summed = gradient.new_zeros(gradient.shape[0], self.weight.shape[1])
+        for columns, weight in self._weights():
+            summed.addmm_(gradient[:, columns], weight)
+        return summed
+
+    def _weights(self):
+        """The weight in slices of the vocabulary as the GEMMs take it: whole, unless it has to be cast."""
+        vocabulary, width = self.weight.shape
+        rows = max(1, CAST_BYTES // max(1, 4 * width)) if self._casts else vocabulary
+        for start in range(0, vocabulary, rows):
+            columns = slice(start, min(start + rows, vocabulary))
+            yield columns, self.weight[columns].to(self.buffer_dtype)
+
+
+_NO_LABEL = -(2**63)  # every row of a tile predicts a label
+
+
+def _rows_apart(logits: Tensor) -> Tensor:
+    """cu_seqlens (R + 1,) that make every row a sequence of its own."""
+    return torch.arange(logits.shape[0] + 1, dtype=torch.int32, device=logits.device)
+
+
+class WeightGradient:
+    """gradient^T @ hidden and the bias's sums over all tiles: in float32 for 16-bit weights, rounded once."""
+
+    def __init__(self, head: Head, weight: bool, bias: bool, one_tile: bool) -> None:
+        self._wanted, self._like = (weight, bias), head.weight
+        # The only tile's GEMM accumulates in float32 inside and rounds once itself.
+        self._direct = one_tile and not head._casts
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+
+    def add(self, gradient: Tensor, hidden: Tensor) -> None:
+        if self._wanted[1]:
+            dtype = torch.promote_types(gradient.dtype, torch.float32)
+            part = gradient.sum(0, dtype=dtype)
+            self.bias = part if self.bias is None else self.bias.add_(part)
+        if not self._wanted[0]:
+            return
+        if self._direct or gradient.dtype not in HALF:
+            hidden = hidden.to(gradient.dtype)
+            if self.weight is None:
+                self.weight = gradient.t() @ hidden
+            else:
+                self.weight.addmm_(gradient.t(), hidden)
+        elif self.weight is None:
+            self.weight = _mm_float32(gradient.t(), hidden)
+        else:
+            _addmm_float32_(self.weight, gradient.t(), hidden)
+
+    def results(self) -> tuple[Tensor | None, Tensor | None]:
+        """Of the weight's dtype; zeros if there was no tile."""
+        weight, bias = self.weight, self.bias
+        if self._wanted[0]:
+            weight = torch.zeros_like(self._like) if weight is None else weight.to(self._like.dtype)
+        if self._wanted[1]:
+            bias = self._like.new_zeros(self._like.shape[0]) if bias is None else bias.to(self._like.dtype)
+        return weight, bias
+
+
+@lru_cache
+def _gemm_to_float32(device: torch.device) -> bool:
+    """Whether a GEMM of 16-bit operands may give a float32 result."""
+    one = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
+    try:
+        torch.addmm(one.float(), one, one, out_dtype=torch.float32)
+    except (RuntimeError, TypeError, NotImplementedError):
+        return False
+    return True
+
+
+def _mm_float32(one: Tensor, other: Tensor) -> Tensor:
+    if _gemm_to_float32(one.device):
+        return torch.mm(one, other, out_dtype=torch.float32)
+    return (one @ other).float()
+
+
+def _addmm_float32_(total: Tensor, one: Tensor, other: Tensor) -> None:
+    if _gemm_to_float32(total.device):
+        torch.addmm(total, one, other, out_dtype=torch.float32, out=total)
+    else:
+        total.add_(one @ other)

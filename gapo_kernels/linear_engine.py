@@ -1,0 +1,301 @@
+"""Hidden states and LM head to log-probs and gradients, in tiles of rows that share one buffer of logits.
+
+Rows that predict nothing are left out before any GEMM. With kept rows K: the logits cost 2 K H V flops, d hidden and
+d weight as much each. Where a tile holds whole pairs their loss, and so every row's coefficient, is known while their
+logits are still there: the gradient is written over them, and nothing is computed twice. A pair beyond the budget is
+computed twice, unless the weight is frozen: then each sequence's d hidden is made up to its coefficient, at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gapo_kernels import cpu, host_memory
+from gapo_kernels.head import Head, Statistics, WeightGradient
+from gapo_kernels.layout import align_targets, sequence_count, sequence_of_rows
+from gapo_kernels.objective import PairResults, pair_results, sequence_means
+
+
+class Rows(NamedTuple):
+    """The K predicting rows of the hidden states, sequence by sequence (pair by pair where there are pairs)."""
+
+    index: Tensor  # (K,) int64, position among all rows
+    label: Tensor  # (K,) int64
+    sequence: Tensor  # (K,) int64
+    position: Tensor  # (K,) int64, position within the sequence's own rows
+    counts: Tensor  # (S,) int64
+    ends: list[int]  # for each sequence, in the rows' order, where its rows end among the K
+    longest: int
+
+    def sums(self, logps: Tensor) -> Tensor:
+        """(S,) float64, of (K,): in a fixed order, which atomic additions would not have."""
+        table = torch.zeros(self.counts.shape[0], self.longest, dtype=torch.float64, device=logps.device)
+        table[self.sequence, self.position] = logps.double()
+        return table.sum(1)
+
+
+def find_rows(labels: Tensor, cu_seqlens: Tensor | None, shift: bool, ignore_index: int, in_pairs: bool) -> Rows:
+    sequences = sequence_count(labels, cu_seqlens)
+    targets = align_targets(labels, cu_seqlens, shift, ignore_index)
+    sequence = sequence_of_rows(targets, cu_seqlens)
+    targets = targets.flatten()
+    index = ((targets != ignore_index) & (sequence < sequences)).nonzero().flatten()
+    counts = torch.bincount(sequence[index], minlength=sequences)
+    order = torch.arange(sequences, device=labels.device)
+    if in_pairs:
+        order = order.view(2, -1).t().flatten()  # chosen, rejected, chosen, ...
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(sequences, device=labels.device))
+        index = index[torch.argsort(place[sequence[index]], stable=True)]
+    ends = counts[order].cumsum(0)
+    sequence = sequence[index]
+    begins = torch.empty_like(ends).scatter_(0, order, ends - counts[order])
+    position = torch.arange(index.shape[0], device=labels.device) - begins[sequence]
+    ends = ends.tolist()
+    longest = max((stop - start for start, stop in zip([0, *ends], ends)), default=0)
+    return Rows(index, targets[index], sequence, position, counts, ends, longest)
+
+
+class Buffer:
+    """The one buffer of logits."""
+
+    def __init__(self, head: Head, kept: int, max_logits_bytes: int) -> None:
+        vocabulary = head.weight.shape[0]
+        self.limit = max(1, max_logits_bytes // (vocabulary * head.buffer_dtype.itemsize))
+        self._rows = min(self.limit, max(kept, 1))
+        self._head = head
+        self._memory: Tensor | None = None
+
+    def rows(self, count: int) -> Tensor:
+        if self._memory is None:
+            shape = (self._rows, self._head.weight.shape[0])
+            self._memory = host_memory.uninitialized(shape, self._head.buffer_dtype, self._head.weight.device)
+        return self._memory[:count]
+
+    def tiles(self, start: int, stop: int) -> list[slice]:
+        """[start, stop) in tiles of at most the buffer's rows, of nearly the same size."""
+        count = max(1, -(-(stop - start) // self.limit))
+        edges = [start + (stop - start) * i // count for i in range(count + 1)]
+        return [slice(a, b) for a, b in zip(edges, edges[1:]) if a < b]
+
+
+class Operands(NamedTuple):
+    hidden: Tensor  # (all rows, H)
+    rows: Rows
+    head: Head
+
+    def of(self, tile: slice) -> Tensor:
+        return self.hidden[self.rows.index[tile]]
+
+
+class Gradients:
+    """d hidden, d weight and d bias, as they are needed, tile by tile."""
+
+    def __init__(self, operands: Operands, needs: Sequence[bool], one_tile: bool) -> None:
+        self._operands, self._needs = operands, needs
+        self.hidden = torch.zeros_like(operands.hidden, memory_format=torch.contiguous_format) if needs[0] else None
+        self._head = WeightGradient(operands.head, needs[1], needs[2], one_tile)
+
+    def add(self, tile: slice, logits: Tensor, statistics: Statistics, scale: Tensor) -> None:
+        """`scale` (rows of the tile,): of d(-log-prob). The logits are used up."""
+        operands = self._operands
+        head, rows = operands.head, operands.rows
+        gradient = head.differentiate_(logits, rows.label[tile], statistics.shift, statistics.total, scale)
+        if self._needs[0]:
+            self.hidden[rows.index[tile]] = head.hidden_gradient(gradient).to(self.hidden.dtype)
+        if self._needs[1] or self._needs[2]:
+            # 0 * NaN: rows without a coefficient (an inert pair, say) have no part, whatever their hidden states are
+            self._head.add(gradient, operands.of(tile).masked_fill((scale == 0)[:, None], 0))
+
+    def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        if self._needs[0] and self._operands.head.shard is not None:
+            torch.distributed.all_reduce(self.hidden, group=self._operands.head.shard.group)
+        return (self.hidden, *self._head.results())
+
+
+def _statistics(operands: Operands, tile: slice, buffer: Buffer) -> tuple[Tensor, Statistics]:
+    logits = operands.head.project(operands.of(tile), buffer.rows(tile.stop - tile.start))
+    return logits, operands.head.statistics(logits, operands.rows.label[tile])
+
+
+def _rows_logps(operands: Operands, start: int, stop: int, buffer: Buffer) -> list[Tensor]:
+    return [_statistics(operands, tile, buffer)[1].logps for tile in buffer.tiles(start, stop)]
+
+
+class LossResults(NamedTuple):
+    fields: PairResults
+    shift: Tensor  # (K,)
+    total: Tensor  # (K,)
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None]  # of the loss with reduction="mean"
+
+
+def loss(
+    hidden: Tensor,  # (all rows, H)
+    rows: Rows,
+    head: Head,
+    anchor_hidden: Tensor | None,
+    anchor_head: Head,
+    anchor_margin: Tensor | None,  # (B,)
+    max_logits_bytes: int,
+    options: dict,  # pair_results'
+    needs: Sequence[bool],  # gradients: hidden, weight, bias
+) -> LossResults:
+    """The loss of pairs and, as they are needed, its gradients."""
+    operands = Operands(hidden, rows, head)
+    anchor = None if anchor_hidden is None else Operands(anchor_hidden, rows, anchor_head)
+    pairs, kept = rows.counts.shape[0] // 2, rows.index.shape[0]
+    buffer = Buffer(head, kept, max_logits_bytes)
+    gradients = Gradients(operands, needs, one_tile=kept <= buffer.limit)
+    every: list[Statistics] = []
+    sums = torch.zeros(2 * pairs, dtype=torch.float64, device=hidden.device)
+    anchor_sums = torch.zeros_like(sums)
+    for start, stop in _whole_pairs(rows, buffer.limit):
+        if anchor is not None:
+            logps = torch.cat(_rows_logps(anchor, start, stop, buffer))
+            anchor_sums += _sums_of(rows, logps, start, stop)
+        tiles, found = buffer.tiles(start, stop), []
+        unit = len(tiles) > 1 and needs[0] and not (needs[1] or needs[2])
+        for tile in tiles:
+            logits, statistics = _statistics(operands, tile, buffer)
+            if unit:
+                gradients.add(tile, logits, statistics, torch.ones_like(statistics.total))
+            found.append(statistics)
+        every += found
+        sums += _sums_of(rows, torch.cat([statistics.logps for statistics in found]), start, stop)
+        if not any(needs):
+            continue
+        margin = _margin(anchor_sums, rows.counts, options) if anchor is not None else anchor_margin
+        # Those of pairs still to come are not read.
+        coefficients = pair_results(sums, rows.counts, margin, **options).coefficients
+        scale = coefficients[rows.sequence[start:stop]]
+        if unit:
+            at = rows.index[start:stop]
+            scaled = gradients.hidden[at] * scale[:, None].to(gradients.hidden.dtype)
+            gradients.hidden[at] = scaled.masked_fill((scale == 0)[:, None], 0)
+            continue
+        for tile, statistics in zip(tiles, found):
+            if len(tiles) > 1:
+                logits = head.project(operands.of(tile), buffer.rows(tile.stop - tile.start))
+            gradients.add(tile, logits, statistics, scale[tile.start - start : tile.stop - start])
+    if anchor is not None:
+        anchor_margin = _margin(anchor_sums, rows.counts, options)
+    dtype = cpu.accumulation_dtype(hidden)
+    fields = pair_results(sums, rows.counts, anchor_margin, **options)
+    fields = PairResults(*(f.to(dtype, copy=True) if f.is_floating_point() else f for f in fields))
+    return LossResults(fields, *_joined(every, hidden), gradients.results())
+
+
+def _whole_pairs(rows: Rows, limit: int) -> Iterator[tuple[int, int]]:
+    """(first row, last row + 1) of neighbouring pairs with at most `limit` rows together, or of one pair with more."""
+    ends = rows.ends[1::2]
+    start = 0
+    for stop, following in zip(ends, [*ends[1:], None]):
+        if stop > start and (following is None or following - start > limit):
+            yield start, stop
+            start = stop
+
+
+def _sums_of(rows: Rows, logps: Tensor, start: int, stop: int) -> Tensor:
+    """Every sequence's sum over the rows from start to stop alone, (S,)."""
+    part = rows._replace(sequence=rows.sequence[start:stop], position=rows.position[start:stop])
+    return part.sums(logps)
+
+
+def _margin(sums: Tensor, counts: Tensor, options: dict) -> Tensor:
+    chosen, rejected = sequence_means(sums, counts, options["length_normalized"]).chunk(2)
+    return chosen - rejected
+
+
+def _joined(statistics: list[Statistics], like: Tensor) -> tuple[Tensor, Tensor]:
+    if not statistics:
+        empty = like.new_zeros(0, dtype=cpu.accumulation_dtype(like))
+        return empty, empty.clone()
+    return torch.cat([s.shift for s in statistics]), torch.cat([s.total for s in statistics])
+
+
+class LogpsResults(NamedTuple):
+    sums: Tensor  # (S,) float64
+    shift: Tensor  # (K,)
+    total: Tensor  # (K,)
+    unit: Tensor | None  # (K, H) d(-log-prob of the row's label) / d hidden: each backward scales it
+    logits: Tensor | None  # (K, V), if they were to be kept and fit
+
+
+def logps(
+    hidden: Tensor, rows: Rows, head: Head, max_logits_bytes: int, needs: Sequence[bool], keep: bool
+) -> LogpsResults:
+    """Log-probs, and what any number of backwards need: d hidden but for a scale, and the logits if d weight needs them."""
+    operands, kept = Operands(hidden, rows, head), rows.index.shape[0]
+    buffer, logits_kept = Buffer(head, kept, max_logits_bytes), None
+    vocabulary = head.weight.shape[0]
+    if keep and (needs[1] or needs[2]) and kept + _least_tile(kept) <= buffer.limit:
+        logits_kept = torch.empty(kept, vocabulary, dtype=head.buffer_dtype, device=hidden.device)
+        buffer = _beside_kept(head, kept, max_logits_bytes)
+    unit = torch.empty(kept, hidden.shape[1], dtype=_unit_dtype(head), device=hidden.device) if needs[0] else None
+    every: list[Statistics] = []
+    for tile in buffer.tiles(0, kept):
+        out = buffer.rows(tile.stop - tile.start) if logits_kept is None else logits_kept[tile]
+        logits = head.project(operands.of(tile), out)
+        statistics = head.statistics(logits, rows.label[tile])
+        every.append(statistics)
+        if unit is not None:
+            if logits_kept is not None:
+                logits = buffer.rows(tile.stop - tile.start).copy_(logits)
+            ones = torch.ones_like(statistics.total)
+            gradient = head.differentiate_(logits, rows.label[tile], statistics.shift, statistics.total, ones)
+            unit[tile] = head.hidden_gradient(gradient)
+    if unit is not None and head.shard is not None:
+        torch.distributed.all_reduce(unit, group=head.shard.group)
+    row_logps = torch.cat([s.logps for s in every]) if every else hidden.new_zeros(0)
+    return LogpsResults(rows.sums(row_logps), *_joined(every, hidden), unit, logits_kept)
+
+
+def _unit_dtype(head: Head) -> torch.dtype:
+    return torch.promote_types(head.weight.dtype, torch.float32)
+
+
+def _least_tile(kept: int) -> int:
+    """Rows of the buffer that the gradient is made in beside kept logits: fewer would make the GEMMs slow."""
+    return min(kept, max(256, kept // 8))
+
+
+def _beside_kept(head: Head, kept: int, max_logits_bytes: int) -> Buffer:
+    row_bytes = head.weight.shape[0] * head.buffer_dtype.itemsize
+    return Buffer(head, _least_tile(kept), min(max_logits_bytes - kept * row_bytes, _least_tile(kept) * row_bytes))
+
+
+def logps_gradients(
+    hidden: Tensor,
+    rows: Rows,
+    head: Head,
+    max_logits_bytes: int,
+    scale: Tensor,  # (S,) of d(-log-prob) of each sequence's rows
+    shift: Tensor | None,  # (K,), and all that LogpsResults has
+    total: Tensor | None,
+    unit: Tensor | None,
+    logits: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of sum(scale * -log-prob): nothing that was kept is used up."""
+    kept = rows.index.shape[0]
+    row_scale = scale[rows.sequence]
+    hidden_needed = needs[0] and unit is None
+    buffer = Buffer(head, kept, max_logits_bytes) if logits is None else _beside_kept(head, kept, max_logits_bytes)
+    gradients = Gradients(Operands(hidden, rows, head), (hidden_needed, *needs[1:]), one_tile=kept <= buffer.limit)
+    for tile in buffer.tiles(0, kept) if hidden_needed or needs[1] or needs[2] else []:
+        out = buffer.rows(tile.stop - tile.start)
+        tile_logits = head.project(hidden[rows.index[tile]], out) if logits is None else out.copy_(logits[tile])
+        if shift is None:
+            statistics = head.statistics(tile_logits, rows.label[tile])
+        else:
+            statistics = Statistics(shift[tile], total[tile], total[tile])
+        gradients.add(tile, tile_logits, statistics, row_scale[tile])
+    hidden_gradient, *others = gradients.results()
+    if needs[0] and unit is not None:
+        hidden_gradient = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+        scaled = (unit * row_scale[:, None].to(unit.dtype)).masked_fill((row_scale == 0)[:, None], 0)
+        hidden_gradient[rows.index] = scaled.to(hidden.dtype)
+    return (hidden_gradient, *others)

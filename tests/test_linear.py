@@ -1,0 +1,493 @@
+"""`fused_linear_gapo_loss` and `linear_sequence_logps` against the reference, for every budget and part of a head."""
+
+import pytest
+import torch
+from torch import nn
+
+from gapo_kernels import (
+    GeometricAnchor,
+    fused_linear_gapo_loss,
+    gapo_step,
+    linear_engine,
+    linear_sequence_logps,
+    reference,
+)
+
+VOCABULARY, WIDTH, LENGTH, PAIRS = 37, 5, 6, 3
+ROW = VOCABULARY * 8  # bytes of a row of float64 logits
+BUDGETS = {"one row": ROW, "a few rows": 3 * ROW, "one pair": 2 * LENGTH * ROW, "all": 2**30}
+HEADS = {
+    "plain": {},
+    "bias": dict(bias=True),
+    "softcap": dict(softcap=1.5),
+    "scale": dict(logit_scale=0.7),
+    "everything": dict(bias=True, softcap=2.0, logit_scale=-1.3),
+}
+FIELDS = reference.GAPOOutput._fields
+
+
+def problem(pairs=PAIRS, dtype=torch.float64, bias=False, empty=(), packed=False, seed=0):
+    """hidden, weight, bias, labels, the anchor's hidden states, cu_seqlens"""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    hidden, weight, b = normal(2 * pairs, LENGTH, WIDTH), normal(VOCABULARY, WIDTH), normal(VOCABULARY)
+    labels = torch.randint(VOCABULARY, (2 * pairs, LENGTH), generator=generator)
+    for row in range(2 * pairs):
+        labels[row, : row % 3] = -100
+    labels[1 % (2 * pairs), 4] = -100
+    labels[list(empty)] = -100
+    anchor = (hidden + 0.1 * normal(*hidden.shape)).detach()
+    cu_seqlens = None
+    if packed:
+        cu_seqlens = torch.arange(2 * pairs + 1, dtype=torch.int32) * LENGTH
+        hidden = hidden.detach().flatten(0, 1).requires_grad_()
+        labels, anchor = labels.flatten(), anchor.flatten(0, 1)
+    return hidden, weight, b if bias else None, labels, anchor, cu_seqlens
+
+
+def run(function, hidden, weight, bias, labels, frozen=(), **options):
+    """Output, and d hidden, d weight, d bias."""
+    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in (hidden, weight, bias)]
+    for name, leaf in zip(("hidden", "weight", "bias"), leaves):
+        if leaf is not None and name in frozen:
+            leaf.requires_grad_(False)
+    out = function(leaves[0], leaves[1], labels, bias=leaves[2], **options)
+    value = out.loss.sum() if isinstance(out, tuple) else (out * torch.linspace(-1, 2, len(out), dtype=out.dtype)).sum()
+    if value.requires_grad:
+        value.backward()
+    return out, [None if leaf is None else leaf.grad for leaf in leaves]
+
+
+def assert_equal(found, expected, tolerance=1e-10):
+    for name, one, other in zip(FIELDS, found[0], expected[0]):
+        torch.testing.assert_close(one, other, atol=tolerance, rtol=0, msg=lambda m: f"{name}: {m}")
+    for name, one, other in zip(("d hidden", "d weight", "d bias"), found[1], expected[1], strict=True):
+        assert (one is None) == (other is None), name
+        if one is not None:
+            torch.testing.assert_close(one, other, atol=tolerance, rtol=0, msg=lambda m: f"{name}: {m}")
+
+
+# ---- Equal to the reference ----
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("frozen", [(), ("weight", "bias"), ("hidden",), ("hidden", "weight", "bias")], ids=str)
+def test_loss_fields_and_gradients(budget, head, frozen, backend):
+    head = dict(head)
+    hidden, weight, bias, labels, anchor, _ = problem(bias=head.pop("bias", False))
+    options = dict(head, anchor_hidden=anchor, frozen=frozen, sft_weight=0.3, label_smoothing=0.1)
+    expected = run(reference.fused_linear_gapo_loss, hidden, weight, bias, labels, **options)
+    found = run(
+        fused_linear_gapo_loss, hidden, weight, bias, labels, max_logits_bytes=budget, backend=backend, **options
+    )
+    assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("empty", [(), (1,), (0, 4), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("budget", [3 * ROW, 2**30])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(loss_type="hinge", gamma=0.2),
+        dict(length_normalized=False, beta=0.1),
+        dict(shift=False, sft_weight=0.5),
+    ],
+    ids=str,
+)
+def test_every_keyword(budget, reduction, packed, empty, options):
+    hidden, weight, _, labels, anchor, cu_seqlens = problem(empty=empty, packed=packed)
+    options = dict(options, anchor_hidden=anchor, reduction=reduction, cu_seqlens=cu_seqlens)
+    expected = run(reference.fused_linear_gapo_loss, hidden, weight, None, labels, **options)
+    assert_equal(
+        run(fused_linear_gapo_loss, hidden, weight, None, labels, max_logits_bytes=budget, **options), expected
+    )
+
+
+@pytest.mark.parametrize("anchors", ["none", "margin", "weight"])
+def test_other_anchors(anchors):
+    hidden, weight, _, labels, anchor, _ = problem()
+    options = {
+        "none": {},
+        "margin": dict(anchor_margin=torch.tensor([0.3, -1.0, 2.0])),
+        "weight": dict(anchor_hidden=anchor, anchor_weight=weight.detach() * 1.1),
+    }[anchors]
+    expected = run(reference.fused_linear_gapo_loss, hidden, weight, None, labels, **options)
+    for budget in BUDGETS.values():
+        assert_equal(
+            run(fused_linear_gapo_loss, hidden, weight, None, labels, max_logits_bytes=budget, **options), expected
+        )
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("budget", [ROW, 4 * ROW, 2**30])
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("frozen", [(), ("weight", "bias"), ("hidden",)], ids=str)
+def test_logps_with_arbitrary_upstream_gradients(budget, head, frozen, backend):
+    head = dict(head)
+    hidden, weight, bias, labels, _, _ = problem(bias=head.pop("bias", False), empty=(2,))
+    hidden, labels = hidden[:5], labels[:5]  # any number of sequences
+    expected, wanted = run(reference.linear_sequence_logps, hidden, weight, bias, labels, frozen=frozen, **head)
+    found, got = run(
+        linear_sequence_logps,
+        hidden,
+        weight,
+        bias,
+        labels,
+        frozen=frozen,
+        max_logits_bytes=budget,
+        backend=backend,
+        **head,
+    )
+    assert_equal(((found,), got), ((expected,), wanted))
+    assert found[2] == 0
+
+
+def test_counts():
+    hidden, weight, _, labels, _, _ = problem(empty=(2,))
+    found, counts = linear_sequence_logps(hidden, weight, labels, return_counts=True)
+    expected, wanted = reference.linear_sequence_logps(hidden, weight, labels, return_counts=True)
+    assert torch.equal(counts, wanted) and counts[2] == 0
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+
+
+def test_gradcheck():
+    hidden, weight, bias, labels, anchor, _ = problem(pairs=1, bias=True)
+    for budget in (ROW, 2**30):
+
+        def loss(hidden, weight, bias):
+            options = dict(bias=bias, softcap=2.0, logit_scale=0.5, anchor_hidden=anchor, sft_weight=0.2)
+            return fused_linear_gapo_loss(hidden, weight, labels, max_logits_bytes=budget, **options).loss
+
+        def logps(hidden, weight, bias):
+            return linear_sequence_logps(hidden, weight, labels, bias=bias, softcap=2.0, max_logits_bytes=budget)
+
+        assert torch.autograd.gradcheck(loss, (hidden, weight, bias))
+        assert torch.autograd.gradcheck(logps, (hidden, weight, bias))
+
+
+# ---- What is computed, and how often ----
+
+
+@pytest.fixture
+def gemms(monkeypatch):
+    """Appends the rows of every GEMM of logits."""
+    rows, project = [], linear_engine.Head.project
+
+    def counted(head, hidden, out):
+        rows.append(hidden.shape[0])
+        return project(head, hidden, out)
+
+    monkeypatch.setattr(linear_engine.Head, "project", counted)
+    return rows
+
+
+def test_nothing_is_computed_twice_while_a_pair_fits(gemms):
+    hidden, weight, _, labels, anchor, _ = problem()
+    kept = (labels[:, 1:] != -100).sum().item()
+    run(fused_linear_gapo_loss, hidden, weight, None, labels, anchor_hidden=anchor)
+    assert gemms == [kept, kept]  # anchor, policy: rows that predict nothing take no part
+    gemms.clear()
+    run(fused_linear_gapo_loss, hidden, weight, None, labels, anchor_hidden=anchor, max_logits_bytes=BUDGETS["one pair"])
+    assert sum(gemms) == 2 * kept and len(gemms) == 2 * PAIRS
+
+
+def test_a_pair_beyond_the_budget_is_computed_twice_but_not_with_a_frozen_weight(gemms):
+    hidden, weight, _, labels, _, _ = problem()
+    kept = (labels[:, 1:] != -100).sum().item()
+    run(fused_linear_gapo_loss, hidden, weight, None, labels, max_logits_bytes=3 * ROW)
+    assert sum(gemms) == 2 * kept and max(gemms) <= 3
+    gemms.clear()
+    run(fused_linear_gapo_loss, hidden, weight, None, labels, max_logits_bytes=3 * ROW, frozen=("weight",))
+    assert sum(gemms) == kept
+
+
+def test_the_logits_that_d_weight_needs_are_kept_if_they_fit(gemms):
+    hidden, weight, _, labels, _, _ = problem()
+    kept = (labels[:, 1:] != -100).sum().item()
+    run(linear_sequence_logps, hidden, weight, None, labels)
+    assert sum(gemms) == kept
+    gemms.clear()
+    run(linear_sequence_logps, hidden, weight, None, labels, max_logits_bytes=kept * ROW)
+    assert sum(gemms) == 2 * kept
+    gemms.clear()
+    run(linear_sequence_logps, hidden, weight, None, labels, max_logits_bytes=ROW, frozen=("weight",))
+    assert sum(gemms) == kept
+
+
+def test_without_gradients_there_are_statistics_only(gemms, monkeypatch):
+    hidden, weight, _, labels, _, _ = problem()
+    monkeypatch.setattr(linear_engine.Head, "differentiate_", None)
+    with torch.no_grad():
+        fused_linear_gapo_loss(hidden, weight, labels)
+        linear_sequence_logps(hidden, weight, labels)
+    assert len(gemms) == 2
+
+
+def test_a_probe_makes_no_gradient_of_a_head_that_it_does_not_ask_for(monkeypatch):
+    hidden, weight, _, labels, _, _ = problem()
+    logps, added = linear_sequence_logps(hidden, weight, labels), []
+    add = linear_engine.WeightGradient.add
+    monkeypatch.setattr(linear_engine.WeightGradient, "add", lambda *args: (added.append(1), add(*args)))
+    (first,) = torch.autograd.grad(logps.sum(), [hidden], retain_graph=True)
+    assert not added
+    second = torch.autograd.grad(2 * logps.sum(), [hidden, weight], retain_graph=True)
+    assert added
+    torch.testing.assert_close(second[0], 2 * first)
+    (third,) = torch.autograd.grad(logps.sum(), [weight])
+    torch.testing.assert_close(second[1], 2 * third)
+
+
+@pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)
+def test_several_backwards_on_one_graph(budget):
+    hidden, weight, bias, labels, anchor, _ = problem(bias=True)
+    options = dict(bias=bias, max_logits_bytes=budget, softcap=2.0)
+    out = fused_linear_gapo_loss(hidden, weight, labels, anchor_hidden=anchor, **options)
+    logps = linear_sequence_logps(hidden, weight, labels, **options)
+    for value in (out.loss, logps.square().sum()):
+        runs = [torch.autograd.grad(value * f, [hidden, weight, bias], retain_graph=True) for f in (1.0, 3.0, 1.0)]
+        for one, tripled, again in zip(*runs):
+            torch.testing.assert_close(3 * one, tripled, atol=1e-12, rtol=0)
+            torch.testing.assert_close(one, again, atol=1e-12, rtol=0)
+
+
+def test_the_same_bits_on_every_run():
+    hidden, weight, bias, labels, anchor, _ = problem(bias=True, dtype=torch.float32)
+    options = dict(anchor_hidden=anchor, sft_weight=0.1)
+    for budget in (3 * ROW, 2**30):
+        runs = [run(fused_linear_gapo_loss, hidden, weight, bias, labels, max_logits_bytes=budget, **options)] * 2
+        assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1]))
+
+
+# ---- Precision ----
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("budget", [8 * VOCABULARY * 4, 2**30])
+def test_half_precision_is_as_close_as_a_float32_accumulated_eager_path(dtype, budget):
+    pairs = 24
+    hidden, weight, _, labels, anchor, _ = problem(pairs=pairs, dtype=dtype)
+    truth = run(
+        reference.fused_linear_gapo_loss, hidden.double(), weight.double(), None, labels, anchor_hidden=anchor.double()
+    )
+    found = run(fused_linear_gapo_loss, hidden, weight, None, labels, anchor_hidden=anchor, max_logits_bytes=budget)
+    # the reference computes 16-bit operands in float32 and rounds their gradients once
+    eager = run(reference.fused_linear_gapo_loss, hidden, weight, None, labels, anchor_hidden=anchor)
+    for ours, theirs, true in zip(found[1][:2], eager[1][:2], truth[1][:2]):
+        assert ours.dtype == dtype
+        error, allowed = ((g.double() - true).norm() / true.norm() for g in (ours, theirs))
+        assert error <= 1.2 * allowed, (error, allowed)
+    torch.testing.assert_close(found[0].gap, eager[0].gap, atol=1e-5, rtol=1e-5)
+
+
+def test_a_float16_loss_scale_reaches_the_gradients_before_they_are_rounded():
+    hidden, weight, _, labels, _, _ = problem(dtype=torch.float16)
+    with torch.no_grad():
+        weight.mul_(1e-3)
+    scale = 2.0**14
+    exact = torch.autograd.grad(
+        reference.fused_linear_gapo_loss(hidden.double(), weight.double(), labels, beta=1e-4).loss * scale, [hidden]
+    )[0]
+    found = torch.autograd.grad(fused_linear_gapo_loss(hidden, weight, labels, beta=1e-4).loss * scale, [hidden])[0]
+    assert ((found.double() - exact.double()).norm() / exact.double().norm()) < 5e-3
+
+
+def test_autocast_computes_in_its_dtype_and_gives_float32_gradients():
+    hidden, weight, _, labels, _, _ = problem(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = fused_linear_gapo_loss(hidden, weight, labels)
+        logps = linear_sequence_logps(hidden, weight, labels)
+    cast = [t.detach().bfloat16() for t in (hidden, weight)]
+    assert torch.equal(out.loss, fused_linear_gapo_loss(*cast, labels).loss)
+    assert torch.equal(logps, linear_sequence_logps(*cast, labels))
+    out.loss.backward()
+    assert weight.grad.dtype == hidden.grad.dtype == torch.float32
+
+
+# ---- In a step ----
+
+
+class Tied(nn.Module):
+    """The head's weight is the embedding, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.layer = nn.Linear(WIDTH, WIDTH)
+
+    def hidden(self, ids):
+        return torch.tanh(self.layer(self.embedding(ids)))
+
+
+@pytest.mark.parametrize("budget", [3 * ROW, 2**30])
+@pytest.mark.parametrize("scope", ["all", "layer"])
+def test_a_step_with_a_tied_head(budget, scope):
+    torch.manual_seed(0)
+    model = Tied().double()
+    ids = torch.randint(VOCABULARY, (2 * PAIRS, LENGTH))
+    moved = model.parameters() if scope == "all" else model.layer.parameters()
+    anchor = GeometricAnchor(list(moved), rho=0.3)
+    results = []
+    for function in (reference.linear_sequence_logps, linear_sequence_logps):
+        model.zero_grad()
+
+        def logps():
+            return function(model.hidden(ids), model.embedding.weight, ids, max_logits_bytes=budget)
+
+        out = gapo_step(logps, anchor)
+        out.loss.backward()
+        results.append((out, [p.grad.clone() for p in model.parameters()]))
+    assert results[0][0].gap.abs().max() > 1e-3
+    for one, other in zip(results[0][0], results[1][0]):
+        torch.testing.assert_close(one, other, atol=1e-10, rtol=0)
+    for one, other in zip(results[0][1], results[1][1]):
+        torch.testing.assert_close(one, other, atol=1e-10, rtol=0)
+
+
+# ---- Edges ----
+
+
+def test_nan_stays_in_its_own_pair_and_an_inert_pair_hurts_nobody():
+    hidden, weight, _, labels, _, _ = problem(empty=(PAIRS,))  # the first pair's rejected completion is empty
+    with torch.no_grad():
+        hidden[0] = torch.nan
+    for budget in BUDGETS.values():
+        out, (d_hidden, d_weight, _) = run(
+            fused_linear_gapo_loss, hidden, weight, None, labels, max_logits_bytes=budget
+        )
+        assert out.loss.isfinite() and d_weight.isfinite().all() and (d_hidden[0] == 0).all()
+        _, (d_hidden, _, _) = run(
+            fused_linear_gapo_loss, hidden, weight, None, labels, max_logits_bytes=budget, frozen=("weight",)
+        )
+        assert (d_hidden[0] == 0).all() and d_hidden.isfinite().all()
+
+
+def test_all_rows_ignored():
+    hidden, weight, _, labels, anchor, _ = problem(bias=False)
+    labels.fill_(-100)
+    out, (d_hidden, d_weight, _) = run(
+        fused_linear_gapo_loss, hidden, weight, None, labels, anchor_hidden=anchor, sft_weight=0.5
+    )
+    assert out.loss == 0 and not out.valid.any() and not d_hidden.any() and not d_weight.any()
+    logps, (d_hidden, d_weight, _) = run(linear_sequence_logps, hidden, weight, None, labels)
+    assert not logps.any() and not d_hidden.any() and not d_weight.any()
+
+
+def test_one_token_and_one_word():
+    hidden, weight = torch.randn(2, 1, WIDTH).requires_grad_(), torch.randn(1, WIDTH).requires_grad_()
+    out = fused_linear_gapo_loss(hidden, weight, torch.zeros(2, 1, dtype=torch.long), shift=False, gamma=0.0)
+    out.loss.backward()
+    torch.testing.assert_close(out.loss, torch.tensor(2.0).log())
+    assert not weight.grad.any()
+
+
+def test_hidden_states_that_are_not_contiguous():
+    hidden, weight, _, labels, anchor, _ = problem()
+    wide = torch.zeros(2 * PAIRS, LENGTH, 2 * WIDTH, dtype=torch.float64)
+    wide[..., :WIDTH] = hidden.detach()
+    expected = run(reference.fused_linear_gapo_loss, hidden, weight, None, labels, anchor_hidden=anchor)
+    view = wide[..., :WIDTH].requires_grad_()
+    out = fused_linear_gapo_loss(view, weight, labels, anchor_hidden=anchor)
+    assert_equal((out, [torch.autograd.grad(out.loss, view)[0]]), (expected[0], expected[1][:1]))
+
+
+class OfMesh(torch.Tensor):
+    device_mesh, placements = "a mesh", "(Shard(0),)"
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(weight=nn.Linear(WIDTH, VOCABULARY)), TypeError, r"got the module Linear; pass its .weight.* adapter"),
+        (dict(weight=torch.zeros(VOCABULARY, WIDTH, dtype=torch.int8)), TypeError, "dequantise a quantised head"),
+        (dict(weight=torch.zeros(VOCABULARY, WIDTH).as_subclass(OfMesh)), TypeError, r"full_tensor\(\)"),
+        (dict(weight=torch.zeros(VOCABULARY, WIDTH)), TypeError, "weight must have hidden's dtype, torch.float64, got"),
+        (dict(weight=torch.zeros(VOCABULARY, 4).double()), ValueError, r"\(V, H\) with H = 5, got \(37, 4\)"),
+        (dict(hidden=torch.zeros(3, WIDTH).double()), ValueError, r"hidden must have shape \(S, T, H\)"),
+        (dict(hidden=torch.zeros(6, LENGTH, WIDTH).long()), TypeError, "hidden must be a floating-point tensor"),
+        (dict(labels=torch.zeros(6, 2).long()), ValueError, r"labels must have hidden's shape without its width"),
+        (dict(labels=torch.full((6, LENGTH), VOCABULARY)), ValueError, r"labels must be in \[0, 37\)"),
+        (dict(bias=torch.zeros(3).double()), ValueError, r"bias must have shape \(37,\), got \(3,\)"),
+        (dict(bias=torch.zeros(VOCABULARY)), TypeError, "bias must have hidden's dtype"),
+        (dict(softcap=0.0), ValueError, "softcap must be > 0 or None, got 0.0"),
+        (dict(logit_scale=0.0), ValueError, "logit_scale must not be 0"),
+        (dict(max_logits_bytes=0), ValueError, "max_logits_bytes must be > 0, got 0"),
+        (dict(max_logits_bytes=1e9), TypeError, "max_logits_bytes must be an int, got float"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("function", [fused_linear_gapo_loss, linear_sequence_logps])
+def test_what_is_refused(function, change, error, message):
+    hidden, weight, _, labels, _, _ = problem()
+    arguments = dict(hidden=hidden, weight=weight, labels=labels) | change
+    with pytest.raises(error, match=message):
+        function(**arguments)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(anchor_weight=True), ValueError, "anchor_weight was given without anchor_hidden"),
+        (dict(anchor_hidden=True, anchor_margin=torch.zeros(3)), ValueError, "anchor_hidden and anchor_margin were both"),
+        (dict(anchor_hidden=torch.zeros(1, 2, 3).double()), ValueError, "anchor_hidden must have hidden's shape"),
+        (dict(anchor_margin=torch.zeros(2)), ValueError, r"anchor_margin must have shape \(3,\)"),
+        (dict(beta=0.0), ValueError, "beta must be > 0"),
+        (dict(reduction="sum"), ValueError, "reduction must be one of"),
+    ],
+    ids=str,
+)
+def test_losses_that_are_refused(change, error, message):
+    hidden, weight, _, labels, anchor, _ = problem()
+    change = {k: {"anchor_weight": weight, "anchor_hidden": anchor}[k] if v is True else v for k, v in change.items()}
+    with pytest.raises(error, match=message):
+        fused_linear_gapo_loss(hidden, weight, labels, **change)
+
+
+def test_double_backward_is_refused():
+    hidden, weight, _, labels, _, _ = problem()
+    for value in (fused_linear_gapo_loss(hidden, weight, labels).loss, linear_sequence_logps(hidden, weight, labels)[0]):
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            (first,) = torch.autograd.grad(value, [hidden], create_graph=True)
+            first.sum().backward()
+
+
+def test_a_weight_written_before_the_backward_is_noticed():
+    hidden, weight, _, labels, _, _ = problem()
+    logps = linear_sequence_logps(hidden, weight, labels)
+    with torch.no_grad():
+        weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logps.sum().backward()
+
+
+# ---- torch.compile and the operators ----
+
+
+def test_compiled_in_one_graph_without_recompiles_on_new_lengths():
+    weight = torch.randn(VOCABULARY, WIDTH, dtype=torch.float64, requires_grad=True)
+
+    def both(hidden, weight, labels):
+        out = fused_linear_gapo_loss(hidden, weight, labels, anchor_hidden=hidden * 0.9)
+        return out.loss + linear_sequence_logps(hidden, weight, labels).sum(), out.gap
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(both, fullgraph=True, dynamic=True, backend=counter)
+    for length in (4, 5, 7, 9):
+        hidden = torch.randn(2 * PAIRS, length, WIDTH, dtype=torch.float64, requires_grad=True)
+        labels = torch.randint(VOCABULARY, (2 * PAIRS, length))
+        labels[:, 0] = -100
+        found, gap = compiled(hidden, weight, labels)
+        gradients = torch.autograd.grad(2 * found, [hidden, weight])
+        expected, wanted_gap = both(hidden, weight, labels)
+        torch.testing.assert_close(gap, wanted_gap, atol=1e-12, rtol=0)
+        for one, other in zip(gradients, torch.autograd.grad(2 * expected, [hidden, weight])):
+            torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
+    assert counter.frame_count == 1
