@@ -233,8 +233,9 @@ def _once_differentiable(*_):
 linear_logps_backward.register_autograd(_once_differentiable)
 
 
-def _needs(ctx) -> list[bool]:
-    return [ctx.needs_input_grad[i] for i in range(3)]
+def _needs(*tensors: Tensor | None) -> list[bool]:
+    """Which gradients will be asked for. Asked outside of the Function: in its forward grad mode is off in any case."""
+    return [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in tensors]
 
 
 def _needed_now(ctx, needs: list[bool]) -> list[bool]:
@@ -253,8 +254,9 @@ def _will_run(node) -> bool:
 
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, anchors, cu_seqlens, head_options, loss_options, layout, backend):
-        needs = _needs(ctx)
+    def forward(
+        ctx, hidden, weight, bias, labels, anchors, cu_seqlens, head_options, loss_options, layout, needs, backend
+    ):
         *fields, coefficients, row_shift, row_total, d_hidden, d_weight, d_bias = linear_loss_forward(
             hidden, weight, labels, *anchors, bias, cu_seqlens, *head_options, *loss_options, *layout, needs, backend
         )
@@ -274,7 +276,7 @@ class _LinearLoss(torch.autograd.Function):
     def backward(ctx, grad_loss, *_):
         if ctx.compiled:
             gradients = [None if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors[8:]]
-            return (*gradients, *[None] * 7)
+            return (*gradients, *[None] * 8)
         if torch.is_grad_enabled():
             _once_differentiable()
         gradients, ctx.ready = ctx.ready, None
@@ -302,13 +304,13 @@ class _LinearLoss(torch.autograd.Function):
             for gradient in gradients:
                 if gradient is not None:
                     gradient.mul_(grad_loss)
-        return (*gradients, *[None] * 7)
+        return (*gradients, *[None] * 8)
 
 
 class _LinearLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, cu_seqlens, head_options, length_normalized, layout, backend):
-        needs, keep = _needs(ctx), not torch.compiler.is_compiling()
+    def forward(ctx, hidden, weight, bias, labels, cu_seqlens, head_options, length_normalized, layout, needs, backend):
+        keep = not torch.compiler.is_compiling()
         logps, counts, row_shift, row_total, unit, logits = linear_logps_forward(
             hidden, weight, labels, bias, cu_seqlens, *head_options, length_normalized, *layout, needs, keep, backend
         )
@@ -339,7 +341,7 @@ class _LinearLogps(torch.autograd.Function):
             False,
             ctx.backend,
         )
-        return (*(g if needed else None for g, needed in zip(results, needs)), *[None] * 6)
+        return (*(g if needed else None for g, needed in zip(results, needs)), *[None] * 7)
 
 
 def linear_sequence_logps(
@@ -406,7 +408,16 @@ def linear_sequence_logps(
         )
     head_options = (softcap, float(logit_scale), max_logits_bytes, _name(vocab_parallel_group))
     logps, counts = _LinearLogps.apply(
-        hidden, weight, bias, labels, cu_seqlens, head_options, length_normalized, (shift, ignore_index), backend
+        hidden,
+        weight,
+        bias,
+        labels,
+        cu_seqlens,
+        head_options,
+        length_normalized,
+        (shift, ignore_index),
+        _needs(hidden, weight, bias),
+        backend,
     )
     return (logps, counts) if return_counts else logps
 
@@ -490,6 +501,7 @@ def fused_linear_gapo_loss(
         (softcap, float(logit_scale), max_logits_bytes, _name(vocab_parallel_group)),
         (beta, gamma, label_smoothing, loss_type, length_normalized, sft_weight),
         (shift, ignore_index),
+        _needs(hidden, weight, bias),
         backend,
     )
     return GAPOOutput(*fields)
