@@ -32,6 +32,7 @@ class Statistics(NamedTuple):
 class VocabularyShard(NamedTuple):
     group: torch.distributed.ProcessGroup
     start: int  # the first token whose row of the weight is on this rank
+    largest: int  # rows of the largest shard: all ranks must cut their tiles alike
 
 
 class Head(NamedTuple):
@@ -50,6 +51,12 @@ class Head(NamedTuple):
     @property
     def _casts(self) -> bool:
         return self.weight.device.type == "cpu" and self.weight.dtype in HALF
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a row of logits, on the rank that has most of them."""
+        vocabulary = self.weight.shape[0] if self.shard is None else self.shard.largest
+        return vocabulary * self.buffer_dtype.itemsize
 
     def project(self, hidden: Tensor, out: Tensor) -> Tensor:
         """The logits (R, V) of hidden (R, H), in `out`."""

@@ -26,7 +26,7 @@ def _shard(weight: Tensor, group_name: str | None) -> VocabularyShard | None:
         return None
     group = torch.distributed.distributed_c10d._resolve_process_group(group_name)
     sizes = _shard_sizes(weight, group)
-    return VocabularyShard(group, sum(sizes[: torch.distributed.get_rank(group)]))
+    return VocabularyShard(group, sum(sizes[: torch.distributed.get_rank(group)]), max(sizes))
 
 
 def _shard_sizes(weight: Tensor, group: torch.distributed.ProcessGroup) -> list[int]:

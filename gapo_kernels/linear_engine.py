@@ -63,8 +63,7 @@ class Buffer:
     """The one buffer of logits."""
 
     def __init__(self, head: Head, kept: int, max_logits_bytes: int) -> None:
-        vocabulary = head.weight.shape[0]
-        self.limit = max(1, max_logits_bytes // (vocabulary * head.buffer_dtype.itemsize))
+        self.limit = max(1, max_logits_bytes // head.row_bytes)
         self._rows = min(self.limit, max(kept, 1))
         self._head = head
         self._memory: Tensor | None = None
@@ -263,8 +262,8 @@ def _least_tile(kept: int) -> int:
 
 
 def _beside_kept(head: Head, kept: int, max_logits_bytes: int) -> Buffer:
-    row_bytes = head.weight.shape[0] * head.buffer_dtype.itemsize
-    return Buffer(head, _least_tile(kept), min(max_logits_bytes - kept * row_bytes, _least_tile(kept) * row_bytes))
+    left = max_logits_bytes - kept * head.row_bytes
+    return Buffer(head, _least_tile(kept), min(left, _least_tile(kept) * head.row_bytes))
 
 
 def logps_gradients(

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import tiny_models
 
-from gapo_kernels import GeometricAnchor, gapo_step, sequence_logps
+from gapo_kernels import GeometricAnchor, fused_linear_gapo_loss, gapo_step, linear_sequence_logps, sequence_logps
 
 RANKS, PAIRS, RHO = 2, 4, 0.3
 
@@ -234,3 +234,38 @@ def fsdp_leaf_outside(rank):
     scale.grad = None
     out.loss.backward()
     return untouched, scale.grad.item() != 0, out.gap.abs().max().item()
+
+
+def vocabulary_parallel(rank, sizes, dtype="float64", loss_options={}, **options):
+    """Loss and log-probs with the head's rows sharded over the ranks: (fields, gradients) of each."""
+    torch.manual_seed(0)
+    dtype = getattr(torch, dtype)
+    vocabulary, width, length = sum(sizes), 5, 6
+    hidden, anchor = (torch.randn(2 * PAIRS, length, width, dtype=torch.float64).to(dtype) for _ in range(2))
+    weight, bias = torch.randn(vocabulary, width).to(dtype), torch.randn(vocabulary).to(dtype)
+    labels = torch.randint(vocabulary, (2 * PAIRS, length))
+    labels[:, 0], labels[1] = -100, -100  # one empty completion
+    mine = slice(0, vocabulary)
+    if rank is not None:
+        mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+        options["vocab_parallel_group"] = distributed.group.WORLD
+    found = []
+    for loss in (True, False):
+        leaves = [t.clone().requires_grad_() for t in (hidden, weight[mine], bias[mine])]
+        if loss:
+            both = dict(options, bias=leaves[2], anchor_hidden=anchor)
+            out = fused_linear_gapo_loss(*leaves[:2], labels, **both, **loss_options)
+            out.loss.sum().backward()
+        else:
+            out = (linear_sequence_logps(*leaves[:2], labels, bias=leaves[2], **options),)
+            (out[0] * torch.linspace(-1, 2, 2 * PAIRS, dtype=out[0].dtype)).sum().backward()
+        found.append(([field.detach() for field in out], [leaf.grad for leaf in leaves]))
+    return found
+
+
+def vocabulary_parallel_label_out_of_range(rank):
+    hidden, weight = torch.randn(2, 3, 4), torch.randn(5, 4)
+    try:
+        linear_sequence_logps(hidden, weight, torch.full((2, 3), 10), vocab_parallel_group=distributed.group.WORLD)
+    except ValueError as error:
+        return str(error)

@@ -142,3 +142,32 @@ def test_given_gradients_are_averaged(on_two_ranks):
 def test_all_ranks_refuse_what_is_not_finite_on_one(on_two_ranks):
     for message in on_two_ranks("not_finite_on_one_rank"):
         assert "the weights were left where they are" in message
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(sizes=(20, 17)),
+        dict(sizes=(2, 35), softcap=2.0, logit_scale=0.5, max_logits_bytes=1000),
+        dict(sizes=(20, 17), loss_options=dict(reduction="none", sft_weight=0.2, loss_type="hinge")),
+        dict(sizes=(20, 17), dtype="bfloat16"),
+    ],
+    ids=str,
+)
+def test_a_head_sharded_by_vocabulary(on_two_ranks, options):
+    expected = ranks.vocabulary_parallel(None, **options)
+    found = on_two_ranks("vocabulary_parallel", **options)
+    exact = dict(atol=2e-2, rtol=2e-2) if "dtype" in options else dict(atol=1e-10, rtol=0)
+    first = options["sizes"][0]
+    for part, (fields, (d_hidden, d_weight, d_bias)) in enumerate(expected):
+        for rank, rows in zip(found, (slice(0, first), slice(first, None))):
+            for one, other in zip(rank[part][0], fields, strict=True):
+                torch.testing.assert_close(one, other, **exact)
+            wanted = (d_hidden, d_weight[rows], d_bias[rows])
+            for one, other in zip(rank[part][1], wanted, strict=True):
+                torch.testing.assert_close(one, other, **exact)
+
+
+def test_labels_outside_of_a_sharded_vocabulary(on_two_ranks):
+    for message in on_two_ranks("vocabulary_parallel_label_out_of_range"):
+        assert "labels must be in [0, 10)" in message
