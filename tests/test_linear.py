@@ -1,5 +1,8 @@
 """`fused_linear_gapo_loss` and `linear_sequence_logps` against the reference, for every budget and part of a head."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -519,3 +522,41 @@ def test_the_operators_hold_torchs_contract(needs):
     saved = (row_shift, row_total, unit, logits)
     arguments = (scale, hidden, weight, labels, bias, None, *saved, *head, *layout, needs, False, "torch")
     torch.library.opcheck(torch.ops.gapo_kernels.linear_logps_backward, arguments, test_utils=checks)
+
+
+# ---- Memory ----
+
+PEAK = """
+from pathlib import Path
+import torch
+from gapo_kernels import fused_linear_gapo_loss, linear_sequence_logps
+def status(field):
+    return next(int(l.split()[1]) for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(field))
+def run(length):
+    hidden = torch.randn(8, length, 64, requires_grad=True)
+    weight = torch.randn(32768, 64, requires_grad=True)
+    labels = torch.randint(32768, (8, length))
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    if {loss}:
+        fused_linear_gapo_loss(hidden, weight, labels, anchor_hidden=hidden, max_logits_bytes={mib} * 2**20).loss.backward()
+    else:
+        linear_sequence_logps(hidden, weight, labels, max_logits_bytes={mib} * 2**20).sum().backward()
+    gradients = 4 * (hidden.numel() + weight.numel()) / 2**20
+    return (status("VmHWM") - before) / 1024 - gradients
+run(4)
+print(run(256))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("mib", [8, 32, 64])
+@pytest.mark.parametrize("loss", [True, False], ids=["loss", "logps"])
+def test_peak_memory_is_the_budget_and_at_most_64_mib(loss, mib):
+    """All logits would be 256 MiB, and eager holds them several times."""
+    script = PEAK.format(loss=loss, mib=mib)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    if "PermissionError" in done.stderr:
+        pytest.skip("the kernel does not let the peak be reset")
+    beyond = float(done.stdout)
+    assert 0 < beyond <= mib + 64, done.stdout + done.stderr
