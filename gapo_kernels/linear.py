@@ -43,10 +43,6 @@ def _check_labels(labels, weight, cu_seqlens, shift, ignore_index, group_name) -
     validation.check_values(labels, vocabulary, cu_seqlens, shift, ignore_index)
 
 
-def _flat(hidden: Tensor | None) -> Tensor | None:
-    return None if hidden is None else hidden.detach().reshape(-1, hidden.shape[-1])
-
-
 def _all_rows(values: Tensor, rows: linear_engine.Rows, count: int) -> Tensor:
     """(K, ...) spread to all rows: a shape that does not depend on the labels, for the compiler."""
     every = values.new_zeros(count, *values.shape[1:])
@@ -90,10 +86,10 @@ def linear_loss_forward(
     head = _head(weight, bias, softcap, logit_scale, group_name, backend)
     with ops.on(hidden.device), torch.autocast(hidden.device.type, enabled=False):
         results = linear_engine.loss(
-            _flat(hidden),
+            hidden.detach(),
             rows,
             head,
-            _flat(anchor_hidden),
+            None if anchor_hidden is None else anchor_hidden.detach(),
             head if anchor_weight is None else head._replace(weight=anchor_weight.detach()),
             anchor_margin,
             max_logits_bytes,
@@ -154,7 +150,7 @@ def linear_logps_forward(
     rows = linear_engine.find_rows(labels, cu_seqlens, shift, ignore_index, in_pairs=False)
     head = _head(weight, bias, softcap, logit_scale, group_name, backend)
     with ops.on(hidden.device), torch.autocast(hidden.device.type, enabled=False):
-        results = linear_engine.logps(_flat(hidden), rows, head, max_logits_bytes, needs, keep)
+        results = linear_engine.logps(hidden.detach(), rows, head, max_logits_bytes, needs, keep)
     logps = sequence_means(results.sums, rows.counts, length_normalized).to(cpu.accumulation_dtype(hidden), copy=True)
     unit = None if results.unit is None else _all_rows(results.unit, rows, labels.numel())
     statistics = [_all_rows(values, rows, labels.numel()) for values in (results.shift, results.total)]
@@ -201,7 +197,7 @@ def linear_logps_backward(
     head = _head(weight, bias, softcap, logit_scale, group_name, backend)
     with ops.on(hidden.device), torch.autocast(hidden.device.type, enabled=False):
         d_hidden, *others = linear_engine.logps_gradients(
-            _flat(hidden),
+            hidden.detach(),
             rows,
             head,
             max_logits_bytes,
@@ -376,7 +372,8 @@ def linear_sequence_logps(
         logit_scale: not 0, as Cohere's logit_scale, or 1 / Granite's logits_scaling.
         max_logits_bytes: at most this much logits at a time (but one row always).
         vocab_parallel_group: the ranks over which the rows of weight (and bias) are sharded, in their order; hidden and
-            labels are the same on all of them, and d hidden comes out whole on all of them.
+            labels are the same on all of them, and d hidden comes out whole on all of them. The head may be a DTensor
+            with placements (Shard(0),), or this rank's rows.
         length_normalized, shift, ignore_index, cu_seqlens, return_counts, backend: as in `sequence_logps`.
 
     Returns:
@@ -386,6 +383,7 @@ def linear_sequence_logps(
     Raises:
         ValueError, TypeError: as `sequence_logps`; TypeError for a head that is a DTensor, quantised, or a module.
     """
+    weight, bias = _own_rows(vocab_parallel_group, weight, bias)
     hidden, weight, bias = _autocast(hidden, weight, bias)
     validation.check_linear(hidden, weight, labels, bias, cu_seqlens, ignore_index, softcap, logit_scale)
     validation.check_budget(max_logits_bytes)
@@ -470,6 +468,7 @@ def fused_linear_gapo_loss(
     Raises:
         ValueError, TypeError: as `fused_gapo_loss`; TypeError for a head that is a DTensor, quantised, or a module.
     """
+    weight, bias, anchor_weight = _own_rows(vocab_parallel_group, weight, bias, anchor_weight)
     hidden, weight, bias = _autocast(hidden, weight, bias)
     validation.check_hyperparameters(beta, gamma, label_smoothing, loss_type, reduction, sft_weight)
     validation.check_linear(hidden, weight, labels, bias, cu_seqlens, ignore_index, softcap, logit_scale)
@@ -544,6 +543,18 @@ def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     dtype = torch.get_autocast_dtype(first.device.type)
     eligible = (torch.float16, torch.bfloat16, torch.float32)
     return [t.to(dtype) if isinstance(t, Tensor) and t.dtype in eligible else t for t in tensors]
+
+
+def _own_rows(
+    group: torch.distributed.ProcessGroup | None, *tensors: Tensor | None
+) -> list[Tensor | None]:
+    """A head sharded as DTensors by rows of the vocabulary, as this rank's part; anything else as it is."""
+    own = []
+    for tensor in tensors:
+        placements = getattr(tensor, "placements", None)
+        by_rows = placements is not None and len(placements) == 1 and placements[0].is_shard(0)
+        own.append(tensor.to_local() if group is not None and by_rows else tensor)
+    return own
 
 
 def _name(group: torch.distributed.ProcessGroup | None) -> str | None:

@@ -82,12 +82,12 @@ class Buffer:
 
 
 class Operands(NamedTuple):
-    hidden: Tensor  # (all rows, H)
+    hidden: Tensor  # (S, T, H) or (N, H)
     rows: Rows
     head: Head
 
     def of(self, tile: slice) -> Tensor:
-        return self.hidden[self.rows.index[tile]]
+        return self.hidden[cpu.places(self.hidden, self.rows.index[tile])]
 
 
 class Gradients:
@@ -95,7 +95,7 @@ class Gradients:
 
     def __init__(self, operands: Operands, needs: Sequence[bool], one_tile: bool) -> None:
         self._operands, self._needs = operands, needs
-        self.hidden = torch.zeros_like(operands.hidden, memory_format=torch.contiguous_format) if needs[0] else None
+        self.hidden = _zero_rows(operands.hidden) if needs[0] else None  # (all rows, H)
         self._head = WeightGradient(operands.head, needs[1], needs[2], one_tile)
 
     def add(self, tile: slice, logits: Tensor, statistics: Statistics, scale: Tensor) -> None:
@@ -115,6 +115,10 @@ class Gradients:
         return (self.hidden, *self._head.results())
 
 
+def _zero_rows(hidden: Tensor) -> Tensor:
+    return hidden.new_zeros(hidden.shape[:-1].numel(), hidden.shape[-1])
+
+
 def _statistics(operands: Operands, tile: slice, buffer: Buffer) -> tuple[Tensor, Statistics]:
     logits = operands.head.project(operands.of(tile), buffer.rows(tile.stop - tile.start))
     return logits, operands.head.statistics(logits, operands.rows.label[tile])
@@ -132,7 +136,7 @@ class LossResults(NamedTuple):
 
 
 def loss(
-    hidden: Tensor,  # (all rows, H)
+    hidden: Tensor,  # (2B, T, H) or (N, H)
     rows: Rows,
     head: Head,
     anchor_hidden: Tensor | None,
@@ -233,7 +237,7 @@ def logps(
     if keep and (needs[1] or needs[2]) and kept + _least_tile(kept) <= buffer.limit:
         logits_kept = torch.empty(kept, vocabulary, dtype=head.buffer_dtype, device=hidden.device)
         buffer = _beside_kept(head, kept, max_logits_bytes)
-    unit = torch.empty(kept, hidden.shape[1], dtype=_unit_dtype(head), device=hidden.device) if needs[0] else None
+    unit = torch.empty(kept, hidden.shape[-1], dtype=_unit_dtype(head), device=hidden.device) if needs[0] else None
     every: list[Statistics] = []
     for tile in buffer.tiles(0, kept):
         out = buffer.rows(tile.stop - tile.start) if logits_kept is None else logits_kept[tile]
@@ -283,10 +287,11 @@ def logps_gradients(
     row_scale = scale[rows.sequence]
     hidden_needed = needs[0] and unit is None
     buffer = Buffer(head, kept, max_logits_bytes) if logits is None else _beside_kept(head, kept, max_logits_bytes)
-    gradients = Gradients(Operands(hidden, rows, head), (hidden_needed, *needs[1:]), one_tile=kept <= buffer.limit)
+    operands = Operands(hidden, rows, head)
+    gradients = Gradients(operands, (hidden_needed, *needs[1:]), one_tile=kept <= buffer.limit)
     for tile in buffer.tiles(0, kept) if hidden_needed or needs[1] or needs[2] else []:
         out = buffer.rows(tile.stop - tile.start)
-        tile_logits = head.project(hidden[rows.index[tile]], out) if logits is None else out.copy_(logits[tile])
+        tile_logits = head.project(operands.of(tile), out) if logits is None else out.copy_(logits[tile])
         if shift is None:
             statistics = head.statistics(tile_logits, rows.label[tile])
         else:
@@ -294,7 +299,7 @@ def logps_gradients(
         gradients.add(tile, tile_logits, statistics, row_scale[tile])
     hidden_gradient, *others = gradients.results()
     if needs[0] and unit is not None:
-        hidden_gradient = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+        hidden_gradient = _zero_rows(hidden)
         scaled = (unit * row_scale[:, None].to(unit.dtype)).masked_fill((row_scale == 0)[:, None], 0)
         hidden_gradient[rows.index] = scaled.to(hidden.dtype)
     return (hidden_gradient, *others)

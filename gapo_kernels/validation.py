@@ -104,6 +104,8 @@ def check_linear(
     _check_rows_and_labels(hidden, labels, cu_seqlens, ignore_index, "hidden", "H", "width of at least 1")
     check_head(weight, hidden, "weight")
     if bias is not None:
+        if getattr(bias, "device_mesh", None) is not None:
+            raise TypeError("bias is a DTensor: pass bias.full_tensor(), or shard it as the weight")
         if not isinstance(bias, Tensor) or bias.dtype != hidden.dtype:
             raise TypeError(f"bias must have hidden's dtype, {hidden.dtype}, got {describe(bias)}")
         if bias.shape != weight.shape[:1]:
@@ -129,8 +131,8 @@ def check_head(weight: Tensor, hidden: Tensor, name: str) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(weight).__name__}")
     if getattr(weight, "device_mesh", None) is not None:
         raise TypeError(
-            f"{name} is a DTensor, got placements {weight.placements}: pass {name}.full_tensor(); or, sharded by rows of "
-            "the vocabulary, its local shard (to_local()) with vocab_parallel_group"
+            f"{name} is a DTensor, got placements {weight.placements}: pass {name}.full_tensor(); or, if it is sharded by "
+            "rows of the vocabulary over one mesh dimension, that dimension's group as vocab_parallel_group"
         )
     if weight.is_quantized or not weight.is_floating_point() or hasattr(weight, "quant_state"):
         raise TypeError(

@@ -263,6 +263,29 @@ def vocabulary_parallel(rank, sizes, dtype="float64", loss_options={}, **options
     return found
 
 
+def vocabulary_parallel_dtensor(rank):
+    """A head that is a DTensor: refused without its group; with it, the gradient is a DTensor, too."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(11, 4, dtype=torch.float64)
+    labels = torch.randint(11, (2, 3))
+    mesh = init_device_mesh("cpu", (RANKS,))
+    sharded = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
+    try:
+        linear_sequence_logps(hidden, sharded, labels)
+        message = "accepted"
+    except TypeError as error:
+        message = str(error)
+    out = fused_linear_gapo_loss(hidden, sharded, labels, vocab_parallel_group=mesh.get_group())
+    out.loss.backward()
+    weight.requires_grad_()
+    expected = fused_linear_gapo_loss(hidden, weight, labels)
+    expected.loss.backward()
+    return message, out.loss.detach(), expected.loss.detach(), sharded.grad.full_tensor(), weight.grad
+
+
 def vocabulary_parallel_label_out_of_range(rank):
     hidden, weight = torch.randn(2, 3, 4), torch.randn(5, 4)
     try:

@@ -168,6 +168,13 @@ def test_a_head_sharded_by_vocabulary(on_two_ranks, options):
                 torch.testing.assert_close(one, other, **exact)
 
 
+def test_a_head_that_is_a_dtensor(on_two_ranks):
+    for message, loss, expected, gradient, wanted in on_two_ranks("vocabulary_parallel_dtensor"):
+        assert "vocab_parallel_group" in message
+        torch.testing.assert_close(loss, expected, atol=1e-12, rtol=0)
+        torch.testing.assert_close(gradient, wanted, atol=1e-12, rtol=0)
+
+
 def test_labels_outside_of_a_sharded_vocabulary(on_two_ranks):
     for message in on_two_ranks("vocabulary_parallel_label_out_of_range"):
         assert "labels must be in [0, 10)" in message
