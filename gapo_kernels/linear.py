@@ -545,9 +545,7 @@ def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     return [t.to(dtype) if isinstance(t, Tensor) and t.dtype in eligible else t for t in tensors]
 
 
-def _own_rows(
-    group: torch.distributed.ProcessGroup | None, *tensors: Tensor | None
-) -> list[Tensor | None]:
+def _own_rows(group: torch.distributed.ProcessGroup | None, *tensors: Tensor | None) -> list[Tensor | None]:
     """A head sharded as DTensors by rows of the vocabulary, as this rank's part; anything else as it is."""
     own = []
     for tensor in tensors:

@@ -416,8 +416,9 @@ class FailingWrites:
     def __init__(self, monkeypatch, thrown, calls, params=None):
         self.calls, self.count, self.thrown = set(calls), 0, thrown
         self.memory = None if params is None else {p.untyped_storage().data_ptr() for p in params}
-        self.copy = torch.Tensor.copy_
+        self.copy, add = torch.Tensor.copy_, torch.add
         monkeypatch.setattr(torch.Tensor, "copy_", lambda tensor, *args: self.write(tensor, *args))
+        monkeypatch.setattr(torch, "add", lambda *args, out: self.write(out, add(*args)))
 
     def write(self, tensor, source):
         if self.memory is not None and tensor.untyped_storage().data_ptr() not in self.memory:

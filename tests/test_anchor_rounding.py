@@ -263,7 +263,7 @@ def test_peak_memory_is_the_gradients_and_at_most_64_mib(grid, product):
 
 
 def test_large_parameters_are_the_same_on_any_number_of_threads():
-    param = nn.Parameter(torch.randn(3 * perturbation.CHUNK + 77).bfloat16())
+    param = nn.Parameter(torch.randn(3 * perturbation.ROUNDED_CHUNK + 77).bfloat16())
     grads, found = gradients([param]), []
     before, threads = param.detach().clone(), torch.get_num_threads()
     for count in (1, 2, 3):

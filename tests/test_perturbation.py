@@ -306,7 +306,7 @@ def test_threads_change_nothing():
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            move = make_move(3 * torch_version.CHUNK + 77, (BF16, BF16, BF16), torch.device("cpu"))
+            move = make_move(3 * torch_version.ROUNDED_CHUNK + 77, (BF16, BF16, BF16), torch.device("cpu"))
             subject = torch_version.Perturbation([move], "asam", True)
             outcomes.append((subject.squared_norm(), subject.exchange(0.03, 5, 1), move.theta))
     finally:
@@ -439,14 +439,14 @@ def test_restores_after_half_an_exchange(perturbation, backend, device, monkeypa
     saved = [move.theta.clone() for move in moves]
     subject = perturbation(moves, "asam", True)
     if backend == "torch":
-        compute = torch_version.Perturbation._compute
+        move_chunk = torch_version.Perturbation._move
 
         def fail(self, chunk, *args):
             if chunk.move is moves[1]:
                 raise MemoryError("the second move")
-            compute(self, chunk, *args)
+            return move_chunk(self, chunk, *args)
 
-        monkeypatch.setattr(torch_version.Perturbation, "_compute", fail)
+        monkeypatch.setattr(torch_version.Perturbation, "_move", fail)
     else:
         from gapo_kernels.kernels import perturbation as kernels
 

@@ -22,6 +22,7 @@ def run(rank, name, folder, options):
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     try:
         torch.save(globals()[name](rank, **options), os.path.join(folder, f"{rank}.pt"))
+        distributed.barrier()  # a rank that takes its connections down while the other still sets them up aborts
     finally:
         distributed.destroy_process_group()
 
