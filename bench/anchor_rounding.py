@@ -61,8 +61,8 @@ Weights = list[Tensor]
 def margins(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """M (B,) of the pairs of a `PreferenceCollator` batch."""
     hidden = model.get_decoder()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-    logits = model.get_output_embeddings()(hidden.flatten(0, 1)[batch["completion_positions"]])
-    logps = sequence_logps(logits, batch["completion_labels"], cu_seqlens=batch["cu_seqlens"], shift=False)
+    logits = model.get_output_embeddings()(hidden)
+    logps = sequence_logps(logits, batch["labels"])
     chosen, rejected = logps.chunk(2)
     return chosen - rejected
 

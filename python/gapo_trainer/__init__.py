@@ -9,6 +9,7 @@ _HOME = {
     "GAPOConfig": "config",
     "GAPOTrainer": "trainer",
     "PreferenceCollator": "preferences",
+    "prepare_pairs": "preferences",
     "flip_labels": "preferences",
     "load_preferences": "preferences",
     "tokenize_pairs": "preferences",
@@ -20,6 +21,7 @@ __all__ = sorted(_HOME)
 def __getattr__(name):
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import_module(".versions", __name__).check()
     return getattr(import_module(f".{_HOME[name]}", __name__), name)
 
 

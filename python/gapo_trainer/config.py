@@ -1,5 +1,6 @@
 """`GAPOConfig`: transformers' TrainingArguments and the settings of the method."""
 
+import difflib
 import math
 from dataclasses import dataclass, field
 
@@ -52,6 +53,18 @@ class GAPOConfig(TrainingArguments):
     max_length: int = field(
         default=2048, metadata={"help": "Most tokens of prompt and completion together; >= 2. See tokenize_pair."}
     )
+    pad_to_multiple_of: int | None = field(default=None, metadata={"help": "Pad sequences to a multiple of this."})
+    padding_free: bool = field(
+        default=False,
+        metadata={
+            "help": "Pack the sequences of a batch one after another, without padding; for attention that keeps packed "
+            "sequences apart by position_ids (flash_attention_2, sdpa)."
+        },
+    )
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise a Dataset."})
+    max_logits_bytes: int = field(
+        default=2**30, metadata={"help": "At most this much of logits is held at a time, in bytes."}
+    )
     record_pairs: bool = field(
         default=False, metadata={"help": "Keep step, index, gap and weight of every pair trained on."}
     )
@@ -72,13 +85,19 @@ class GAPOConfig(TrainingArguments):
             self.scope = int(self.scope)
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+                near = difflib.get_close_matches(str(getattr(self, name)), choices, n=1, cutoff=0.5)
+                near = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}{near}")
         self._require("beta", self.beta > 0, "> 0")
         self._require("rho", self.rho >= 0, ">= 0")
         self._require("gamma_beta_ratio", True, "a number")
         self._require("sft_weight", self.sft_weight >= 0, ">= 0")
         self._require("label_smoothing", 0 <= self.label_smoothing < 0.5, "in [0, 0.5)")
         self._require("max_length", self.max_length >= 2, ">= 2")
+        self._require("max_logits_bytes", self.max_logits_bytes > 0, "> 0")
+        for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+            if (getattr(self, name, None) or {}).get("use_reentrant"):
+                raise ValueError(f"{name} must have use_reentrant=False: the step walks one graph twice, got True")
         layer = isinstance(self.scope, int) and not isinstance(self.scope, bool) and self.scope >= 0
         if not layer and self.scope not in ("backbone", "all"):
             raise ValueError(f"scope must be 'backbone', 'all' or the number of a layer, got {self.scope!r}")

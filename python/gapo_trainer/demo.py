@@ -89,7 +89,7 @@ class Demo:
     def execute(self):
         """Prepare model and data, train, evaluate. Raises KeyboardInterrupt, or sets self.interrupted."""
         from .interrupt import SafeStop
-        from .preferences import flip_labels, load_preferences, tokenize_pairs
+        from .preferences import flip_labels, load_preferences
         from .smollm2 import load_smollm2
 
         args = self.args
@@ -104,7 +104,6 @@ class Demo:
             "heldout_pairs": len(heldout),
         }
         config = self._configure(len(train))
-        train, heldout = (tokenize_pairs(pairs, tokenizer, config.max_length) for pairs in (train, heldout))
         self._stop = SafeStop(deadline=self.started + 60 * args.time_limit)
         self._trainer = self._make_trainer(model, tokenizer, config, train, heldout)
         print(
@@ -255,7 +254,7 @@ def _training_entry(entry):
     names = {
         "step": "step",
         "loss": "loss",
-        "margin": "rewards/margins",
+        "margin": "gapo/margin",
         "accuracy": "rewards/accuracies",
         "gap": "gapo/gap",
         "weight": "gapo/weight",
@@ -269,7 +268,7 @@ def _heldout_entry(entry):
     names = {
         "step": "step",
         "loss": "eval_loss",
-        "margin": "eval_rewards/margins",
+        "margin": "eval_gapo/margin",
         "accuracy": "eval_rewards/accuracies",
         "chosen_logps": "eval_logps/chosen",
         "rejected_logps": "eval_logps/rejected",

@@ -7,13 +7,16 @@ the conversational format: a list of {"role", "content"} messages.
 import json
 import random
 from importlib import resources
+from os.path import commonprefix
 
 import torch
 from transformers.utils import logging
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 logger = logging.get_logger(__name__)
 
 IGNORE_INDEX = -100
+TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 def load_preferences(split=None):
@@ -45,19 +48,69 @@ def flip_labels(pairs, fraction, seed):
     ]
 
 
-def tokenize_pairs(pairs, tokenizer, max_length):
-    """`tokenize_pair` on each pair, with its position as the key index. Logs how many pairs had to be cut."""
-    rows = [{"index": i, **tokenize_pair(pair, tokenizer, max_length)} for i, pair in enumerate(pairs)]
-    cut = sum(row["is_truncated"] for row in rows)
-    if cut:
-        logger.warning(f"{cut} of {len(rows)} pairs are longer than max_length = {max_length} tokens and were cut")
+def prepare_pairs(pairs, tokenizer, args):
+    """Preference pairs in any of TRL's formats as rows of token ids, see `tokenize_pair`.
+
+    pairs: None, a datasets.Dataset, a list of dicts, or a dict of these by name; rows with token ids stay as they are.
+    tokenizer may be None for those. args: GAPOConfig, for max_length and dataset_num_proc.
+
+    Raises TypeError for anything else, ValueError for rows that are no preference pairs.
+    """
+    import datasets
+
+    if pairs is None:
+        return None
+    if isinstance(pairs, dict) or isinstance(pairs, datasets.DatasetDict):
+        return {name: prepare_pairs(part, tokenizer, args) for name, part in pairs.items()}
+    if not isinstance(pairs, (datasets.Dataset, list, tuple)):
+        raise TypeError(
+            f"expected preference pairs as a datasets.Dataset or a list of dicts, got {type(pairs).__name__}"
+        )
+    if len(pairs) == 0:
+        raise ValueError("expected at least one preference pair, got none")
+    first = pairs[0]
+    if set(TOKENS) <= first.keys():
+        return pairs
+    if tokenizer is None:
+        raise ValueError("expected a tokenizer as processing_class, for pairs that are not tokenised, got none")
+    missing = {"chosen", "rejected"} - first.keys()
+    if missing:
+        raise ValueError(
+            f"expected preference pairs with the columns chosen and rejected, and prompt unless those contain it, got "
+            f"the columns {', '.join(first)}"
+        )
+    if not isinstance(pairs, datasets.Dataset):
+        return tokenize_pairs(pairs, tokenizer, args.max_length)
+    with args.main_process_first(desc="tokenising the preference pairs", local=True):
+        rows = pairs.map(
+            lambda pair, index: {"index": index, **tokenize_pair(pair, tokenizer, args.max_length)},
+            with_indices=True,
+            remove_columns=pairs.column_names,
+            num_proc=args.dataset_num_proc,
+            desc="Tokenising",
+        )
+    _warn_of_cuts(sum(rows["is_truncated"]), len(rows), args.max_length)
     return rows
 
 
-def tokenize_pair(pair, tokenizer, max_length):
-    """Token ids of one pair, through the tokenizer's chat template.
+def tokenize_pairs(pairs, tokenizer, max_length):
+    """`tokenize_pair` on each pair, with its position as the key index. Logs how many pairs had to be cut."""
+    rows = [{"index": i, **tokenize_pair(pair, tokenizer, max_length)} for i, pair in enumerate(pairs)]
+    _warn_of_cuts(sum(row["is_truncated"] for row in rows), len(rows), max_length)
+    return rows
 
-    A completion is what the template appends to the prompt (which ends in the generation prompt), up to and including
+
+def _warn_of_cuts(cut, count, max_length):
+    if cut:
+        logger.warning(f"{cut} of {count} pairs are longer than max_length = {max_length} tokens and were cut")
+
+
+def tokenize_pair(pair, tokenizer, max_length):
+    """Token ids of one pair in one of TRL's preference formats: prompt, chosen and rejected, all text or all lists of
+    messages; without a prompt, it is what chosen and rejected begin with in common.
+
+    Of text, a completion is what follows the prompt's tokens, and ends in the end-of-text token. Messages go through
+    the tokenizer's chat template, and a completion is what the template appends to the prompt (which ends in the generation prompt), up to and including
     the end-of-turn token: what follows that token is never generated, so it takes no part in the log-probs.
 
     A pair longer than max_length loses tokens from the start of the prompt, the same for both completions, and only
@@ -68,7 +121,26 @@ def tokenize_pair(pair, tokenizer, max_length):
     """
     if max_length < 2:
         raise ValueError(f"max_length must be >= 2 (one token of prompt, one of completion), got {max_length}")
-    name = pair.get("id", "without id")
+    from trl.data_utils import is_conversational, maybe_extract_prompt
+
+    pair = maybe_extract_prompt(pair)
+    encode = _encode_messages if is_conversational(pair) else _encode_text
+    prompt_ids, completions = encode(pair, tokenizer, pair.get("id", "without id"))
+    longest = max(map(len, completions.values()))
+    kept_prompt = prompt_ids[-max(1, max_length - longest) :]
+    kept = {side: ids[: max_length - len(kept_prompt)] for side, ids in completions.items()}
+    return {
+        "id": pair.get("id"),
+        "prompt_ids": kept_prompt,
+        "chosen_ids": kept["chosen"],
+        "rejected_ids": kept["rejected"],
+        "is_flipped": bool(pair.get("is_flipped", False)),
+        "is_truncated": kept_prompt != prompt_ids or kept != completions,
+    }
+
+
+def _encode_messages(pair, tokenizer, name):
+    """(prompt ids, {side: completion ids})."""
     prompt_ids = tokenizer.apply_chat_template(pair["prompt"], add_generation_prompt=True, return_dict=False)
     if not prompt_ids:
         raise ValueError(f"pair {name}: the prompt has no token, so nothing predicts the completion's first one")
@@ -85,17 +157,25 @@ def tokenize_pair(pair, tokenizer, max_length):
                 "the chat template must extend the prompt without rewriting it"
             )
         completions[side] = _up_to_last(completion, tokenizer.eos_token_id)
-    longest = max(map(len, completions.values()))
-    kept_prompt = prompt_ids[-max(1, max_length - longest) :]
-    kept = {side: ids[: max_length - len(kept_prompt)] for side, ids in completions.items()}
-    return {
-        "id": pair.get("id"),
-        "prompt_ids": kept_prompt,
-        "chosen_ids": kept["chosen"],
-        "rejected_ids": kept["rejected"],
-        "is_flipped": bool(pair.get("is_flipped", False)),
-        "is_truncated": kept_prompt != prompt_ids or kept != completions,
-    }
+    return prompt_ids, completions
+
+
+def _encode_text(pair, tokenizer, name):
+    """(prompt ids, {side: completion ids})."""
+    prompt_ids, completions = tokenizer(pair["prompt"])["input_ids"], {}
+    for side in ("chosen", "rejected"):
+        if not pair[side]:
+            raise ValueError(f"pair {name}: the {side} completion is empty, expected text")
+        completions[side] = tokenizer(pair["prompt"] + pair[side])["input_ids"]
+    # Tokens may merge across the border: the completions begin where they leave the prompt's tokens.
+    common = min(len(commonprefix([prompt_ids, ids])) for ids in completions.values())
+    if common == 0:
+        raise ValueError(f"pair {name}: the prompt has no token, so nothing predicts the completion's first one")
+    eos = tokenizer.eos_token_id
+    for side, ids in completions.items():
+        ended = ids if ids[-1] == eos or eos is None else [*ids, eos]
+        completions[side] = ended[common:]
+    return prompt_ids[:common], completions
 
 
 def _up_to_last(ids, token):
@@ -104,55 +184,47 @@ def _up_to_last(ids, token):
 
 
 class PreferenceCollator:
-    """Rows of `tokenize_pairs` to one batch of B pairs, N completion tokens in all.
+    """Rows of `tokenize_pairs` to one batch of B pairs.
 
     Returns a dict of tensors:
-        input_ids             (2B, T) int64  chosen rows 0..B-1, rejected rows B..2B-1, padded on the right
-        attention_mask        (2B, T) int64  1 on tokens, 0 on padding
-        labels                (2B, T) int64  input_ids on the completion, -100 on prompt and padding
-        completion_positions  (N,)    int64  where labels[t + 1] is predicted: indices into the flattened (2B * T)
-        completion_labels     (N,)    int64  the tokens predicted there
-        cu_seqlens            (2B+1,) int32  the completions' offsets in the two above
-        index                 (B,)    int64  the pair's position in its dataset
-        is_flipped            (B,)    bool
+        input_ids       (2B, T) int64  chosen rows 0..B-1, rejected rows B..2B-1, padded on the right
+        attention_mask  (2B, T) int64  1 on tokens, 0 on padding
+        labels          (2B, T) int64  input_ids on the completion, -100 on prompt and padding
+        index           (B,)    int64  the pair's position in its dataset
+        is_flipped      (B,)    bool
+    With padding_free, the N tokens of the 2B sequences lie one after another, and in place of the first three:
+        input_ids, position_ids (1, N) int64; labels (N,) int64; cu_seqlens (2B + 1,) int32, the sequences' offsets
 
-    The packing is done here, on the CPU, because finding the completion tokens on a GPU would wait for it.
+    Raises ValueError without a padding token, or for pad_to_multiple_of beside padding_free.
     """
 
-    def __init__(self, pad_token_id):
+    def __init__(self, pad_token_id, *, pad_to_multiple_of=None, padding_free=False):
         if pad_token_id is None:
             raise ValueError("pad_token_id must be a token id, got None: set tokenizer.pad_token first")
-        self.pad_token_id = pad_token_id
+        if padding_free and pad_to_multiple_of is not None:
+            raise ValueError(
+                f"padding_free leaves nothing to pad, expected no pad_to_multiple_of, got {pad_to_multiple_of}"
+            )
+        self._padded = DataCollatorForPreference(pad_token_id, pad_to_multiple_of=pad_to_multiple_of)
+        self.padding_free = padding_free
 
     def __call__(self, rows):
-        prompts = [row["prompt_ids"] for row in rows] * 2
-        completions = [row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows]
-        shape = len(prompts), max(len(p) + len(c) for p, c in zip(prompts, completions))
-        input_ids = torch.full(shape, self.pad_token_id, dtype=torch.long)
-        attention_mask = torch.zeros(shape, dtype=torch.long)
-        labels = torch.full(shape, IGNORE_INDEX, dtype=torch.long)
-        for i, (prompt, completion) in enumerate(zip(prompts, completions)):
-            begin, end = len(prompt), len(prompt) + len(completion)
-            input_ids[i, :end] = torch.tensor(prompt + completion)
-            attention_mask[i, :end] = 1
-            labels[i, begin:end] = input_ids[i, begin:end]
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        batch |= pack_completions(labels)
+        batch = self._padded([{name: row[name] for name in TOKENS} for row in rows])
+        labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, IGNORE_INDEX)
+        batch["labels"] = labels
+        if self.padding_free:
+            batch = _packed(batch)
         batch["index"] = torch.tensor([row["index"] for row in rows])
-        batch["is_flipped"] = torch.tensor([row["is_flipped"] for row in rows], dtype=torch.bool)
+        batch["is_flipped"] = torch.tensor([bool(row.get("is_flipped", False)) for row in rows])
         return batch
 
 
-def pack_completions(labels):
-    """Where the labels (2B, T) are predicted: the three packed tensors that `PreferenceCollator` describes."""
-    predicted = torch.zeros_like(labels, dtype=torch.bool)
-    predicted[:, :-1] = labels[:, 1:] != IGNORE_INDEX
-    positions = predicted.flatten().nonzero().squeeze(1)
-    offsets = torch.zeros(len(labels) + 1, dtype=torch.int32)
-    offsets[1:] = predicted.sum(1).cumsum(0)
+def _packed(batch):
+    real = batch["attention_mask"].bool()
+    lengths = real.sum(1)
     return {
-        # The label of position t stands one further along its own row, so one further in the flattened rows too.
-        "completion_positions": positions,
-        "completion_labels": labels.flatten()[positions + 1],
-        "cu_seqlens": offsets,
+        "input_ids": batch["input_ids"][real][None],
+        "position_ids": torch.cat([torch.arange(length) for length in lengths.tolist()])[None],
+        "labels": batch["labels"][real],
+        "cu_seqlens": torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int(),
     }

@@ -15,10 +15,10 @@ class StepProgress(ProgressCallback):
         if "eval_loss" in logs:
             self.training_bar.write(
                 f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}, "
-                f"margin {logs['eval_rewards/margins']:+.4f}, accuracy {logs['eval_rewards/accuracies']:.1%}"
+                f"margin {logs['eval_gapo/margin']:+.4f}, accuracy {logs['eval_rewards/accuracies']:.1%}"
             )
         elif "loss" in logs:
-            shown = {"loss": "loss", "margin": "rewards/margins", "gap": "gapo/gap", "weight": "gapo/weight"}
+            shown = {"loss": "loss", "margin": "gapo/margin", "gap": "gapo/gap", "weight": "gapo/weight"}
             self.training_bar.set_postfix({name: f"{logs[key]:.4f}" for name, key in shown.items() if key in logs})
 
     def close(self):

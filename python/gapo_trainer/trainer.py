@@ -1,42 +1,66 @@
-"""`GAPOTrainer`: transformers' Trainer with the loss, the evaluation and the log of GAPO."""
+"""`GAPOTrainer`: transformers' Trainer, on TRL's preference data, with the loss, evaluation and log of GAPO."""
+
+import json
+from pathlib import Path
 
 import torch
+from accelerate.utils import DistributedType, is_peft_model
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
-from gapo_kernels import GeometricAnchor, fused_gapo_loss, gapo_step, sequence_logps
+from gapo_kernels import GeometricAnchor, gapo_step
 
-from .preferences import PreferenceCollator
+from . import metrics
+from .forward import MARK, install
+from .preferences import PreferenceCollator, prepare_pairs
+from .storage import write_json
 
 logger = logging.get_logger(__name__)
+
+ANCHOR_FILE = "anchor.json"
+INPUTS = ("input_ids", "position_ids", "cu_seqlens")
+DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
 
 
 class GAPOTrainer(Trainer):
     """Trains a causal language model of transformers with geometric anchor preference optimization.
 
-    model: a PreTrainedModel with a backbone and an output head; its dropout is switched off.
-    args: GAPOConfig. train_dataset, eval_dataset: rows as `tokenize_pairs` returns them. The other arguments are
-    Trainer's; data_collator defaults to `PreferenceCollator`, with the padding token of processing_class.
+    model: a PreTrainedModel with a linear LM head, or a PeftModel of one; its dropout is switched off.
+    args: GAPOConfig.
+    train_dataset, eval_dataset: preference pairs, a datasets.Dataset or a list of dicts, as TRL takes them: chosen and
+        rejected, and prompt unless those contain it, all text or all lists of messages. A column is_flipped marks pairs
+        known to be wrong, for the log. Rows that `tokenize_pairs` returned are taken as they are.
+    processing_class: the tokenizer. data_collator: defaults to `PreferenceCollator`.
+    peft_config: makes a PeftModel of the model; only the adapters are then moved by the anchor, and trained.
+    The other arguments are Trainer's.
 
-    One anchor is made per micro-batch, from that micro-batch. With gradient accumulation the gradient of an update is
-    the mean over all its pairs: micro-batches count by their pairs, also when the last of an epoch is smaller.
+    One anchor is made per micro-batch, from that micro-batch on all processes. With gradient accumulation the gradient
+    of an update is the mean over all its pairs: micro-batches count by their pairs, also when the last of an epoch is
+    smaller.
 
     Evaluation has no anchor: its loss is that of the margin itself (SimPO), its accuracy the share of pairs with a
-    positive margin.
+    positive margin. No reference model is ever made.
 
-    Raises NotImplementedError for distributed training and for models that scale their logits, TypeError for a model
-    that is no PreTrainedModel with an output head, ValueError without collator and tokenizer.
+    Runs on one device, with DDP, and with FSDP2. Raises NotImplementedError for other ways to distribute; TypeError
+    for a model that is no PreTrainedModel with a linear LM head, or whose head carries an adapter or is quantised;
+    ValueError without collator and tokenizer.
     """
 
     # compute_loss divides by the pairs of the whole update itself, which is exact for uneven micro-batches too.
     loss_is_scaled_for_ga = True
 
-    def __init__(self, model, args, *, data_collator=None, processing_class=None, **kwargs):
-        if args.world_size > 1:
-            raise NotImplementedError(
-                f"GAPOTrainer runs in one process so far, got world_size = {args.world_size}: the anchor's gradient is "
-                "not averaged across processes yet"
-            )
+    def __init__(
+        self,
+        model,
+        args,
+        *,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        peft_config=None,
+        **kwargs,
+    ):
         if args.n_gpu > 1:
             # nn.DataParallel would cut the (2B, T) batch between chosen and rejected rows. Trainer resets the number
             # in the same way for models that are spread over several GPUs.
@@ -45,48 +69,88 @@ class GAPOTrainer(Trainer):
         if data_collator is None:
             if processing_class is None:
                 raise ValueError("expected a data_collator or a tokenizer as processing_class, got neither")
-            data_collator = PreferenceCollator(processing_class.pad_token_id)
-        if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
-            raise TypeError(f"expected a PreTrainedModel with an output head, got {type(model).__name__}")
-        _refuse_scaled_logits(model.config.get_text_config())
+            data_collator = PreferenceCollator(
+                processing_class.pad_token_id,
+                pad_to_multiple_of=args.pad_to_multiple_of,
+                padding_free=args.padding_free,
+            )
+        model = _with_adapters(model, peft_config)
+        base = model.get_base_model() if is_peft_model(model) else model
+        if not isinstance(base, PreTrainedModel) or base.get_output_embeddings() is None:
+            raise TypeError(f"expected a PreTrainedModel with an output head, got {type(base).__name__}")
+        install(base, args.max_logits_bytes)
         _disable_dropout(model)
-        super().__init__(model, args, data_collator=data_collator, processing_class=processing_class, **kwargs)
-        compute_dtype = torch.bfloat16 if args.bf16 else None
-        self.anchor = GeometricAnchor.from_model(
-            self.model,
+        train_dataset, eval_dataset = (
+            prepare_pairs(pairs, processing_class, args) for pairs in (train_dataset, eval_dataset)
+        )
+        super().__init__(
+            model,
+            args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        if self.accelerator.distributed_type not in DISTRIBUTED and not self._fsdp2:
+            raise NotImplementedError(
+                f"GAPOTrainer runs on one device, with DDP and with FSDP2 (fsdp_version: 2), got "
+                f"{self.accelerator.distributed_type.value}"
+            )
+        self.anchor = self._make_anchor()
+        self._record = metrics.TrainingRecord(args.record_pairs)
+        self._evaluated = []
+
+    @property
+    def _fsdp2(self):
+        return self.accelerator.distributed_type == DistributedType.FSDP and self.accelerator.is_fsdp2
+
+    def _make_anchor(self):
+        args = self.args
+        return GeometricAnchor.from_model(
+            self.accelerator.unwrap_model(self.model),
             scope=args.scope,
             rho=args.rho,
             geometry=args.geometry,
             direction=args.direction,
             rounding=args.rounding,
-            compute_dtype=compute_dtype,
+            compute_dtype=torch.bfloat16 if args.bf16 else None,
             seed=args.seed,
         )
-        self._buffer = []  # (step, values (6, B), marks (3, B)) of micro-batches not logged yet, on their device
-        self._records = []
-        self._evaluated = []
+
+    def _follow_sharding(self):
+        """FSDP2 puts sharded parameters in the place of the model's when training begins."""
+        if self._fsdp2 and not hasattr(self.anchor.params[0], "placements"):
+            counter = self.anchor.state_dict()
+            self.anchor = self._make_anchor()
+            self.anchor.load_state_dict(counter)
 
     # ---- Training ----
 
     def train(self, *args, **kwargs):
         """Trainer's train; the pair records begin anew."""
-        self._buffer, self._records = [], []
+        self._record = metrics.TrainingRecord(self.args.record_pairs)
         return super().train(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-batches of one update, and in place of Trainer's number of tokens their number of pairs."""
+        """The micro-batches of one update, and in place of Trainer's number of tokens the pairs in them, on all
+        processes together."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return batches, sum(len(batch["index"]) for batch in batches)
+        pairs = sum(len(batch["index"]) for batch in batches)
+        if self.args.world_size > 1:
+            pairs = self.accelerator.gather(torch.tensor([pairs], device=device)).sum().item()
+        return batches, pairs
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Loss of one micro-batch of B pairs, scaled by B / num_items_in_batch (pairs in the whole update).
+        """Loss of one micro-batch of B pairs, scaled by world_size * B / num_items_in_batch (pairs in the whole
+        update; the gradients' mean over the processes takes the world_size away).
 
-        Returns a scalar tensor, or (loss, GAPOOutput) with return_outputs. model is ignored but for its parameters
-        being those of self.model.
+        Returns a scalar tensor, or (loss, GAPOOutput) with return_outputs.
         """
         args = self.args
+        self._follow_sharding()
         out = gapo_step(
-            lambda: self._logps(inputs),
+            lambda: self._logps(model, inputs),
             self.anchor,
             beta=args.beta,
             gamma=args.gamma,
@@ -95,34 +159,35 @@ class GAPOTrainer(Trainer):
             loss_type=args.loss_type,
             sft_weight=args.sft_weight,
         )
-        self._remember(inputs, out)
+        self._record.add(self.state.global_step + 1, metrics.table(out, inputs))
         pairs = len(inputs["index"])
-        loss = out.loss if num_items_in_batch is None else out.loss * (pairs / num_items_in_batch)
+        loss = out.loss if num_items_in_batch is None else out.loss * (args.world_size * pairs / num_items_in_batch)
         return (loss, out) if return_outputs else loss
 
-    def _logps(self, inputs):
+    def _logps(self, model, inputs):
         """Length-normalised sequence log-probs (2B,) under the current weights, and token counts (2B,) int64."""
-        return sequence_logps(
-            self._completion_logits(inputs),
-            inputs["completion_labels"],
-            cu_seqlens=inputs["cu_seqlens"],
-            shift=False,
-            return_counts=True,
-        )
-
-    def _completion_logits(self, inputs):
-        """Logits (N, V) of the N positions that predict a completion token: no other row reaches the head."""
-        model = self.accelerator.unwrap_model(self.model)
-        # Entered anew for each forward: autocast keeps the weights it has cast until it is left, and the forward under
-        # the anchor would read those of the forward before it.
+        places = {name: inputs[name] for name in INPUTS if name in inputs}
+        # Trainer's evaluation calls a model that accelerate may not have prepared; entered twice, autocast is the same.
         with self.accelerator.autocast():
-            # No attention mask: with causal attention and padding on the right no completion token sees padding, and
-            # without a mask the attention takes its fast path.
-            hidden = model.base_model(input_ids=inputs["input_ids"], use_cache=False).last_hidden_state
-            hidden = hidden.flatten(0, 1).index_select(0, inputs["completion_positions"])
-            logits = model.get_output_embeddings()(hidden)
-            softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-            return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+            return model(**places, **{MARK: inputs["labels"]})
+
+    # ---- Checkpoints: the anchor's counter goes with the optimizer's state ----
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            write_json(self.anchor.state_dict(), Path(output_dir) / ANCHOR_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            file = Path(checkpoint) / ANCHOR_FILE
+            if not file.is_file():
+                raise FileNotFoundError(
+                    f"expected {ANCHOR_FILE} in {checkpoint}, got none: the checkpoint is incomplete, or of another "
+                    "trainer; resume from an earlier one, or start from its weights"
+                )
+            self.anchor.load_state_dict(json.loads(file.read_text(encoding="utf-8")))
 
     # ---- The log ----
 
@@ -131,59 +196,29 @@ class GAPOTrainer(Trainer):
         """list of dicts, one per pair of each finished update, in the order of training: step (from 1), index (the
         pair's position in the dataset), gap, weight, margin, anchor_margin (float) and is_flipped (bool).
 
-        Empty unless args.record_pairs.
+        Of this process's pairs. Empty unless args.record_pairs.
         """
-        self._read_back()
-        return [record for record in self._records if record["step"] <= self.state.global_step]
+        return self._record.pairs(self.state.global_step)
 
     def log(self, logs, start_time=None):
         """Trainer's log; a training entry also gets the means since the last one: rewards/, logps/ and gapo/."""
         if "loss" in logs:
-            logs.update(self._read_back())
+            rows = self._record.take()
+            if rows is not None:
+                rows = self._of_all(rows)
+                logs.update(metrics.means(rows.cpu(), self.args.beta, anchor=True))
+                stats = self.anchor.stats
+                if stats is not None and stats.intended_norm > 0:
+                    logs["gapo/applied_norm_ratio"] = stats.applied_norm / stats.intended_norm
         super().log(logs, start_time)
 
-    def _remember(self, inputs, out):
-        # Stays on the device until the log is due: reading it here would stall a GPU at every step.
-        values = [out.gap, out.weight, out.margin, out.anchor_margin, out.chosen_logps, out.rejected_logps]
-        marks = [out.valid.long(), inputs["is_flipped"].long(), inputs["index"]]
-        self._buffer.append((self.state.global_step + 1, torch.stack(values), torch.stack(marks)))
-
-    def _read_back(self):
-        """Empty the buffer into the records; returns the means over its pairs for the log."""
-        if not self._buffer:
-            return {}
-        steps, values, marks = zip(*self._buffer)
-        self._buffer = []
-        gap, weight, margin, anchor_margin, chosen, rejected = torch.cat(values, 1).cpu().double()
-        valid, flipped, index = torch.cat(marks, 1).cpu()
-        valid, flipped = valid.bool(), flipped.bool()
-        if self.args.record_pairs:
-            columns = {
-                "step": [step for step, micro_batch in zip(steps, marks) for _ in range(micro_batch.shape[1])],
-                "index": index.tolist(),
-                "gap": gap.tolist(),
-                "weight": weight.tolist(),
-                "margin": margin.tolist(),
-                "anchor_margin": anchor_margin.tolist(),
-                "is_flipped": flipped.tolist(),
-            }
-            self._records += [dict(zip(columns, row)) for row in zip(*columns.values())]
-        if not valid.any():
-            return {}
-        means = {
-            "rewards/margins": margin[valid],
-            "rewards/accuracies": (margin[valid] > 0).double(),
-            "logps/chosen": chosen[valid],
-            "logps/rejected": rejected[valid],
-            "gapo/gap": gap[valid],
-            "gapo/weight": weight[valid],
-            "gapo/anchor_margin": anchor_margin[valid],
-        }
-        if flipped.any():
-            for name, group in (("clean", valid & ~flipped), ("flipped", valid & flipped)):
-                if group.any():
-                    means |= {f"gapo/gap_{name}": gap[group], f"gapo/weight_{name}": weight[group]}
-        return {name: values.mean().item() for name, values in means.items()}
+    def _of_all(self, rows):
+        """The tables of all processes, one after another; they may differ in length."""
+        if self.args.world_size == 1:
+            return rows
+        longest = self.accelerator.pad_across_processes(rows, dim=0, pad_index=float("nan"))
+        rows = self.accelerator.gather(longest)
+        return rows[~rows[:, -1].isnan()]
 
     # ---- Evaluation ----
 
@@ -193,19 +228,18 @@ class GAPOTrainer(Trainer):
         args = self.args
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
-            out = fused_gapo_loss(
-                self._completion_logits(inputs),
-                inputs["completion_labels"],
-                cu_seqlens=inputs["cu_seqlens"],
-                shift=False,
+            out = gapo_step(
+                lambda: self._logps(model, inputs),
+                None,
                 beta=args.beta,
                 gamma=args.gamma,
                 label_smoothing=args.label_smoothing,
                 loss_type=args.loss_type,
                 sft_weight=args.sft_weight,
             )
-        pairs = len(inputs["index"])
-        self._evaluated.append((pairs, out))
+        rows = metrics.table(out, inputs)
+        loss = out.loss.double().expand(len(rows), 1)
+        self._evaluated.append(self.accelerator.gather_for_metrics(torch.cat([rows, loss], 1)))
         return out.loss, None if prediction_loss_only else out.margin, None
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
@@ -214,21 +248,23 @@ class GAPOTrainer(Trainer):
         result = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         evaluated, self._evaluated = self._evaluated, []
         if evaluated:
-            counts = torch.tensor([pairs for pairs, _ in evaluated], dtype=torch.float64)
-            losses = torch.stack([out.loss for _, out in evaluated]).cpu().double()
-            margins, chosen, rejected = (
-                torch.cat([getattr(out, name) for _, out in evaluated]).cpu().double()
-                for name in ("margin", "chosen_logps", "rejected_logps")
-            )
-            metrics = {
-                "loss": (losses * counts).sum() / counts.sum(),
-                "rewards/margins": margins.mean(),
-                "rewards/accuracies": (margins > 0).double().mean(),
-                "logps/chosen": chosen.mean(),
-                "logps/rejected": rejected.mean(),
-            }
-            result.metrics.update({f"{metric_key_prefix}_{name}": value.item() for name, value in metrics.items()})
+            rows = torch.cat(evaluated).cpu()
+            found = {"loss": rows[:, -1].mean().item()}
+            found |= metrics.means(rows[:, :-1], self.args.beta, anchor=False)
+            result.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return result
+
+
+def _with_adapters(model, peft_config):
+    if peft_config is None:
+        return model
+    import peft
+
+    if is_peft_model(model):
+        raise ValueError(
+            "expected a model without adapters beside a peft_config, got a PeftModel: leave one of them out"
+        )
+    return peft.get_peft_model(model, peft_config)
 
 
 def _disable_dropout(model):
@@ -240,12 +276,3 @@ def _disable_dropout(model):
         for name in ("attention_dropout", "dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
-
-
-def _refuse_scaled_logits(config):
-    for name in ("logit_scale", "logits_scaling"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            raise NotImplementedError(
-                f"{config.model_type} multiplies its logits ({name} = {getattr(config, name)}), which GAPOTrainer does "
-                "not do yet; expected a model that does not"
-            )

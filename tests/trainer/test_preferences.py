@@ -3,12 +3,15 @@
 import pytest
 import torch
 from conftest import made_up_pairs
+from datasets import Dataset
 
+from gapo_trainer.config import GAPOConfig
 from gapo_trainer.preferences import (
     IGNORE_INDEX,
     PreferenceCollator,
     flip_labels,
     load_preferences,
+    prepare_pairs,
     tokenize_pair,
     tokenize_pairs,
 )
@@ -109,13 +112,6 @@ def test_batch_layout(tokenizer):
         assert batch["input_ids"][r].tolist() == prompt + completion + [tokenizer.pad_token_id] * padding
         assert batch["labels"][r].tolist() == [IGNORE_INDEX] * len(prompt) + completion + [IGNORE_INDEX] * padding
         assert batch["attention_mask"][r].tolist() == [1] * end + [0] * padding
-        # The packed completion: its labels, and positions that are one before them in the same row.
-        begin, stop = batch["cu_seqlens"][r : r + 2].tolist()
-        assert batch["completion_labels"][begin:stop].tolist() == completion
-        first = r * longest + len(prompt) - 1
-        assert batch["completion_positions"][begin:stop].tolist() == list(range(first, first + len(completion)))
-    assert batch["cu_seqlens"].dtype == torch.int32
-    assert batch["cu_seqlens"][-1] == len(batch["completion_labels"]) == sum(len(c) for _, c in sequences)
     assert batch["index"].tolist() == [3, 1, 4]
     assert batch["is_flipped"].tolist() == [pairs[i]["is_flipped"] for i in (3, 1, 4)]
 
@@ -123,3 +119,49 @@ def test_batch_layout(tokenizer):
 def test_collator_needs_a_padding_token():
     with pytest.raises(ValueError, match="pad_token_id"):
         PreferenceCollator(None)
+
+
+def test_padding_free_layout(tokenizer):
+    rows = tokenize_pairs(flip_labels(made_up_pairs(3), 0.4, seed=0), tokenizer, 100)
+    batch = PreferenceCollator(tokenizer.pad_token_id, padding_free=True)(rows)
+    sequences = [(row["prompt_ids"], row[f"{side}_ids"]) for side in ("chosen", "rejected") for row in rows]
+    assert batch["input_ids"].shape == batch["position_ids"].shape == (1, sum(len(p) + len(c) for p, c in sequences))
+    for (prompt, completion), begin, stop in zip(sequences, batch["cu_seqlens"], batch["cu_seqlens"][1:]):
+        assert batch["input_ids"][0, begin:stop].tolist() == prompt + completion
+        assert batch["position_ids"][0, begin:stop].tolist() == list(range(stop - begin))
+        assert batch["labels"][begin:stop].tolist() == [IGNORE_INDEX] * len(prompt) + completion
+    assert batch["cu_seqlens"].dtype == torch.int32 and "attention_mask" not in batch
+    with pytest.raises(ValueError, match="pad_to_multiple_of"):
+        PreferenceCollator(0, padding_free=True, pad_to_multiple_of=8)
+
+
+@pytest.mark.parametrize("kind", [list, Dataset.from_list], ids=["list", "Dataset"])
+def test_text_pairs(tokenizer, kind):
+    pairs = [{"prompt": "w1 w2", "chosen": " w3 w4", "rejected": " w5", "is_flipped": True}]
+    (row,) = prepare_pairs(kind(pairs), tokenizer, GAPOConfig(use_cpu=True))
+    texts = [tokenizer.decode(row[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
+    assert texts == ["w1 w2", "w3 w4 </s>", "w5 </s>"] and row["is_flipped"] and row["index"] == 0
+
+
+@pytest.mark.parametrize("kind", [list, Dataset.from_list], ids=["list", "Dataset"])
+def test_messages_with_the_prompt_inside_are_as_with_it_apart(tokenizer, kind):
+    apart = made_up_pairs(2)
+    inside = [{side: pair["prompt"] + pair[side] for side in ("chosen", "rejected")} for pair in apart]
+    rows = prepare_pairs(kind(inside), tokenizer, GAPOConfig(use_cpu=True))
+    for row, expected in zip(rows, tokenize_pairs(apart, tokenizer, 2048)):
+        assert all(row[name] == expected[name] for name in ("index", "prompt_ids", "chosen_ids", "rejected_ids"))
+
+
+@pytest.mark.parametrize(
+    "pairs, error, message",
+    [
+        ("pairs.json", TypeError, "datasets.Dataset or a list of dicts, got str"),
+        ([], ValueError, "at least one preference pair"),
+        ([{"prompt": "w1", "chosen": "w2"}], ValueError, "columns chosen and rejected"),
+        ([{"prompt": "w1", "chosen": "", "rejected": "w2"}], ValueError, "the chosen completion is empty"),
+        ([{"prompt": "", "chosen": "w1", "rejected": "w2"}], ValueError, "prompt has no token"),
+    ],
+)
+def test_what_is_no_preference_data_is_refused(tokenizer, pairs, error, message):
+    with pytest.raises(error, match=message):
+        prepare_pairs(pairs, tokenizer, GAPOConfig(use_cpu=True))

@@ -4,10 +4,13 @@ import copy
 
 import pytest
 import torch
+import transformers
 from conftest import made_up_pairs, tiny_model
 from transformers import HfArgumentParser, TrainerCallback
 
+from gapo_kernels import reference
 from gapo_trainer.config import GAPOConfig
+from gapo_trainer.forward import install
 from gapo_trainer.preferences import IGNORE_INDEX, flip_labels, tokenize_pairs
 from gapo_trainer.trainer import GAPOTrainer
 
@@ -140,9 +143,19 @@ def test_training_moves_the_margins_and_logs_them(tokenizer, tmp_path):
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(entries) == trainer.state.global_step == 20
     names = {"rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected"}
-    names |= {"gapo/gap", "gapo/weight", "gapo/anchor_margin", "grad_norm", "learning_rate"}
+    names |= {
+        "rewards/chosen",
+        "rewards/rejected",
+        "gapo/applied_norm_ratio",
+        "gapo/gap",
+        "gapo/weight",
+        "gapo/anchor_margin",
+        "grad_norm",
+        "learning_rate",
+    }
     assert all(names <= entry.keys() for entry in entries)
-    assert entries[-1]["rewards/margins"] > entries[0]["rewards/margins"] + 0.1
+    assert entries[-1]["gapo/margin"] > entries[0]["gapo/margin"] + 0.1
+    assert all(entry["rewards/margins"] == pytest.approx(2 * entry["gapo/margin"]) for entry in entries)
 
     records = trainer.pair_records
     assert len(records) == 60 and {record["step"] for record in records} == set(range(1, 21))
@@ -180,7 +193,8 @@ def test_evaluation_has_no_anchor_and_means_over_pairs(tokenizer, tmp_path, monk
         margins, _ = plain_margins(trainer.model, trainer.data_collator(trainer.eval_dataset))
     losses = -torch.nn.functional.logsigmoid(trainer.args.beta * margins - trainer.args.gamma)
     assert metrics["eval_loss"] == pytest.approx(losses.mean().item(), rel=1e-9)
-    assert metrics["eval_rewards/margins"] == pytest.approx(margins.mean().item(), rel=1e-9)
+    assert metrics["eval_gapo/margin"] == pytest.approx(margins.mean().item(), rel=1e-9)
+    assert metrics["eval_rewards/margins"] == pytest.approx(trainer.args.beta * margins.mean().item(), rel=1e-9)
     assert metrics["eval_rewards/accuracies"] == pytest.approx((margins > 0).double().mean().item())
     assert trainer.state.log_history[-1]["eval_rewards/margins"] == metrics["eval_rewards/margins"]
     assert trainer.pair_records == []
@@ -202,13 +216,13 @@ def test_dropout_is_off(tokenizer, tmp_path):
     assert len(losses) == 1
 
 
-def test_only_completion_positions_reach_the_head(tokenizer, tmp_path):
+def test_two_forwards_and_no_logits(tokenizer, tmp_path):
     trainer = make_trainer(tokenizer, tmp_path)
-    rows = []
-    trainer.model.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(inputs[0].shape))
-    batch = trainer.data_collator(trainer.train_dataset[:3])
-    trainer.compute_loss(trainer.model, batch)
-    assert rows == [(len(batch["completion_labels"]), 16)] * 2, "one forward at the weights and one at the anchor"
+    calls = []
+    trainer.model.lm_head.register_forward_hook(lambda *_: pytest.fail("the head made logits"))
+    trainer.model.model.register_forward_hook(lambda *_: calls.append(None))
+    trainer.compute_loss(trainer.model, trainer.data_collator(trainer.train_dataset[:3]))
+    assert len(calls) == 2, "one forward at the weights and one at the anchor"
 
 
 @pytest.mark.parametrize("moment", [3, 4, "before the update"], ids=["forward", "forward at the anchor", "update"])
@@ -229,7 +243,7 @@ def test_interrupt_inside_a_step_leaves_the_weights_of_the_last_finished_step(to
             if state.global_step == 1 and moment == "before the update":
                 raise KeyboardInterrupt
 
-    trainer.model.lm_head.register_forward_hook(interrupt)
+    trainer.model.model.register_forward_hook(interrupt)
     trainer.add_callback(BeforeTheUpdate)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
@@ -239,13 +253,41 @@ def test_interrupt_inside_a_step_leaves_the_weights_of_the_last_finished_step(to
     assert {record["step"] for record in trainer.pair_records} == {1}
 
 
-def test_softcapped_logits(tokenizer, tmp_path):
-    plain = make_trainer(tokenizer, tmp_path)
-    batch = plain.data_collator(plain.train_dataset[:3])
-    capped = make_trainer(tokenizer, tmp_path)
-    capped.model.config.final_logit_softcapping = 0.5
-    logits = plain._completion_logits(batch)
-    assert torch.allclose(capped._completion_logits(batch), 0.5 * torch.tanh(logits / 0.5))
+@pytest.mark.parametrize(
+    "architecture, settings",
+    [
+        ("Gemma2", {"final_logit_softcapping": 0.5, "head_dim": 8, "sliding_window": 4}),
+        ("Cohere", {"logit_scale": 0.25}),
+        ("Granite", {"logits_scaling": 3.0}),
+        ("Phi", {}),
+        ("Qwen2", {}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_heads_of_other_models(architecture, settings):
+    """A softcap, a scale, a divisor, a bias: as the model's own logits have them."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=53, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    config = getattr(transformers, f"{architecture}Config")(
+        **sizes,
+        num_key_value_heads=1,
+        initializer_range=0.3,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **settings,
+    )
+    model = getattr(transformers, f"{architecture}ForCausalLM")(config).double().eval()
+    if model.lm_head.bias is not None:
+        torch.nn.init.normal_(model.lm_head.bias)
+    ids = torch.randint(3, 53, (2, 7))
+    labels = ids.clone()
+    labels[:, :3] = IGNORE_INDEX
+    expected = reference.sequence_logps(model(input_ids=ids, use_cache=False).logits, labels)
+    install(model, 2**20)
+    logps, counts = model(input_ids=ids, sequence_labels=labels)
+    assert torch.allclose(logps, expected.to(logps.dtype), rtol=1e-9) and counts.tolist() == [4, 4]
+    assert model(input_ids=ids).logits.shape == (2, 7, 53)
 
 
 @pytest.mark.parametrize(
@@ -277,10 +319,6 @@ def test_settings_from_a_command_line(tmp_path):
 
 
 def test_what_is_not_there_says_so(tokenizer, tmp_path):
-    scaled = tiny_model()
-    scaled.config.logit_scale = 0.25
-    with pytest.raises(NotImplementedError, match="logit_scale"):
-        make_trainer(tokenizer, tmp_path, scaled)
     with pytest.raises(TypeError, match="output head, got LlamaModel"):
         make_trainer(tokenizer, tmp_path, tiny_model().model)
     with pytest.raises(ValueError, match="data_collator or a tokenizer"):

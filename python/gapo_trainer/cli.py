@@ -1,0 +1,126 @@
+"""`gapo-train RECIPE --key=value ...`: trains a language model on preference pairs with GAPO.
+
+RECIPE is a YAML file of settings, or the name of a shipped recipe. Runs as it is, and under `accelerate launch`:
+
+    gapo-train smollm2-135m-offline --max_steps=2
+    accelerate launch -m gapo_trainer.cli my-recipe.yaml --rho=0.025
+"""
+
+import argparse
+import sys
+
+from .signals import noted_interrupt
+
+EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
+
+
+def main(argv=None):
+    """Trains; returns the exit code: 0, 2 for settings that cannot be used, 130 after Ctrl-C."""
+    arguments, changes = _parse_arguments(argv)
+    with noted_interrupt() as note:
+        try:
+            from . import versions
+
+            versions.check()
+            from . import settings
+        except ImportError as error:
+            if note.seen:  # an interrupted import of transformers comes out as this
+                return EXIT_INTERRUPTED
+            return _refuse(error if "pip install" in str(error) else f"{error}. Run: pip install 'gapo-kernels[train]'")
+        except KeyboardInterrupt:
+            return EXIT_INTERRUPTED
+    try:
+        if arguments.recipe is None:
+            return _refuse(f"expected a YAML file or a recipe, one of {', '.join(settings.recipes())}")
+        values = settings.change(settings.read(arguments.recipe), changes)
+        if arguments.print_config:
+            print(settings.render(values), end="")
+            return 0
+        configs = settings.parse(values)
+    except settings.SettingsError as error:
+        return _refuse(error)
+    try:
+        return run(*configs)
+    except settings.SettingsError as error:
+        return _refuse(error)
+    except KeyboardInterrupt:
+        print("interrupted; checkpoints written so far are complete", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _parse_arguments(argv):
+    parser = argparse.ArgumentParser(
+        prog="gapo-train",
+        description="Train a language model on preference pairs with GAPO.",
+        epilog="Every setting of the recipe can be changed by --key=value; --print-config lists them all.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("recipe", nargs="?", help="a YAML file, or the name of a shipped recipe")
+    parser.add_argument("--print-config", action="store_true", help="print every setting as YAML, and train nothing")
+    return parser.parse_known_args(argv)
+
+
+def _refuse(message):
+    print(f"gapo-train: error: {message}", file=sys.stderr)
+    return EXIT_USAGE
+
+
+def run(data_args, model_args, config):
+    """Trains, saves the model to config.output_dir, evaluates if there are pairs for it. Returns the exit code.
+
+    config.resume_from_checkpoint may be a folder, or "last": the newest checkpoint in output_dir, if there is one.
+    """
+    from .interrupt import SafeStop
+
+    stop = SafeStop()
+    trainer = make_trainer(data_args, model_args, config, callbacks=[stop])
+    with stop:
+        trainer.train(resume_from_checkpoint=_checkpoint(config))
+        trainer.save_model()
+        trainer.save_state()
+    if stop.interrupted:
+        return EXIT_INTERRUPTED
+    if trainer.eval_dataset is not None:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    return 0
+
+
+def make_trainer(data_args, model_args, config, **options):
+    """The GAPOTrainer of parsed settings. `options`: more of its arguments.
+
+    Raises SettingsError for a model or dataset that cannot be had.
+    """
+    from trl import get_peft_config
+
+    from .sources import load_datasets, load_model
+    from .trainer import GAPOTrainer
+
+    train, test = load_datasets(data_args, config.seed)
+    if test is None and config.eval_strategy != "no":
+        from .settings import SettingsError
+
+        raise SettingsError(f"eval_strategy = {config.eval_strategy!s} needs a dataset_test_split, got none")
+    model, tokenizer = load_model(model_args)
+    return GAPOTrainer(
+        model,
+        config,
+        train_dataset=train,
+        eval_dataset=test,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
+        **options,
+    )
+
+
+def _checkpoint(config):
+    from transformers.trainer_utils import get_last_checkpoint
+
+    if config.resume_from_checkpoint != "last":
+        return config.resume_from_checkpoint
+    return get_last_checkpoint(config.output_dir)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""The policy's forward for preference pairs: hidden states through the fused LM head to sequence log-probs.
+
+It runs inside of the model's own `forward`, called through whatever wraps the model: DDP prepares its gradients there,
+FSDP2 gathers the parameters there, accelerate switches autocast on there.
+"""
+
+import functools
+import types
+
+from torch import nn
+
+from gapo_kernels import linear_sequence_logps
+
+MARK = "sequence_labels"
+INPUTS = ("input_ids", "position_ids", "sequence_labels", "cu_seqlens")
+
+
+def install(model, max_logits_bytes):
+    """Lets `model.forward` return (logps (S,), counts (S,)) when it gets `sequence_labels`; else it is as before.
+
+    model: a PreTrainedModel, without an adapter around it. max_logits_bytes: as in `linear_sequence_logps`.
+
+    Raises TypeError, with the remedy, for a head whose weight the log-probs cannot be computed from.
+    """
+    check_head(model)
+    before = model.forward
+    # The function, not the bound method: a copy of the model calls it with itself.
+    of_any = (
+        before.__func__ if getattr(before, "__self__", None) is model else lambda _, *args, **kw: before(*args, **kw)
+    )
+
+    @functools.wraps(of_any)
+    def forward(self, *args, **kwargs):
+        if kwargs.get(MARK) is None:
+            kwargs.pop(MARK, None)
+            return of_any(self, *args, **kwargs)
+        inputs = {name: value for name, value in kwargs.items() if name in INPUTS}
+        return sequence_logps(self, **inputs, max_logits_bytes=max_logits_bytes)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def sequence_logps(model, input_ids, sequence_labels, *, position_ids=None, cu_seqlens=None, max_logits_bytes=2**30):
+    """Length-normalised log-probs (S,) and token counts (S,) int64.
+
+    input_ids: (S, T) padded on the right, with sequence_labels (S, T); or (1, N) packed, with position_ids (1, N),
+    sequence_labels (N,) and cu_seqlens (S + 1,). No attention mask: with causal attention no completion token sees
+    padding on its right, and without a mask attention takes its fast path.
+    """
+    places = {} if position_ids is None else {"position_ids": position_ids}
+    hidden = model.base_model(input_ids=input_ids, use_cache=False, **places).last_hidden_state
+    if cu_seqlens is not None:
+        hidden = hidden.squeeze(0)
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    return linear_sequence_logps(
+        hidden,
+        head.weight,
+        sequence_labels,
+        bias=getattr(head, "bias", None),
+        softcap=getattr(config, "final_logit_softcapping", None),
+        logit_scale=logit_scale(config),
+        max_logits_bytes=max_logits_bytes,
+        cu_seqlens=cu_seqlens,
+        return_counts=True,
+    )
+
+
+def logit_scale(config):
+    """What a model of this configuration multiplies its logits by (float)."""
+    scale = getattr(config, "logit_scale", None)  # Cohere
+    divisor = getattr(config, "logits_scaling", None)  # Granite
+    return float(1.0 if scale is None else scale) / float(1.0 if divisor is None else divisor)
+
+
+def check_head(model):
+    """Raises TypeError unless the model's head is a linear layer with a plain floating-point weight."""
+    head = model.get_output_embeddings()
+    if isinstance(head, nn.Linear) and type(head).__module__.startswith(("torch.", "transformers.")):
+        if head.weight.is_floating_point():
+            return
+    name = type(head).__name__
+    if hasattr(head, "base_layer") or hasattr(head, "original_module"):
+        raise TypeError(
+            f"the LM head has an adapter on it ({name}): the fused head computes with its weight directly, so the "
+            "adapter would not be trained. Take lm_head out of target_modules (or modules_to_save)"
+        )
+    raise TypeError(
+        f"expected an LM head that is a torch.nn.Linear with a floating-point weight, got {name}: leave the head out of "
+        "the quantisation (llm_int8_skip_modules=['lm_head'])"
+    )

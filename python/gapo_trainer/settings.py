@@ -1,0 +1,199 @@
+"""Settings of a run: a YAML file, `--key=value` changes to it, and the dataclasses that they become.
+
+One flat mapping holds the keys of `DataConfig`, of TRL's `ModelConfig` and of `GAPOConfig`. A key with dots reaches into
+a value that is itself a mapping: `--model_init_kwargs.use_cache=false`.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser
+
+SHIPPED_MODEL = "smollm2-135m-instruct-offline"
+SHIPPED_DATASET = "gapo-preferences"
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be used; the message says which, what was expected and what was got."""
+
+
+@dataclass
+class DataConfig:
+    """Where the preference pairs come from: rows with chosen and rejected, and prompt unless those contain it, as text
+    or as lists of messages. A column is_flipped marks pairs known to be wrong, for the log."""
+
+    dataset_name: str = field(
+        default="",
+        metadata={
+            "help": "A .json, .jsonl, .parquet or .csv file, a folder or hub name for datasets.load_dataset, or "
+            f"'{SHIPPED_DATASET}': the pairs that come with this package."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "The configuration, for load_dataset."})
+    dataset_train_split: str = field(default="train", metadata={"help": "The split to train on."})
+    dataset_test_split: str | None = field(
+        default=None, metadata={"help": "The split, or for a file another file, to evaluate on; none: no evaluation."}
+    )
+    flip_labels: float = field(
+        default=0.0,
+        metadata={"help": "Share of the training pairs whose labels are swapped, and marked, as an experiment."},
+    )
+
+    def __post_init__(self):
+        if not self.dataset_name:
+            raise ValueError("dataset_name must name the preference pairs to train on, got nothing")
+        if not (math.isfinite(self.flip_labels) and 0 <= self.flip_labels <= 1):
+            raise ValueError(f"flip_labels must be in [0, 1], got {self.flip_labels!r}")
+
+
+def dataclass_types():
+    """The dataclasses of a run, in the order in which `parse` returns them."""
+    from trl import ModelConfig
+
+    from .config import GAPOConfig
+
+    return DataConfig, ModelConfig, GAPOConfig
+
+
+def recipes():
+    """dict of the shipped recipes: name to pathlib.Path."""
+    folder = Path(str(resources.files("gapo_trainer").joinpath("recipes")))
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def read(source):
+    """The mapping in a YAML file, given by path or as the name of a shipped recipe.
+
+    Raises SettingsError when there is no such file, or it holds no mapping.
+    """
+    path = recipes().get(source, Path(source))
+    if not path.is_file():
+        raise SettingsError(
+            f"expected a YAML file or the name of a recipe, got {source!r}{_nearest(str(source), recipes())}; "
+            f"the recipes are {', '.join(recipes())}"
+        )
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} is no YAML file: {error}") from error
+    if not isinstance(settings, dict):
+        raise SettingsError(f"expected a mapping of settings in {path}, got {type(settings).__name__}")
+    return settings
+
+
+def change(settings, changes):
+    """`settings` with `--key=value` or `--key value` strings applied. Values are YAML; keys may be dotted.
+
+    Raises SettingsError for a string that is neither.
+    """
+    settings = json.loads(json.dumps(settings, default=str))
+    queue = list(changes)
+    while queue:
+        argument = queue.pop(0)
+        if not argument.startswith("--") or argument == "--":
+            raise SettingsError(f"expected --key=value, got {argument!r}")
+        key, equals, value = argument[2:].partition("=")
+        if not equals:
+            if not queue or queue[0].startswith("--"):
+                raise SettingsError(f"expected --{key}=value, got no value")
+            value = queue.pop(0)
+        try:
+            value = yaml.safe_load(value)
+        except yaml.YAMLError:
+            pass  # a text that happens to be no YAML, a template with braces say
+        _put(settings, key, value)
+    return settings
+
+
+def _put(settings, key, value):
+    *parents, last = key.replace("-", "_").split(".")
+    place = settings
+    for depth, parent in enumerate(parents):
+        if place.get(parent) is None:
+            place[parent] = {}
+        place = place[parent]
+        if not isinstance(place, dict):
+            raise SettingsError(f"--{key}: {'.'.join(parents[: depth + 1])} is {place!r}, which has no keys of its own")
+    place[last] = value
+
+
+def parse(settings):
+    """(DataConfig, ModelConfig, GAPOConfig) of a mapping.
+
+    Raises SettingsError for unknown keys and values that do not fit, naming the nearest valid one.
+    """
+    parser = _Parser(dataclass_types(), allow_abbrev=False, add_help=False)
+    actions = {action.dest: action for action in parser._actions}
+    unknown = [key for key in settings if key not in actions]
+    if unknown:
+        raise SettingsError("\n".join(f"unknown setting {key!r}{_nearest(str(key), actions)}" for key in unknown))
+    arguments = []
+    for key, value in settings.items():
+        _check_choice(actions[key], value)
+        if value is None:
+            actions[key].default, actions[key].required = None, False
+        elif isinstance(value, (list, tuple)) and actions[key].nargs in ("+", "*"):
+            arguments += [f"--{key}", *map(_text, value)]
+        else:
+            arguments.append(f"--{key}={_text(value)}")
+    try:
+        return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    except SettingsError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise SettingsError(str(error)) from error
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message):
+        raise SettingsError(message)
+
+
+def _check_choice(action, value):
+    if action.choices is None or value is None:
+        return
+    choices = [str(getattr(choice, "value", choice)) for choice in action.choices]
+    for one in value if isinstance(value, list) else [value]:
+        if str(one) not in choices:
+            raise SettingsError(
+                f"{action.dest} must be one of {', '.join(choices)}, got {one!r}{_nearest(str(one), choices)}"
+            )
+
+
+def _text(value):
+    return json.dumps(value) if isinstance(value, (dict, list, tuple)) else str(value)
+
+
+def _nearest(name, among):
+    found = difflib.get_close_matches(name, list(among), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def render(settings):
+    """Every key with its value or default as YAML, which `read` takes back. Raises what `parse` raises."""
+    parse(settings)
+    lines = []
+    for kind in dataclass_types():
+        values = {}
+        for item in dataclasses.fields(kind):
+            if not item.init or item.name in settings:
+                continue
+            default = item.default_factory() if item.default is dataclasses.MISSING else item.default
+            values[item.name] = _plain(default)
+        values |= {f.name: settings[f.name] for f in dataclasses.fields(kind) if f.name in settings}
+        lines.append(f"# {kind.__name__}\n" + yaml.safe_dump(dict(sorted(values.items())), sort_keys=False))
+    return "\n".join(lines)
+
+
+def _plain(value):
+    if dataclasses.is_dataclass(value):
+        return dataclasses.asdict(value)
+    if hasattr(value, "value"):  # an Enum
+        return value.value
+    return value if isinstance(value, (bool, int, float, str, list, dict)) else None
