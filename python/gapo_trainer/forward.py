@@ -23,24 +23,32 @@ def install(model, max_logits_bytes):
     Raises TypeError, with the remedy, for a head whose weight the log-probs cannot be computed from.
     """
     check_head(model)
-    before = model.forward
-    # The function, not the bound method: a copy of the model calls it with itself.
-    of_any = (
-        before.__func__ if getattr(before, "__self__", None) is model else lambda _, *args, **kw: before(*args, **kw)
-    )
+
+    def model_logps(model, input_ids, position_ids=None, **options):
+        return _model_logps(model, input_ids, position_ids, options | {"max_logits_bytes": max_logits_bytes})
+
+    _extend(model, model_logps, INPUTS)
+    _extend(model.get_output_embeddings(), _head_logps, None)
+
+
+def _extend(module, logps, names):
+    """Calls of the module with `sequence_labels` go to `logps`, with the keywords of these names, or all."""
+    before = module.forward
+    # The function, not the bound method: a copy of the module calls it with itself.
+    bound = getattr(before, "__self__", None) is module
+    of_any = before.__func__ if bound else lambda _, *args, **kwargs: before(*args, **kwargs)
 
     @functools.wraps(of_any)
     def forward(self, *args, **kwargs):
         if kwargs.get(MARK) is None:
             kwargs.pop(MARK, None)
             return of_any(self, *args, **kwargs)
-        inputs = {name: value for name, value in kwargs.items() if name in INPUTS}
-        return sequence_logps(self, **inputs, max_logits_bytes=max_logits_bytes)
+        return logps(self, *args, **{name: value for name, value in kwargs.items() if names is None or name in names})
 
-    model.forward = types.MethodType(forward, model)
+    module.forward = types.MethodType(forward, module)
 
 
-def sequence_logps(model, input_ids, sequence_labels, *, position_ids=None, cu_seqlens=None, max_logits_bytes=2**30):
+def _model_logps(model, input_ids, position_ids, options):
     """Length-normalised log-probs (S,) and token counts (S,) int64.
 
     input_ids: (S, T) padded on the right, with sequence_labels (S, T); or (1, N) packed, with position_ids (1, N),
@@ -49,20 +57,18 @@ def sequence_logps(model, input_ids, sequence_labels, *, position_ids=None, cu_s
     """
     places = {} if position_ids is None else {"position_ids": position_ids}
     hidden = model.base_model(input_ids=input_ids, use_cache=False, **places).last_hidden_state
-    if cu_seqlens is not None:
+    if options.get("cu_seqlens") is not None:
         hidden = hidden.squeeze(0)
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
-    return linear_sequence_logps(
-        hidden,
-        head.weight,
-        sequence_labels,
-        bias=getattr(head, "bias", None),
-        softcap=getattr(config, "final_logit_softcapping", None),
-        logit_scale=logit_scale(config),
-        max_logits_bytes=max_logits_bytes,
-        cu_seqlens=cu_seqlens,
-        return_counts=True,
-    )
+    config = model.config.get_text_config()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    # Called as a module, for FSDP2 may have made the head a unit of its own, gathered when it is called.
+    head = model.get_output_embeddings()
+    return head(hidden, softcap=softcap, logit_scale=logit_scale(config), **options)
+
+
+def _head_logps(head, hidden, sequence_labels, **options):
+    bias = getattr(head, "bias", None)
+    return linear_sequence_logps(hidden, head.weight, sequence_labels, bias=bias, return_counts=True, **options)
 
 
 def logit_scale(config):

@@ -134,7 +134,10 @@ def parse(settings):
     if unknown:
         raise SettingsError("\n".join(f"unknown setting {key!r}{_nearest(str(key), actions)}" for key in unknown))
     arguments = []
+    defaults = {name: value for kind in dataclass_types() for name, value in _defaults(kind).items()}
     for key, value in settings.items():
+        if key in defaults and value == defaults[key]:
+            continue
         _check_choice(actions[key], value)
         if value is None:
             actions[key].default, actions[key].required = None, False
@@ -178,17 +181,21 @@ def _nearest(name, among):
 def render(settings):
     """Every key with its value or default as YAML, which `read` takes back. Raises what `parse` raises."""
     parse(settings)
-    lines = []
+    parts = []
     for kind in dataclass_types():
-        values = {}
-        for item in dataclasses.fields(kind):
-            if not item.init or item.name in settings:
-                continue
-            default = item.default_factory() if item.default is dataclasses.MISSING else item.default
-            values[item.name] = _plain(default)
-        values |= {f.name: settings[f.name] for f in dataclasses.fields(kind) if f.name in settings}
-        lines.append(f"# {kind.__name__}\n" + yaml.safe_dump(dict(sorted(values.items())), sort_keys=False))
-    return "\n".join(lines)
+        values = {name: settings.get(name, default) for name, default in _defaults(kind).items()}
+        parts.append(f"# {kind.__name__}\n" + yaml.safe_dump(values))
+    return "\n".join(parts)
+
+
+def _defaults(kind):
+    """dict of a dataclass's settings and their defaults, as YAML has them."""
+    missing, found = dataclasses.MISSING, {}
+    for item in dataclasses.fields(kind):
+        if item.init:
+            made = item.default_factory() if item.default_factory is not missing else item.default
+            found[item.name] = _plain(made)
+    return found
 
 
 def _plain(value):

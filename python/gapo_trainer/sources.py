@@ -12,8 +12,9 @@ def load_model(model_args):
 
     Raises SettingsError when there is no such model.
     """
+    from accelerate import PartialState
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import get_kbit_device_map, get_quantization_config
+    from trl import get_quantization_config
 
     if model_args.model_name_or_path is None:
         raise SettingsError("model_name_or_path must name a causal language model, got none")
@@ -25,7 +26,7 @@ def load_model(model_args):
     extra = {
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype or "float32",
-        "device_map": get_kbit_device_map() if quantization is not None else None,
+        "device_map": {"": PartialState().local_process_index} if quantization is not None else None,
         "quantization_config": quantization,
     }
     try:

@@ -4,7 +4,7 @@ from importlib import metadata
 
 from packaging.version import Version
 
-LEAST = {"transformers": "5.17", "accelerate": "1.13", "trl": "1.16", "peft": "0.21", "datasets": "5.2"}
+LEAST = {"transformers": "5.17", "accelerate": "1.13", "trl": "1.10", "peft": "0.19", "datasets": "4.7"}
 
 
 def check():

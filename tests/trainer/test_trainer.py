@@ -218,11 +218,12 @@ def test_dropout_is_off(tokenizer, tmp_path):
 
 def test_two_forwards_and_no_logits(tokenizer, tmp_path):
     trainer = make_trainer(tokenizer, tmp_path)
-    calls = []
-    trainer.model.lm_head.register_forward_hook(lambda *_: pytest.fail("the head made logits"))
+    calls, shapes = [], []
+    trainer.model.lm_head.register_forward_hook(lambda module, inputs, output: shapes.append(output[0].shape))
     trainer.model.model.register_forward_hook(lambda *_: calls.append(None))
     trainer.compute_loss(trainer.model, trainer.data_collator(trainer.train_dataset[:3]))
     assert len(calls) == 2, "one forward at the weights and one at the anchor"
+    assert shapes == [(6,), (6,)], "log-probs, no logits"
 
 
 @pytest.mark.parametrize("moment", [3, 4, "before the update"], ids=["forward", "forward at the anchor", "update"])

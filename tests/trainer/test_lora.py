@@ -1,0 +1,69 @@
+"""Adapters: they alone are moved and trained, and not on the head."""
+
+import pytest
+import torch
+from conftest import made_up_pairs, tiny_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from test_trainer import make_trainer
+
+from gapo_trainer.config import GAPOConfig
+from gapo_trainer.trainer import GAPOTrainer
+
+LORA = dict(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+
+
+def lora_trainer(tokenizer, tmp_path, model, peft_config, **settings):
+    settings = dict(max_steps=2, report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True) | settings
+    config = GAPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=3, **settings)
+    options = dict(train_dataset=made_up_pairs(6), processing_class=tokenizer, peft_config=peft_config)
+    return GAPOTrainer(model, config, **options)
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["peft_config", "PeftModel"])
+def test_adapters_alone_are_moved_and_trained(tokenizer, tmp_path, wrapped):
+    torch.manual_seed(0)
+    model, config = tiny_model(torch.float32), LoraConfig(**LORA)
+    if wrapped:
+        model, config = get_peft_model(model, config), None
+    trainer = lora_trainer(tokenizer, tmp_path, model, config, learning_rate=1e-2, rho=0.5, logging_steps=1)
+    assert isinstance(trainer.model, PeftModel)
+    assert trainer.anchor.names and all("lora_" in name for name in trainer.anchor.names)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    trainer.train()
+    changed = {n for n, tensor in trainer.model.state_dict().items() if not torch.equal(tensor, before[n])}
+    assert changed and changed == {name for name in before if "lora_" in name}
+    assert all(entry["gapo/gap"] > 1e-4 for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_the_gap_is_that_of_the_merged_model(tokenizer, tmp_path):
+    """The log-probs go through the adapters."""
+    torch.manual_seed(0)
+    trainer = lora_trainer(tokenizer, tmp_path, tiny_model(), LoraConfig(**LORA))
+    batch = trainer.data_collator(trainer.train_dataset[:3])
+    with torch.no_grad():
+        with_adapters = trainer._logps(trainer.model, batch)[0]
+        with trainer.model.disable_adapter():
+            without = trainer._logps(trainer.model, batch)[0]
+        merged = trainer.model.merge_and_unload()
+        assert torch.allclose(merged(input_ids=batch["input_ids"], sequence_labels=batch["labels"])[0], with_adapters)
+    assert not torch.allclose(without, with_adapters)
+
+
+@pytest.mark.parametrize("where", ["target_modules", "modules_to_save"])
+def test_an_adapter_on_the_head_is_refused(tokenizer, tmp_path, where):
+    config = LoraConfig(**(LORA | {where: ["q_proj", "lm_head"] if where == "target_modules" else ["lm_head"]}))
+    with pytest.raises(TypeError, match="LM head has an adapter on it .*Take lm_head out of target_modules"):
+        lora_trainer(tokenizer, tmp_path, tiny_model(tie_word_embeddings=False), config)
+
+
+def test_a_config_beside_adapters_is_refused(tokenizer, tmp_path):
+    model = get_peft_model(tiny_model(), LoraConfig(**LORA))
+    with pytest.raises(ValueError, match="leave one of them out"):
+        lora_trainer(tokenizer, tmp_path, model, LoraConfig(**LORA))
+
+
+def test_a_quantised_head_is_refused(tokenizer, tmp_path):
+    model = tiny_model(tie_word_embeddings=False)
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros(53, 16, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(TypeError, match="floating-point weight.*leave the head out of the quantisation"):
+        make_trainer(tokenizer, tmp_path, model)

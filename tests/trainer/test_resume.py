@@ -1,0 +1,90 @@
+"""A run that was cut off goes on from its last checkpoint to the same bits."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import made_up_pairs, tiny_model
+from safetensors.torch import load_file
+
+from gapo_trainer import cli
+
+# Sends itself SIGTERM inside the forward under the anchor, in the fourth of six steps.
+KILLED = """
+import os, signal, sys, torch
+from gapo_trainer import cli
+from gapo_trainer.trainer import GAPOTrainer
+logps = GAPOTrainer._logps
+def killed(self, model, inputs):
+    result = logps(self, model, inputs)
+    if not torch.is_grad_enabled() and self.state.global_step == 3:
+        theta = dict(self.model.named_parameters())
+        assert self.anchor.names and any(p.requires_grad for p in theta.values())
+        os.kill(os.getpid(), signal.SIGTERM)
+    return result
+GAPOTrainer._logps = killed
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def recipe(tokenizer, tmp_path):
+    """A YAML file for a tiny model on disk; noise as the direction, so that the anchor's counter matters."""
+    model = tiny_model(torch.float32)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in made_up_pairs(12)))
+    settings = {
+        "model_name_or_path": str(tmp_path / "model"),
+        "dataset_name": str(tmp_path / "pairs.jsonl"),
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 6,
+        "save_steps": 2,
+        "learning_rate": 1e-2,
+        "rho": 0.5,
+        "direction": "gaussian",
+        "resume_from_checkpoint": "last",
+        "report_to": "none",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    return tmp_path / "recipe.yaml"
+
+
+def final(folder):
+    state = json.loads((folder / "trainer_state.json").read_text())
+    losses = {entry["step"]: (entry["loss"], entry["gapo/gap"]) for entry in state["log_history"] if "loss" in entry}
+    return load_file(folder / "model.safetensors"), losses
+
+
+def test_killed_under_the_anchor_it_resumes_to_the_same_bits(recipe, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert cli.main([str(recipe), f"--output_dir={whole}"]) == 0
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "python")])
+    environment = os.environ | {"PYTHONPATH": paths + os.pathsep + os.environ.get("PYTHONPATH", "")}
+    command = [sys.executable, "-c", KILLED, str(recipe), f"--output_dir={cut}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == -signal.SIGTERM, done.stderr
+    assert {file.name for file in cut.glob("checkpoint-*")} == {"checkpoint-2"}
+
+    assert cli.main([str(recipe), f"--output_dir={cut}"]) == 0
+    (weights, losses), (expected, expected_losses) = final(cut), final(whole)
+    assert losses == expected_losses and len(losses) == 6
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_a_checkpoint_without_the_anchors_counter_is_refused(recipe, tmp_path, capsys):
+    assert cli.main([str(recipe), f"--output_dir={tmp_path / 'run'}", "--max_steps=2"]) == 0
+    (tmp_path / "run" / "checkpoint-2" / "anchor.json").unlink()
+    with pytest.raises(FileNotFoundError, match="anchor.json"):
+        cli.main([str(recipe), f"--output_dir={tmp_path / 'run'}", "--max_steps=4"])
