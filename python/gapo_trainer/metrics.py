@@ -40,6 +40,18 @@ def means(rows, beta, *, anchor):
     }
 
 
+def evaluation(rows, losses, counts, args):
+    """dict of `means` and the loss over all pairs. losses (N,): without the NLL term; counts (N,): chosen tokens."""
+    columns = dict(zip(FIELDS + MARKS, rows.t()))
+    valid = columns["valid"].bool()
+    if not valid.any():
+        return {"loss": 0.0}
+    loss = losses[valid].mean()
+    if args.sft_weight:
+        loss = loss - args.sft_weight * (columns["chosen_logps"] * counts)[valid].sum() / counts[valid].sum()
+    return {"loss": loss.item(), **means(rows, args.beta, anchor=False)}
+
+
 class TrainingRecord:
     """Tables of the micro-batches trained on. They stay on the device until they are read: reading waits for it."""
 

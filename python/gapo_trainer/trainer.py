@@ -8,7 +8,7 @@ from accelerate.utils import DistributedType, is_peft_model
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
-from gapo_kernels import GeometricAnchor, gapo_step
+from gapo_kernels import GeometricAnchor, gapo_objective, gapo_step
 
 from . import metrics
 from .forward import MARK, install
@@ -92,6 +92,11 @@ class GAPOTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        if args.fsdp and self.accelerator.distributed_type != DistributedType.FSDP:
+            raise ValueError(
+                f"fsdp = {args.fsdp!r} expects accelerators and several processes, got "
+                f"{self.accelerator.distributed_type.value}: nothing would be sharded"
+            )
         if self.accelerator.distributed_type not in DISTRIBUTED and not self._fsdp2:
             raise NotImplementedError(
                 f"GAPOTrainer runs on one device, with DDP and with FSDP2 (fsdp_version: 2), got "
@@ -120,7 +125,7 @@ class GAPOTrainer(Trainer):
 
     def _follow_sharding(self):
         """FSDP2 puts sharded parameters in the place of the model's when training begins."""
-        if self._fsdp2 and not hasattr(self.anchor.params[0], "placements"):
+        if not hasattr(self.anchor.params[0], "placements"):
             counter = self.anchor.state_dict()
             self.anchor = self._make_anchor()
             self.anchor.load_state_dict(counter)
@@ -148,7 +153,10 @@ class GAPOTrainer(Trainer):
         Returns a scalar tensor, or (loss, GAPOOutput) with return_outputs.
         """
         args = self.args
-        self._follow_sharding()
+        if self._fsdp2:
+            self._follow_sharding()
+            # The probe's gradient is averaged over the ranks in every micro-batch, so Trainer's no_sync is overruled.
+            model.set_requires_gradient_sync(True)
         out = gapo_step(
             lambda: self._logps(model, inputs),
             self.anchor,
@@ -227,19 +235,15 @@ class GAPOTrainer(Trainer):
         (loss, margins (B,), None)."""
         args = self.args
         inputs = self._prepare_inputs(inputs)
+        options = {name: getattr(args, name) for name in ("beta", "gamma", "label_smoothing", "loss_type")}
         with torch.no_grad():
-            out = gapo_step(
-                lambda: self._logps(model, inputs),
-                None,
-                beta=args.beta,
-                gamma=args.gamma,
-                label_smoothing=args.label_smoothing,
-                loss_type=args.loss_type,
-                sft_weight=args.sft_weight,
-            )
-        rows = metrics.table(out, inputs)
-        loss = out.loss.double().expand(len(rows), 1)
-        self._evaluated.append(self.accelerator.gather_for_metrics(torch.cat([rows, loss], 1)))
+            logps, counts = self._logps(model, inputs)
+            out = gapo_step(lambda: (logps, counts), None, sft_weight=args.sft_weight, **options)
+            losses, _ = gapo_objective(out.margin, valid=out.valid, reduction="none", **options)
+        columns = torch.stack([losses.double(), counts[: len(losses)].double()], 1)
+        rows = torch.cat([metrics.table(out, inputs), columns], 1)
+        # Without the pairs that fill up the last batch to the number of processes.
+        self._evaluated.append(self.accelerator.gather_for_metrics(rows))
         return out.loss, None if prediction_loss_only else out.margin, None
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
@@ -249,8 +253,8 @@ class GAPOTrainer(Trainer):
         evaluated, self._evaluated = self._evaluated, []
         if evaluated:
             rows = torch.cat(evaluated).cpu()
-            found = {"loss": rows[:, -1].mean().item()}
-            found |= metrics.means(rows[:, :-1], self.args.beta, anchor=False)
+            *columns, losses, counts = rows.t()
+            found = metrics.evaluation(torch.stack(columns, 1), losses, counts, self.args)
             result.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return result
 

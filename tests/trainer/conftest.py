@@ -27,6 +27,10 @@ TEMPLATE = (
 
 @pytest.fixture
 def tokenizer():
+    return tiny_tokenizer()
+
+
+def tiny_tokenizer():
     special = ["<pad>", "<s>", "</s>", "<nl>", "user", "assistant", "[UNK]"]
     vocabulary = {word: i for i, word in enumerate(special + WORDS)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))

@@ -1,0 +1,69 @@
+"""What each of two processes runs: five updates of `GAPOTrainer` under DDP or FSDP2, on the CPU over gloo."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "python"), str(Path(__file__).parent)]
+
+
+def run(rank, world, folder, port, kind, settings):
+    addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), **addresses)
+    torch.set_num_threads(1)
+    trainer = make_trainer(folder, world, kind, settings)
+    trainer.train()
+    if kind == "fsdp2":
+        assert "DTensor" in type(trainer.anchor.params[0]).__name__, "nothing was sharded"
+    weights = {
+        name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+        for name, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters()
+    }
+    metrics = trainer.evaluate()
+    if rank == 0:
+        names = ("loss", "gapo/gap", "grad_norm", "rewards/chosen", "gapo/gap_flipped", "gapo/applied_norm_ratio")
+        logged = [[entry[name] for name in names] for entry in trainer.state.log_history if "loss" in entry]
+        evaluated = {name: metrics[name] for name in ("eval_loss", "eval_rewards/margins", "eval_rewards/accuracies")}
+        torch.save((logged, weights, evaluated), os.path.join(folder, "found.pt"))
+    if world > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def make_trainer(folder, world, kind, settings):
+    from accelerate.utils import DistributedType
+    from conftest import made_up_pairs, tiny_model, tiny_tokenizer
+
+    from gapo_trainer.config import GAPOConfig
+    from gapo_trainer.preferences import flip_labels
+    from gapo_trainer.trainer import GAPOTrainer
+
+    if kind == "fsdp2":
+        wrap = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+        settings = settings | {"fsdp": "full_shard", "fsdp_config": {"fsdp_version": 2, **wrap}}
+    tied = settings.pop("tied", True)
+    config = GAPOConfig(
+        output_dir=folder,
+        use_cpu=True,
+        per_device_train_batch_size=4 // world,
+        per_device_eval_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=5,
+        learning_rate=1e-2,
+        optim="sgd",
+        rho=0.3,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        train_sampling_strategy="sequential",
+        **settings,
+    )
+    if kind == "fsdp2":  # accelerate shards on accelerators only: this takes the CPU for one
+        config.distributed_state.distributed_type = DistributedType.MULTI_GPU
+    pairs = flip_labels(made_up_pairs(40), 0.3, seed=0)
+    options = dict(train_dataset=pairs, eval_dataset=pairs[:7], processing_class=tiny_tokenizer())
+    return GAPOTrainer(tiny_model(torch.float64, tie_word_embeddings=tied), config, **options)

@@ -1,0 +1,51 @@
+"""Two processes train as one does on the joined batch."""
+
+import socket
+
+import pytest
+import ranks
+import torch
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    found = {}
+
+    def start(world, kind, **settings):
+        key = (world, kind, *sorted(settings.items()))
+        if key not in found:
+            folder = str(tmp_path_factory.mktemp("run"))
+            arguments = (world, folder, free_port(), kind, dict(settings))
+            torch.multiprocessing.spawn(ranks.run, arguments, nprocs=world)
+            found[key] = torch.load(f"{folder}/found.pt")
+        return found[key]
+
+    return start
+
+
+@pytest.mark.parametrize(
+    "kind, settings",
+    [
+        ("ddp", {"tied": True}),
+        ("fsdp2", {"tied": True}),
+        ("fsdp2", {"tied": False, "padding_free": True}),
+    ],
+    ids=["DDP", "FSDP2", "FSDP2, untied, padding-free"],
+)
+def test_two_processes_train_as_one(train, kind, settings):
+    """Loss, gap, gradient norm and the weights after five updates of two micro-batches; and the evaluation."""
+    logged, weights, evaluated = train(2, kind, **settings)
+    expected, expected_weights, expected_evaluation = train(1, "one process", tied=settings["tied"])
+    assert len(logged) == 5
+    # Llama's norms compute in float32 whatever the model's dtype.
+    assert torch.allclose(torch.tensor(logged), torch.tensor(expected), rtol=1e-5)
+    assert max(entry[1] for entry in expected) > 0.1
+    for name, weight in expected_weights.items():
+        assert torch.allclose(weights[name], weight, rtol=1e-6, atol=1e-8), name
+    assert evaluated == pytest.approx(expected_evaluation, rel=1e-5)
