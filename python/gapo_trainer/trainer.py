@@ -19,6 +19,7 @@ logger = logging.get_logger(__name__)
 
 ANCHOR_FILE = "anchor.json"
 INPUTS = ("input_ids", "position_ids", "cu_seqlens")
+PACKED_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
 
 
@@ -78,6 +79,11 @@ class GAPOTrainer(Trainer):
         base = model.get_base_model() if is_peft_model(model) else model
         if not isinstance(base, PreTrainedModel) or base.get_output_embeddings() is None:
             raise TypeError(f"expected a PreTrainedModel with an output head, got {type(base).__name__}")
+        if args.padding_free and base.config._attn_implementation not in PACKED_ATTENTION:
+            raise ValueError(
+                f"padding_free expects attention that keeps packed sequences apart, one of {', '.join(PACKED_ATTENTION)}, "
+                f"got attn_implementation = {base.config._attn_implementation!r}"
+            )
         install(base, args.max_logits_bytes)
         _disable_dropout(model)
         train_dataset, eval_dataset = (

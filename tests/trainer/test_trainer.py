@@ -9,6 +9,7 @@ from conftest import made_up_pairs, tiny_model
 from transformers import HfArgumentParser, TrainerCallback
 
 from gapo_kernels import reference
+from gapo_trainer import versions
 from gapo_trainer.config import GAPOConfig
 from gapo_trainer.forward import install
 from gapo_trainer.preferences import IGNORE_INDEX, flip_labels, tokenize_pairs
@@ -135,6 +136,56 @@ def test_accumulated_gradient_is_the_mean_over_all_pairs_of_the_update(tokenizer
     logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
     assert logged["loss"] == pytest.approx(sum(s * loss.item() for s, (loss, _, _) in zip(shares, results)))
     assert [record["index"] for record in trainer.pair_records] == list(range(pairs))
+
+
+def authors_five_updates(model, trainer, batch_size):
+    """The weights after five updates of AdamW by the authors' recipe: each micro-batch of pairs has a probe forward and
+    backward, a forward at the anchor, a clean forward and backward, all on whole logits with an attention mask."""
+    args = trainer.args
+    matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == wide] for wide in (True, False))
+    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.999), eps=args.adam_epsilon)
+    rows = list(trainer.train_dataset)
+    losses = []
+    for _ in range(5):
+        update, rows = rows[: 2 * batch_size], rows[2 * batch_size :]
+        total = 0.0
+        for start in range(0, len(update), batch_size):
+            batch = trainer.data_collator(update[start : start + batch_size])
+            share = len(batch["index"]) / len(update)
+            loss, gradients, _ = plain_step(model, batch, args)
+            total += share * loss.item()
+            for name, parameter in model.named_parameters():
+                part = share * gradients[name]
+                parameter.grad = part if parameter.grad is None else parameter.grad + part
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    return losses
+
+
+def test_five_updates_equal_the_authors_recipe(tokenizer, tmp_path):
+    """With truncation, gradient accumulation, an uneven micro-batch, clipping, weight decay; in float32, to 1e-6."""
+    pairs = flip_labels(made_up_pairs(18), 0.3, seed=0)  # 4 and 4, 4 and 4, ..., and at the end 2
+    settings = dict(max_length=12, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=5)
+    settings |= dict(learning_rate=1e-3, lr_scheduler_type="constant", weight_decay=0.1, max_grad_norm=1.0, rho=0.3)
+    # A larger epsilon: the default makes whole steps of gradients that are rounding noise.
+    settings |= dict(train_sampling_strategy="sequential", adam_epsilon=1e-4, sft_weight=0.1, label_smoothing=0.1)
+    settings |= dict(report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True, logging_steps=1)
+    model = tiny_model(torch.float32)
+    config = GAPOConfig(output_dir=str(tmp_path), **settings)
+    trainer = GAPOTrainer(model, config, train_dataset=pairs, processing_class=tokenizer)
+    assert any(row["is_truncated"] for row in trainer.train_dataset)
+    plain, before = copy.deepcopy(model), copy.deepcopy(model)
+    expected = authors_five_updates(plain, trainer, batch_size=2)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses == pytest.approx(expected, rel=1e-5)
+    parameters = zip(model.named_parameters(), plain.parameters(), before.parameters())
+    for (name, got), want, start in parameters:
+        assert (got - want).abs().max() <= 1e-6, name
+        assert (want - start).abs().max() > 1e-3, name
 
 
 def test_training_moves_the_margins_and_logs_them(tokenizer, tmp_path):
@@ -319,7 +370,26 @@ def test_settings_from_a_command_line(tmp_path):
     assert config.gamma == pytest.approx(0.25) and config.scope == 1
 
 
+def test_libraries_that_are_too_old_are_named(monkeypatch):
+    found = {"transformers": "4.57.1", "accelerate": "1.15.0", "trl": "1.16.0", "peft": "0.21.2"}
+
+    def version(package):
+        if package not in found:
+            raise versions.metadata.PackageNotFoundError(package)
+        return found[package]
+
+    monkeypatch.setattr(versions.metadata, "version", version)
+    with pytest.raises(
+        ImportError, match="transformers >= 5.17, got 4.57.1; datasets >= 4.7, got none. Run: pip install"
+    ):
+        versions.check()
+
+
 def test_what_is_not_there_says_so(tokenizer, tmp_path):
+    odd = tiny_model()
+    odd.config._attn_implementation = "paged|eager"
+    with pytest.raises(ValueError, match="padding_free expects attention that keeps packed sequences apart"):
+        make_trainer(tokenizer, tmp_path, odd, padding_free=True)
     with pytest.raises(TypeError, match="output head, got LlamaModel"):
         make_trainer(tokenizer, tmp_path, tiny_model().model)
     with pytest.raises(ValueError, match="data_collator or a tokenizer"):
