@@ -30,6 +30,7 @@ setup(
         "train": TRAIN,
         "demo": [*TRAIN, "gguf"],
         "bench": BENCH,
+        "examples": [*TRAIN, "lightning>=2.6"],
         "dev": [*TRAIN, "gguf", *BENCH, "hypothesis", "numpy"],
     },
 )

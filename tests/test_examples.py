@@ -1,0 +1,50 @@
+"""Every example runs on its tiny model: the loss falls, the gap is there, and none is longer than 60 lines."""
+
+import importlib
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("gapo_trainer.preferences")
+FOLDER = Path(__file__).parents[1] / "examples"
+EXAMPLES = ["plain_loop", "transformers_trainer", "trl_trainer", "trl_dpo_subclass", "lightning_module", "fsdp2"]
+
+
+@pytest.fixture
+def example(request, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    if request.param == "lightning_module":
+        pytest.importorskip("lightning")
+    return importlib.import_module(request.param)
+
+
+def test_all_examples_are_here():
+    assert {file.stem for file in FOLDER.glob("*.py")} == {*EXAMPLES, "common", "decoder"}
+    for file in FOLDER.glob("*.py"):
+        assert len(file.read_text().splitlines()) <= 60, file
+
+
+@pytest.mark.parametrize("example", EXAMPLES, indirect=True)
+def test_an_example_trains(example):
+    _, history, *_ = example.main(["--steps=30"])
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    gaps = [entry[name] for entry in history for name in ("gap", "gapo/gap") if name in entry]
+    assert len(losses) == len(gaps) == 30
+    assert all(map(math.isfinite, losses)) and losses[-1] < losses[0] - 0.02
+    assert all(abs(gap) > 1e-6 for gap in gaps)
+
+
+def test_sharded_over_two_processes():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(FOLDER / "fsdp2.py"), "--steps=3"]
+    root = FOLDER.parent
+    paths = os.pathsep.join([str(root), str(root / "python"), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = [done.stdout.split(f"rank {rank}: ")[1].split("]")[0] for rank in (0, 1)]
+    assert found[0] == found[1] and found[0].count("loss") == 3
