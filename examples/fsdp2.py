@@ -1,7 +1,5 @@
-"""GAPO in a loop of your own over sharded parameters (FSDP2), as in torchtitan or torchtune.
-
-torchrun --nproc-per-node 2 examples/fsdp2.py [--model NAME_OR_PATH]      # or python, on one process
-"""
+"""GAPO in a loop of your own over sharded parameters (FSDP2), as in torchtitan or torchtune:
+torchrun --nproc-per-node 2 examples/fsdp2.py [--model NAME_OR_PATH]"""
 
 import torch
 import torch.distributed as dist
