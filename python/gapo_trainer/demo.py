@@ -1,4 +1,5 @@
-"""The demonstration: `python -m gapo_trainer.demo` trains SmolLM2-135M-Instruct on the shipped preference pairs.
+"""The demonstration: `python -m gapo_trainer.demo` trains SmolLM2-135M-Instruct on the shipped preference pairs, with the
+recipe smollm2-135m-offline, and reports.
 
 A fifth of the training pairs has its labels flipped, with a seed and marked; the held-out pairs are clean. The output
 folder receives the trained model, metrics.json and two plots, also when the run is interrupted.
@@ -16,6 +17,7 @@ from .signals import noted_interrupt, uninterrupted
 
 # torch and transformers take seconds to import. They are imported below, where Ctrl-C is already answered properly.
 
+RECIPE = "smollm2-135m-offline"  # whose settings hold unless an option changes them
 EXIT_INTERRUPTED = 130  # what shells report for a process ended by Ctrl-C
 MISSING_MODEL = (ModuleNotFoundError, FileNotFoundError)  # answered with a line that says what to install
 
@@ -127,36 +129,34 @@ class Demo:
     def _configure(self, pairs):
         import torch
 
-        from .config import GAPOConfig
+        from . import settings
 
         args = self.args
         steps = args.max_steps if args.max_steps > 0 else math.ceil(args.epochs * math.ceil(pairs / args.batch_size))
-        return GAPOConfig(
-            output_dir=str(args.output_dir),
-            num_train_epochs=args.epochs,
-            max_steps=args.max_steps,
-            per_device_train_batch_size=args.batch_size,
-            per_device_eval_batch_size=args.batch_size,
-            learning_rate=args.lr,
-            lr_scheduler_type="cosine",
-            warmup_steps=max(1, round(0.1 * steps)),
-            beta=args.beta,
-            gamma_beta_ratio=args.gamma_beta_ratio,
-            rho=args.rho,
-            max_length=512,
-            record_pairs=True,
-            eval_on_start=True,
-            eval_strategy="steps",
-            eval_steps=max(1, math.ceil(steps / args.evaluations)),
-            logging_steps=1,
-            include_num_input_tokens_seen="non_padding",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=False,
-            dataloader_pin_memory=torch.cuda.is_available() and not args.cpu,
-            use_cpu=args.cpu,
-            seed=args.seed,
-        )
+        changes = {
+            "output_dir": str(args.output_dir),
+            "flip_labels": args.flip,
+            "num_train_epochs": args.epochs,
+            "max_steps": args.max_steps,
+            "per_device_train_batch_size": args.batch_size,
+            "per_device_eval_batch_size": args.batch_size,
+            "learning_rate": args.lr,
+            "warmup_steps": max(1, round(0.1 * steps)),
+            "beta": args.beta,
+            "gamma_beta_ratio": args.gamma_beta_ratio,
+            "rho": args.rho,
+            "record_pairs": True,
+            "eval_on_start": True,
+            "eval_strategy": "steps",
+            "eval_steps": max(1, math.ceil(steps / args.evaluations)),
+            "include_num_input_tokens_seen": "non_padding",
+            "save_strategy": "no",
+            "disable_tqdm": False,
+            "dataloader_pin_memory": torch.cuda.is_available() and not args.cpu,
+            "use_cpu": args.cpu,
+            "seed": args.seed,
+        }
+        return settings.parse(settings.read(RECIPE) | changes)[-1]
 
     def _make_trainer(self, model, tokenizer, config, train, heldout):
         from transformers.trainer_callback import ProgressCallback

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import json
 import math
+import typing
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -135,10 +136,14 @@ def parse(settings):
         raise SettingsError("\n".join(f"unknown setting {key!r}{_nearest(str(key), actions)}" for key in unknown))
     arguments = []
     defaults = {name: value for kind in dataclass_types() for name, value in _defaults(kind).items()}
+    # Not the fields' own types, which the parser rewrites.
+    kinds = {name: hint for kind in dataclass_types() for name, hint in typing.get_type_hints(kind).items()}
     for key, value in settings.items():
         if key in defaults and value == defaults[key]:
             continue
         _check_choice(actions[key], value)
+        if isinstance(value, str) and str in typing.get_args(kinds[key]):
+            actions[key].type = str  # of "bool or str" the parser makes bool
         if value is None:
             actions[key].default, actions[key].required = None, False
         elif isinstance(value, (list, tuple)) and actions[key].nargs in ("+", "*"):

@@ -41,6 +41,8 @@ def test_changes_reach_into_mappings_and_keep_types():
     assert (config.rho, config.scope, config.lr_scheduler_kwargs) == (0.5, 3, {"num_cycles": 0.25})
     assert (model.use_peft, model.lora_r, model.lora_target_modules) == (True, 4, ["q_proj", "v_proj"])
     assert config.learning_rate == 5e-7 and data.flip_labels == 0
+    seen = settings.parse(TINY | {"include_num_input_tokens_seen": "non_padding"})[-1].include_num_input_tokens_seen
+    assert seen == "non_padding"
 
 
 def test_print_config_is_a_config(capsys, tmp_path):
