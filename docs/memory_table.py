@@ -1,6 +1,6 @@
 """The README's table of memory per GPU: arithmetic on published sizes, by the formula above it there.
 
-    python docs/memory_table.py
+python docs/memory_table.py
 """
 
 # Name, parameters, layers, width.

@@ -1,5 +1,6 @@
 """`GAPOConfig`: transformers' TrainingArguments and the settings of the method."""
 
+import dataclasses
 import difflib
 import math
 from dataclasses import dataclass, field
@@ -117,6 +118,17 @@ class GAPOConfig(TrainingArguments):
         value = getattr(self, name)
         if not (math.isfinite(value) and holds):
             raise ValueError(f"{name} must be finite and {expected}, got {value!r}")
+
+    @classmethod
+    def preset(cls, name, **changes):
+        """The settings of a shipped recipe, "llama-3-8b-instruct" say, with changes by name; output_dir is the recipe's.
+
+        Raises ValueError for another name, naming the recipes.
+        """
+        from . import settings
+
+        fields = {item.name for item in dataclasses.fields(cls)}
+        return cls(**{key: value for key, value in settings.read(name).items() if key in fields} | changes)
 
     @property
     def gamma(self):

@@ -43,7 +43,7 @@ def make_trainer(folder, world, kind, settings):
 
     if kind == "fsdp2":
         wrap = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
-        settings = settings | {"fsdp": "full_shard", "fsdp_config": {"fsdp_version": 2, **wrap}}
+        settings = settings | {"fsdp": True, "fsdp_config": {"fsdp_version": 2, **wrap}}
     tied = settings.pop("tied", True)
     config = GAPOConfig(
         output_dir=folder,

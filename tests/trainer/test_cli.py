@@ -8,6 +8,7 @@ import yaml
 from conftest import made_up_pairs, tiny_model
 
 from gapo_trainer import cli, settings
+from gapo_trainer.config import GAPOConfig
 
 TINY = {"dataset_name": "gapo-preferences", "model_name_or_path": "none", "output_dir": "out", "use_cpu": True}
 
@@ -32,6 +33,13 @@ def test_recipes_have_the_authors_values(name, beta, ratio, rho, lr):
     assert (config.beta, config.gamma_beta_ratio, config.rho, config.learning_rate) == (beta, ratio, rho, lr)
     assert config.per_device_train_batch_size * config.gradient_accumulation_steps * 8 == 128
     assert config.lr_scheduler_type == "cosine" and config.max_length == 2048 and config.num_train_epochs == 1
+
+
+def test_presets():
+    config = GAPOConfig.preset("llama-3-8b-instruct", output_dir="out", bf16=False, rho=0.1)
+    assert (config.beta, config.gamma, config.rho, config.output_dir) == (2.5, 2.5 * 0.55, 0.1, "out")
+    with pytest.raises(ValueError, match="did you mean 'llama-3-8b-instruct'"):
+        GAPOConfig.preset("llama-3-8b-instuct")
 
 
 def test_changes_reach_into_mappings_and_keep_types():
