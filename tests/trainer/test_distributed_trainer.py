@@ -3,7 +3,7 @@
 import socket
 
 import pytest
-import ranks
+import trainer_ranks
 import torch
 
 
@@ -22,7 +22,7 @@ def train(tmp_path_factory):
         if key not in found:
             folder = str(tmp_path_factory.mktemp("run"))
             arguments = (world, folder, free_port(), kind, dict(settings))
-            torch.multiprocessing.spawn(ranks.run, arguments, nprocs=world)
+            torch.multiprocessing.spawn(trainer_ranks.run, arguments, nprocs=world)
             found[key] = torch.load(f"{folder}/found.pt")
         return found[key]
 
