@@ -8,6 +8,7 @@ RECIPE is a YAML file of settings, or the name of a shipped recipe. Runs as it i
 
 import argparse
 import sys
+from pathlib import Path
 
 from .signals import noted_interrupt
 
@@ -71,9 +72,13 @@ def run(data_args, model_args, config):
     config.resume_from_checkpoint may be a folder, or "last": the newest checkpoint in output_dir, if there is one.
     """
     from .interrupt import SafeStop
+    from .settings import SettingsError
 
     stop = SafeStop()
-    trainer = make_trainer(data_args, model_args, config, callbacks=[stop])
+    try:
+        trainer = make_trainer(data_args, model_args, config, callbacks=[stop])
+    except (ImportError, NotImplementedError, TypeError, ValueError) as error:
+        raise SettingsError(str(error)) from error
     with stop:
         trainer.train(resume_from_checkpoint=_checkpoint(config))
         trainer.save_model()
@@ -115,11 +120,13 @@ def make_trainer(data_args, model_args, config, **options):
 
 
 def _checkpoint(config):
-    from transformers.trainer_utils import get_last_checkpoint
-
-    if config.resume_from_checkpoint != "last":
-        return config.resume_from_checkpoint
-    return get_last_checkpoint(config.output_dir)
+    wanted = config.resume_from_checkpoint
+    if wanted != "last":
+        return wanted
+    found = Path(config.output_dir).glob("checkpoint-*")
+    # Its state is a checkpoint's last file: without it, the run was killed while it wrote the others.
+    whole = [folder for folder in found if (folder / "trainer_state.json").is_file()]
+    return str(max(whole, key=lambda folder: int(folder.name.split("-")[1]))) if whole else None
 
 
 if __name__ == "__main__":

@@ -121,13 +121,14 @@ class GAPOConfig(TrainingArguments):
 
     @classmethod
     def preset(cls, name, **changes):
-        """The settings of a shipped recipe, "llama-3-8b-instruct" say, with changes by name; output_dir is the recipe's.
+        """The settings of a shipped recipe, "llama-3-8b-instruct" say, with changes by name; output_dir is the recipe's,
+        and evaluation is off.
 
         Raises ValueError for another name, naming the recipes.
         """
         from . import settings
 
-        fields = {item.name for item in dataclasses.fields(cls)}
+        fields = {item.name for item in dataclasses.fields(cls)} - {"eval_strategy", "eval_steps"}
         return cls(**{key: value for key, value in settings.read(name).items() if key in fields} | changes)
 
     @property

@@ -7,9 +7,10 @@ FSDP2 gathers the parameters there, accelerate switches autocast on there.
 import functools
 import types
 
+import torch
 from torch import nn
 
-from gapo_kernels import linear_sequence_logps
+from gapo_kernels import linear_sequence_logps, reference
 
 MARK = "sequence_labels"
 INPUTS = ("input_ids", "position_ids", "sequence_labels", "cu_seqlens")
@@ -60,7 +61,7 @@ def _model_logps(model, input_ids, position_ids, options):
     if options.get("cu_seqlens") is not None:
         hidden = hidden.squeeze(0)
     config = model.config.get_text_config()
-    softcap = getattr(config, "final_logit_softcapping", None)
+    softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
     # Called as a module, for FSDP2 may have made the head a unit of its own, gathered when it is called.
     head = model.get_output_embeddings()
     return head(hidden, softcap=softcap, logit_scale=logit_scale(config), **options)
@@ -69,6 +70,49 @@ def _model_logps(model, input_ids, position_ids, options):
 def _head_logps(head, hidden, sequence_labels, **options):
     bias = getattr(head, "bias", None)
     return linear_sequence_logps(hidden, head.weight, sequence_labels, bias=bias, return_counts=True, **options)
+
+
+@torch.no_grad()
+def check_logps(model, base, padding_free):
+    """Compares the log-probs of two short sequences with those of the model's own logits, and packed with padded.
+
+    model: what is called, adapters and all; base: the PreTrainedModel. Raises NotImplementedError where they differ:
+    models scale, cap and pack in ways of their own. Weights without values (meta device), and flash attention on a CPU,
+    cannot be checked.
+    """
+    device = base.get_input_embeddings().weight.device
+    if device.type == "meta" or (device.type == "cpu" and "flash" in str(base.config._attn_implementation)):
+        return
+    vocabulary = base.get_output_embeddings().weight.shape[0]
+    ids = (torch.arange(3, 13, device=device).view(2, 5) * 7) % min(
+        vocabulary, base.config.get_text_config().vocab_size
+    )
+    training = model.training
+    model.eval()
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits
+        expected = reference.sequence_logps(logits, ids).float()
+        found = model(input_ids=ids, sequence_labels=ids)[0].float()
+        places = torch.arange(5, device=device).repeat(2)[None]
+        offsets = torch.tensor([0, 5, 10], dtype=torch.int32, device=device)
+        packed = dict(input_ids=ids.view(1, 10), position_ids=places, sequence_labels=ids.flatten(), cu_seqlens=offsets)
+        if padding_free:
+            apart = model(**packed)[0].float()
+    finally:
+        model.train(training)
+    half = logits.dtype in (torch.float16, torch.bfloat16) or base.dtype in (torch.float16, torch.bfloat16)
+    autocast = torch.is_autocast_enabled(device.type)
+    tolerance = dict(rtol=3e-2, atol=3e-2) if half or autocast else dict(rtol=2e-5, atol=1e-5)
+    if not torch.allclose(found, expected, equal_nan=True, **tolerance):
+        raise NotImplementedError(
+            f"expected the fused head's log-probs to be those of the model's own logits, {expected.tolist()}, got "
+            f"{found.tolist()}: {type(base).__name__} does something to its logits that is not known here"
+        )
+    if padding_free and not torch.allclose(apart, found, equal_nan=True, **tolerance):
+        raise NotImplementedError(
+            f"padding_free expects a model that keeps packed sequences apart by position_ids, log-probs "
+            f"{found.tolist()}, got {apart.tolist()} from {type(base).__name__}: pass padding_free=False"
+        )
 
 
 def logit_scale(config):

@@ -4,6 +4,7 @@ One flat mapping holds the keys of `DataConfig`, of TRL's `ModelConfig` and of `
 a value that is itself a mapping: `--model_init_kwargs.use_cache=false`.
 """
 
+import copy
 import dataclasses
 import difflib
 import json
@@ -93,7 +94,7 @@ def change(settings, changes):
 
     Raises SettingsError for a string that is neither.
     """
-    settings = json.loads(json.dumps(settings, default=str))
+    settings = copy.deepcopy(settings)
     queue = list(changes)
     while queue:
         argument = queue.pop(0)
@@ -139,6 +140,8 @@ def parse(settings):
     # Not the fields' own types, which the parser rewrites.
     kinds = {name: hint for kind in dataclass_types() for name, hint in typing.get_type_hints(kind).items()}
     for key, value in settings.items():
+        if value is False and "no" in _choices(actions[key]):
+            value = "no"  # which YAML reads as False
         if key in defaults and value == defaults[key]:
             continue
         _check_choice(actions[key], value)
@@ -163,10 +166,14 @@ class _Parser(HfArgumentParser):
         raise SettingsError(message)
 
 
+def _choices(action):
+    return [str(getattr(choice, "value", choice)) for choice in action.choices or ()]
+
+
 def _check_choice(action, value):
-    if action.choices is None or value is None:
+    choices = _choices(action)
+    if not choices or value is None:
         return
-    choices = [str(getattr(choice, "value", choice)) for choice in action.choices]
     for one in value if isinstance(value, list) else [value]:
         if str(one) not in choices:
             raise SettingsError(

@@ -11,7 +11,7 @@ from transformers.utils import logging
 from gapo_kernels import GeometricAnchor, gapo_objective, gapo_step
 
 from . import metrics
-from .forward import MARK, install
+from .forward import MARK, check_logps, install
 from .preferences import PreferenceCollator, prepare_pairs
 from .storage import write_json
 
@@ -67,6 +67,7 @@ class GAPOTrainer(Trainer):
             # in the same way for models that are spread over several GPUs.
             logger.warning(f"using one of {args.n_gpu} visible GPUs")
             args._n_gpu = 1
+        _refuse_what_has_no_place(args, kwargs)
         if data_collator is None:
             if processing_class is None:
                 raise ValueError("expected a data_collator or a tokenizer as processing_class, got neither")
@@ -98,6 +99,11 @@ class GAPOTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        if self.accelerator.mixed_precision not in ("no", "bf16"):
+            raise ValueError(
+                f"expected no mixed precision or bf16, got {self.accelerator.mixed_precision}: the probe's gradient has no "
+                "loss scaling"
+            )
         if args.fsdp and self.accelerator.distributed_type != DistributedType.FSDP:
             raise ValueError(
                 f"fsdp = {args.fsdp!r} expects accelerators and several processes, got "
@@ -109,6 +115,8 @@ class GAPOTrainer(Trainer):
                 f"{self.accelerator.distributed_type.value}"
             )
         self.anchor = self._make_anchor()
+        with self.accelerator.autocast():
+            check_logps(self.accelerator.unwrap_model(self.model), base, args.padding_free)
         self._record = metrics.TrainingRecord(args.record_pairs)
         self._evaluated = []
 
@@ -125,7 +133,8 @@ class GAPOTrainer(Trainer):
             geometry=args.geometry,
             direction=args.direction,
             rounding=args.rounding,
-            compute_dtype=torch.bfloat16 if args.bf16 else None,
+            # accelerate's, which its launcher may set past the arguments.
+            compute_dtype=torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else None,
             seed=args.seed,
         )
 
@@ -236,6 +245,16 @@ class GAPOTrainer(Trainer):
 
     # ---- Evaluation ----
 
+    def get_eval_dataloader(self, eval_dataset=None):
+        """Trainer's; the pairs may be in any form that the constructor takes."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = prepare_pairs(eval_dataset, self.processing_class, self.args)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        """Trainer's; the pairs may be in any form that the constructor takes."""
+        return super().get_test_dataloader(prepare_pairs(test_dataset, self.processing_class, self.args))
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Loss of one batch without an anchor; returns (loss, None, None), or with prediction_loss_only=False
         (loss, margins (B,), None)."""
@@ -263,6 +282,25 @@ class GAPOTrainer(Trainer):
             found = metrics.evaluation(torch.stack(columns, 1), losses, counts, self.args)
             result.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return result
+
+
+def _refuse_what_has_no_place(args, options):
+    refused = {
+        "neftune_noise_alpha": (args.neftune_noise_alpha, "the anchor's forward would draw other noise"),
+        "train_sampling_strategy": (
+            args.train_sampling_strategy == "group_by_length",
+            "a pair has two lengths; leave it at 'random' or 'sequential'",
+        ),
+        "accelerator_config.dispatch_batches": (
+            args.accelerator_config.dispatch_batches,
+            "a batch's tensors have 2B and B rows, which accelerate would cut alike",
+        ),
+        "compute_metrics": (options.get("compute_metrics"), "evaluation has its own metrics; use a callback"),
+        "compute_loss_func": (options.get("compute_loss_func"), "the loss is GAPO's; override compute_loss"),
+    }
+    for name, (is_set, why) in refused.items():
+        if is_set:
+            raise ValueError(f"{name} is not supported: {why}")
 
 
 def _with_adapters(model, peft_config):

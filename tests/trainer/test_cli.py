@@ -51,6 +51,7 @@ def test_changes_reach_into_mappings_and_keep_types():
     assert config.learning_rate == 5e-7 and data.flip_labels == 0
     seen = settings.parse(TINY | {"include_num_input_tokens_seen": "non_padding"})[-1].include_num_input_tokens_seen
     assert seen == "non_padding"
+    assert settings.parse(settings.change(TINY, ["--save_strategy=no"]))[-1].save_strategy == "no"  # YAML: False
 
 
 def test_print_config_is_a_config(capsys, tmp_path):
@@ -70,6 +71,10 @@ def test_print_config_is_a_config(capsys, tmp_path):
         (["smollm2-135m-offline", "--gama_beta_ratio=1"], "unknown setting 'gama_beta_ratio'; did you mean 'gamma_b"),
         (["smollm2-135m-offline", "--probe=margn"], "probe must be one of loss, margin, got 'margn'; did you mean 'ma"),
         (["smollm2-135m-offline", "--eval_strategy=step"], "got 'step'; did you mean 'steps'"),
+        (
+            ["smollm2-135m-offline", "--padding_free=true", "--pad_to_multiple_of=8"],
+            "padding_free leaves nothing to pad",
+        ),
         (["smollm2-135m-offline", "--rho=big"], "rho: invalid float value: 'big'"),
         (["smollm2-135m-offline", "--rho"], "expected --rho=value, got no value"),
         (["smollm2-135m-offline", "--rho.x=1"], "rho is 0.05, which has no keys of its own"),

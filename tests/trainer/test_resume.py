@@ -13,7 +13,7 @@ import yaml
 from conftest import made_up_pairs, tiny_model
 from safetensors.torch import load_file
 
-from gapo_trainer import cli
+from gapo_trainer import cli, settings
 
 # Sends itself SIGTERM inside the forward under the anchor, in the fourth of six steps.
 KILLED = """
@@ -40,7 +40,7 @@ def recipe(tokenizer, tmp_path):
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in made_up_pairs(12)))
-    settings = {
+    values = {
         "model_name_or_path": str(tmp_path / "model"),
         "dataset_name": str(tmp_path / "pairs.jsonl"),
         "per_device_train_batch_size": 2,
@@ -56,7 +56,7 @@ def recipe(tokenizer, tmp_path):
         "disable_tqdm": True,
         "use_cpu": True,
     }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
     return tmp_path / "recipe.yaml"
 
 
@@ -88,3 +88,11 @@ def test_a_checkpoint_without_the_anchors_counter_is_refused(recipe, tmp_path, c
     (tmp_path / "run" / "checkpoint-2" / "anchor.json").unlink()
     with pytest.raises(FileNotFoundError, match="anchor.json"):
         cli.main([str(recipe), f"--output_dir={tmp_path / 'run'}", "--max_steps=4"])
+
+
+def test_a_checkpoint_that_was_being_written_is_passed_over(recipe, tmp_path):
+    cut = tmp_path / "cut"
+    assert cli.main([str(recipe), f"--output_dir={cut}", "--max_steps=4", "--lr_scheduler_type=constant"]) == 0
+    (cut / "checkpoint-4" / "trainer_state.json").unlink()
+    config = settings.parse(settings.change(settings.read(str(recipe)), [f"--output_dir={cut}"]))[-1]
+    assert cli._checkpoint(config) == str(cut / "checkpoint-2")

@@ -370,6 +370,74 @@ def test_settings_from_a_command_line(tmp_path):
     assert config.gamma == pytest.approx(0.25) and config.scope == 1
 
 
+def other_model(architecture, **settings):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=53, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    config = getattr(transformers, f"{architecture}Config")(**sizes, pad_token_id=0, **settings)
+    return getattr(transformers, f"{architecture}ForCausalLM")(config)
+
+
+def test_a_head_that_is_not_known_is_refused(tokenizer, tmp_path):
+    """A model whose logits are not those of its hidden states and its head's weight."""
+    model = tiny_model()
+    forward = type(model).forward
+
+    class Scaled(type(model)):
+        def forward(self, *args, **kwargs):
+            output = forward(self, *args, **kwargs)
+            output.logits = 1.01 * output.logits
+            return output
+
+    model.__class__ = Scaled
+    with pytest.raises(NotImplementedError, match="Scaled does something to its logits that is not known here"):
+        make_trainer(tokenizer, tmp_path, model)
+
+
+def test_packed_rows_that_the_model_does_not_keep_apart_are_refused(tokenizer, tmp_path):
+    model = other_model("Bloom", n_head=2, initializer_range=0.3)
+    make_trainer(tokenizer, tmp_path, model)
+    with pytest.raises(
+        NotImplementedError, match="keeps packed sequences apart by position_ids.* pass padding_free=False"
+    ):
+        make_trainer(tokenizer, tmp_path, other_model("Bloom", n_head=2, initializer_range=0.3), padding_free=True)
+
+
+def test_mixed_precision_set_by_accelerate_reaches_the_anchor(tokenizer, tmp_path, monkeypatch):
+    from accelerate.state import AcceleratorState
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    AcceleratorState._reset_state(True)
+    trainer = make_trainer(tokenizer, tmp_path, tiny_model(torch.float32))
+    assert not trainer.args.bf16 and trainer.accelerator.mixed_precision == "bf16"
+    with trainer.anchor.perturbed(grads=[torch.randn_like(p) for p in trainer.anchor.params]):
+        assert all(torch.equal(p, p.bfloat16().float()) for p in trainer.anchor.params)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    AcceleratorState._reset_state(True)
+    with pytest.raises(ValueError, match="expected no mixed precision or bf16, got fp16"):
+        make_trainer(tokenizer, tmp_path, tiny_model(torch.float32))
+    AcceleratorState._reset_state(True)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha is not supported"),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy is not supported"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "accelerator_config.dispatch_batches is not supported"),
+    ],
+)
+def test_settings_without_a_place_are_refused(tokenizer, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tokenizer, tmp_path, **settings)
+
+
+def test_pairs_given_to_evaluate_are_prepared(tokenizer, tmp_path):
+    trainer = make_trainer(tokenizer, tmp_path)
+    raw = flip_labels(made_up_pairs(6), 0.34, seed=0)
+    assert trainer.evaluate(raw)["eval_loss"] == trainer.evaluate()["eval_loss"]
+    assert len(trainer.predict(raw).predictions) == 6
+
+
 def test_libraries_that_are_too_old_are_named(monkeypatch):
     found = {"transformers": "4.57.1", "accelerate": "1.15.0", "trl": "1.16.0", "peft": "0.21.2"}
 
