@@ -31,6 +31,6 @@ setup(
         "demo": [*TRAIN, "gguf"],
         "bench": BENCH,
         "examples": [*TRAIN, "lightning>=2.6"],
-        "dev": [*TRAIN, "gguf", *BENCH, "hypothesis", "numpy"],
+        "dev": [*TRAIN, "gguf", *BENCH, "hypothesis", "numpy", "lightning"],
     },
 )
