@@ -51,8 +51,9 @@ class GAPOConfig(TrainingArguments):
     sft_weight: float = field(
         default=0.0, metadata={"help": "Weight of the chosen completions' negative log-likelihood; >= 0."}
     )
-    max_length: int = field(
-        default=2048, metadata={"help": "Most tokens of prompt and completion together; >= 2. See tokenize_pair."}
+    max_length: int | None = field(
+        default=2048,
+        metadata={"help": "Most tokens of prompt and completion together, >= 2; none: no limit. See tokenize_pair."},
     )
     pad_to_multiple_of: int | None = field(default=None, metadata={"help": "Pad sequences to a multiple of this."})
     padding_free: bool = field(
@@ -94,7 +95,8 @@ class GAPOConfig(TrainingArguments):
         self._require("gamma_beta_ratio", True, "a number")
         self._require("sft_weight", self.sft_weight >= 0, ">= 0")
         self._require("label_smoothing", 0 <= self.label_smoothing < 0.5, "in [0, 0.5)")
-        self._require("max_length", self.max_length >= 2, ">= 2")
+        if self.max_length is not None:
+            self._require("max_length", self.max_length >= 2, ">= 2")
         self._require("max_logits_bytes", self.max_logits_bytes > 0, "> 0")
         for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
             if (getattr(self, name, None) or {}).get("use_reentrant"):

@@ -6,6 +6,7 @@ the conversational format: a list of {"role", "content"} messages.
 
 import json
 import random
+import sys
 from importlib import resources
 from os.path import commonprefix
 
@@ -79,17 +80,18 @@ def prepare_pairs(pairs, tokenizer, args):
             f"expected preference pairs with the columns chosen and rejected, and prompt unless those contain it, got "
             f"the columns {', '.join(first)}"
         )
+    max_length = sys.maxsize if args.max_length is None else args.max_length
     if not isinstance(pairs, datasets.Dataset):
-        return tokenize_pairs(pairs, tokenizer, args.max_length)
+        return tokenize_pairs(pairs, tokenizer, max_length)
     with args.main_process_first(desc="tokenising the preference pairs", local=True):
         rows = pairs.map(
-            lambda pair, index: {"index": index, **tokenize_pair(pair, tokenizer, args.max_length)},
+            lambda pair, index: {"index": index, **tokenize_pair(pair, tokenizer, max_length)},
             with_indices=True,
             remove_columns=pairs.column_names,
             num_proc=args.dataset_num_proc,
             desc="Tokenising",
         )
-    _warn_of_cuts(sum(rows["is_truncated"]), len(rows), args.max_length)
+    _warn_of_cuts(sum(rows["is_truncated"]), len(rows), max_length)
     return rows
 
 

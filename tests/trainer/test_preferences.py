@@ -165,3 +165,12 @@ def test_messages_with_the_prompt_inside_are_as_with_it_apart(tokenizer, kind):
 def test_what_is_no_preference_data_is_refused(tokenizer, pairs, error, message):
     with pytest.raises(error, match=message):
         prepare_pairs(pairs, tokenizer, GAPOConfig(use_cpu=True))
+
+
+@pytest.mark.parametrize("kind", [list, Dataset.from_list], ids=["list", "Dataset"])
+def test_no_length_is_no_limit(tokenizer, kind):
+    pairs = [{"prompt": "w1 " * 40, "chosen": " w3" * 30, "rejected": " w5"}]
+    (whole,) = prepare_pairs(kind(pairs), tokenizer, GAPOConfig(use_cpu=True, max_length=None))
+    assert (len(whole["prompt_ids"]), len(whole["chosen_ids"])) == (40, 31) and not whole["is_truncated"]
+    (cut,) = prepare_pairs(kind(pairs), tokenizer, GAPOConfig(use_cpu=True, max_length=41))
+    assert (len(cut["prompt_ids"]), len(cut["chosen_ids"])) == (10, 31) and cut["is_truncated"]
