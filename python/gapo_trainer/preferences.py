@@ -4,6 +4,7 @@ A pair is a dict with the keys id, category, split ("train" or "test"), prompt, 
 the conversational format: a list of {"role", "content"} messages.
 """
 
+import functools
 import json
 import random
 import sys
@@ -112,8 +113,9 @@ def tokenize_pair(pair, tokenizer, max_length):
     messages; without a prompt, it is what chosen and rejected begin with in common.
 
     Of text, a completion is what follows the prompt's tokens, and ends in the end-of-text token. Messages go through
-    the tokenizer's chat template, and a completion is what the template appends to the prompt (which ends in the generation prompt), up to and including
-    the end-of-turn token: what follows that token is never generated, so it takes no part in the log-probs.
+    the tokenizer's chat template, with the pair's own tools and chat_template_kwargs, and a completion is what the
+    template appends to the prompt (which ends in the generation prompt), up to and including the end-of-turn token:
+    what follows that token is never generated, so it takes no part in the log-probs.
 
     A pair longer than max_length loses tokens from the start of the prompt, the same for both completions, and only
     when a single prompt token is left, from the end of the completion. Both keep at least one completion token.
@@ -125,8 +127,9 @@ def tokenize_pair(pair, tokenizer, max_length):
         raise ValueError(f"max_length must be >= 2 (one token of prompt, one of completion), got {max_length}")
     from trl.data_utils import is_conversational, maybe_extract_prompt
 
-    pair = maybe_extract_prompt(pair)
-    encode = _encode_messages if is_conversational(pair) else _encode_text
+    pair = {**pair, **maybe_extract_prompt(pair)}  # which drops every other column when it finds the prompt inside
+    # Asked of one key: it looks at any of them, and a dataset may have messages beside text.
+    encode = _encode_messages if is_conversational({"chosen": pair["chosen"]}) else _encode_text
     prompt_ids, completions = encode(pair, tokenizer, pair.get("id", "without id"))
     longest = max(map(len, completions.values()))
     kept_prompt = prompt_ids[-max(1, max_length - longest) :]
@@ -143,14 +146,21 @@ def tokenize_pair(pair, tokenizer, max_length):
 
 def _encode_messages(pair, tokenizer, name):
     """(prompt ids, {side: completion ids})."""
-    prompt_ids = tokenizer.apply_chat_template(pair["prompt"], add_generation_prompt=True, return_dict=False)
+    tools = pair.get("tools")
+    render = functools.partial(
+        tokenizer.apply_chat_template,
+        return_dict=False,
+        tools=json.loads(tools) if isinstance(tools, str) else tools,
+        **(pair.get("chat_template_kwargs") or {}),
+    )
+    prompt_ids = render(pair["prompt"], add_generation_prompt=True)
     if not prompt_ids:
         raise ValueError(f"pair {name}: the prompt has no token, so nothing predicts the completion's first one")
     completions = {}
     for side in ("chosen", "rejected"):
-        if not any(message["content"] for message in pair[side]):
+        if not any(message.get("content") or message.get("tool_calls") for message in pair[side]):
             raise ValueError(f"pair {name}: the {side} completion is empty, expected text")
-        full_ids = tokenizer.apply_chat_template(pair["prompt"] + pair[side], return_dict=False)
+        full_ids = render(pair["prompt"] + pair[side])
         completion = full_ids[len(prompt_ids) :]
         if full_ids[: len(prompt_ids)] != prompt_ids or not completion:
             raise ValueError(

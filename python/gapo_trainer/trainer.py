@@ -71,8 +71,10 @@ class GAPOTrainer(Trainer):
         if data_collator is None:
             if processing_class is None:
                 raise ValueError("expected a data_collator or a tokenizer as processing_class, got neither")
+            # No forward sees padding, so that of Llama and Mistral, which have no token for it, may be any other.
+            padding, end = processing_class.pad_token_id, processing_class.eos_token_id
             data_collator = PreferenceCollator(
-                processing_class.pad_token_id,
+                end if padding is None else padding,
                 pad_to_multiple_of=args.pad_to_multiple_of,
                 padding_free=args.padding_free,
             )

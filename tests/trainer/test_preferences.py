@@ -174,3 +174,41 @@ def test_no_length_is_no_limit(tokenizer, kind):
     assert (len(whole["prompt_ids"]), len(whole["chosen_ids"])) == (40, 31) and not whole["is_truncated"]
     (cut,) = prepare_pairs(kind(pairs), tokenizer, GAPOConfig(use_cpu=True, max_length=41))
     assert (len(cut["prompt_ids"]), len(cut["chosen_ids"])) == (10, 31) and cut["is_truncated"]
+
+
+@pytest.mark.parametrize("kind", [list, Dataset.from_list], ids=["list", "Dataset"])
+def test_a_prompt_inside_leaves_the_other_columns(tokenizer, kind):
+    """As of ultrafeedback_binarized, whose prompt is text and whose chosen and rejected are whole conversations."""
+    pairs = flip_labels(made_up_pairs(4), 0.5, seed=0)
+    inside = [
+        pair | {side: pair["prompt"] + pair[side] for side in ("chosen", "rejected")} | {"prompt": "w1"} for pair in pairs
+    ]
+    rows = list(prepare_pairs(kind(inside), tokenizer, GAPOConfig(use_cpu=True)))
+    assert rows == tokenize_pairs(pairs, tokenizer, 2048) and sum(row["is_flipped"] for row in rows) == 2
+
+
+def test_templates_get_the_pairs_tools_and_arguments(tokenizer):
+    tokenizer.chat_template = (
+        "{% if style %}{{ style + ' ' }}{% endif %}{% for tool in tools or [] %}{{ tool.name + ' ' }}{% endfor %}"
+        + tokenizer.chat_template
+    )
+    (pair,) = made_up_pairs(1)
+    plain = tokenize_pair(pair, tokenizer, 100)["prompt_ids"]
+    for extra in (
+        {"chat_template_kwargs": {"style": "w38"}},
+        {"tools": [{"name": "w38"}]},
+        {"tools": '[{"name": "w38"}]'},
+    ):
+        row = tokenize_pair(pair | extra, tokenizer, 100)
+        assert row["prompt_ids"] == [tokenizer.convert_tokens_to_ids("w38"), *plain], extra
+
+
+def test_messages_beside_text_do_not_make_it_a_conversation(tokenizer):
+    pair = {"prompt": "w1", "chosen": " w2", "rejected": " w3", "messages": [{"role": "user", "content": "w1"}]}
+    assert tokenizer.decode(tokenize_pair(pair, tokenizer, 100)["chosen_ids"]) == "w2 </s>"
+
+
+def test_a_call_of_a_tool_is_no_empty_completion(tokenizer):
+    tokenizer.chat_template = tokenizer.chat_template.replace("m['content']", "(m['content'] or m['tool_calls'][0])")
+    pair = made_up_pairs(1)[0] | {"chosen": [{"role": "assistant", "content": None, "tool_calls": ["w5"]}]}
+    assert tokenizer.decode(tokenize_pair(pair, tokenizer, 100)["chosen_ids"]) == "w5 </s>"

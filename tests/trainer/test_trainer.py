@@ -438,6 +438,17 @@ def test_pairs_given_to_evaluate_are_prepared(tokenizer, tmp_path):
     assert len(trainer.predict(raw).predictions) == 6
 
 
+def test_a_tokenizer_without_padding_trains_the_same(tokenizer, tmp_path):
+    """Those of Llama-3 and Mistral have none."""
+    losses = []
+    for padding in ("<pad>", None):
+        tokenizer.pad_token = padding
+        trainer = make_trainer(tokenizer, tmp_path, max_steps=2)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+
+
 def test_libraries_that_are_too_old_are_named(monkeypatch):
     found = {"transformers": "4.57.1", "accelerate": "1.15.0", "trl": "1.16.0", "peft": "0.21.2"}
 
