@@ -55,6 +55,13 @@ class GAPOConfig(TrainingArguments):
         default=2048,
         metadata={"help": "Most tokens of prompt and completion together, >= 2; none: no limit. See tokenize_pair."},
     )
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Of pairs longer than max_length: most tokens of the prompt, and with it max_length minus this of a "
+            "completion, as the authors cut; in [1, max_length). None: completions stay whole if they leave a prompt token."
+        },
+    )
     pad_to_multiple_of: int | None = field(default=None, metadata={"help": "Pad sequences to a multiple of this."})
     padding_free: bool = field(
         default=False,
@@ -97,6 +104,9 @@ class GAPOConfig(TrainingArguments):
         self._require("label_smoothing", 0 <= self.label_smoothing < 0.5, "in [0, 0.5)")
         if self.max_length is not None:
             self._require("max_length", self.max_length >= 2, ">= 2")
+        if self.max_prompt_length is not None:
+            within = self.max_length is not None and 1 <= self.max_prompt_length < self.max_length
+            self._require("max_prompt_length", within, f"in [1, max_length), with max_length = {self.max_length}")
         self._require("max_logits_bytes", self.max_logits_bytes > 0, "> 0")
         for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
             if (getattr(self, name, None) or {}).get("use_reentrant"):

@@ -54,7 +54,7 @@ def prepare_pairs(pairs, tokenizer, args):
     """Preference pairs in any of TRL's formats as rows of token ids, see `tokenize_pair`.
 
     pairs: None, a datasets.Dataset, a list of dicts, or a dict of these by name; rows with token ids stay as they are.
-    tokenizer may be None for those. args: GAPOConfig, for max_length and dataset_num_proc.
+    tokenizer may be None for those. args: GAPOConfig, for max_length, max_prompt_length and dataset_num_proc.
 
     Raises TypeError for anything else, ValueError for rows that are no preference pairs.
     """
@@ -81,12 +81,16 @@ def prepare_pairs(pairs, tokenizer, args):
             f"expected preference pairs with the columns chosen and rejected, and prompt unless those contain it, got "
             f"the columns {', '.join(first)}"
         )
+    images = {"image", "images"} & first.keys()
+    if images:
+        raise ValueError(f"expected preference pairs of text, got a column {images.pop()}: remove it to train without it")
     max_length = sys.maxsize if args.max_length is None else args.max_length
+    lengths = max_length, args.max_prompt_length
     if not isinstance(pairs, datasets.Dataset):
-        return tokenize_pairs(pairs, tokenizer, max_length)
+        return tokenize_pairs(pairs, tokenizer, *lengths)
     with args.main_process_first(desc="tokenising the preference pairs", local=True):
         rows = pairs.map(
-            lambda pair, index: {"index": index, **tokenize_pair(pair, tokenizer, max_length)},
+            lambda pair, index: {"index": index, **tokenize_pair(pair, tokenizer, *lengths)},
             with_indices=True,
             remove_columns=pairs.column_names,
             num_proc=args.dataset_num_proc,
@@ -96,9 +100,9 @@ def prepare_pairs(pairs, tokenizer, args):
     return rows
 
 
-def tokenize_pairs(pairs, tokenizer, max_length):
+def tokenize_pairs(pairs, tokenizer, max_length, max_prompt_length=None):
     """`tokenize_pair` on each pair, with its position as the key index. Logs how many pairs had to be cut."""
-    rows = [{"index": i, **tokenize_pair(pair, tokenizer, max_length)} for i, pair in enumerate(pairs)]
+    rows = [{"index": i, **tokenize_pair(pair, tokenizer, max_length, max_prompt_length)} for i, pair in enumerate(pairs)]
     _warn_of_cuts(sum(row["is_truncated"] for row in rows), len(rows), max_length)
     return rows
 
@@ -108,7 +112,7 @@ def _warn_of_cuts(cut, count, max_length):
         logger.warning(f"{cut} of {count} pairs are longer than max_length = {max_length} tokens and were cut")
 
 
-def tokenize_pair(pair, tokenizer, max_length):
+def tokenize_pair(pair, tokenizer, max_length, max_prompt_length=None):
     """Token ids of one pair in one of TRL's preference formats: prompt, chosen and rejected, all text or all lists of
     messages; without a prompt, it is what chosen and rejected begin with in common.
 
@@ -119,6 +123,8 @@ def tokenize_pair(pair, tokenizer, max_length):
 
     A pair longer than max_length loses tokens from the start of the prompt, the same for both completions, and only
     when a single prompt token is left, from the end of the completion. Both keep at least one completion token.
+    With max_prompt_length, in [1, max_length), it is cut as the authors of GAPO cut it (and of DPO before): the prompt to
+    its last max_prompt_length tokens, and if that is not enough the completions to max_length - max_prompt_length.
 
     Returns a dict: prompt_ids, chosen_ids, rejected_ids (lists of int), is_flipped and is_truncated (bool), id.
     Raises ValueError when the template does not extend the prompt, a completion is empty, or max_length < 2.
@@ -131,9 +137,7 @@ def tokenize_pair(pair, tokenizer, max_length):
     # Asked of one key: it looks at any of them, and a dataset may have messages beside text.
     encode = _encode_messages if is_conversational({"chosen": pair["chosen"]}) else _encode_text
     prompt_ids, completions = encode(pair, tokenizer, pair.get("id", "without id"))
-    longest = max(map(len, completions.values()))
-    kept_prompt = prompt_ids[-max(1, max_length - longest) :]
-    kept = {side: ids[: max_length - len(kept_prompt)] for side, ids in completions.items()}
+    kept_prompt, kept = _cut(prompt_ids, completions, max_length, max_prompt_length)
     return {
         "id": pair.get("id"),
         "prompt_ids": kept_prompt,
@@ -142,6 +146,19 @@ def tokenize_pair(pair, tokenizer, max_length):
         "is_flipped": bool(pair.get("is_flipped", False)),
         "is_truncated": kept_prompt != prompt_ids or kept != completions,
     }
+
+
+def _cut(prompt_ids, completions, max_length, max_prompt_length):
+    """(prompt ids, {side: completion ids}) of a pair, cut to max_length tokens."""
+    longest = max(map(len, completions.values()))
+    if max_prompt_length is None:
+        prompt_ids = prompt_ids[-max(1, max_length - longest) :]
+        room = max_length - len(prompt_ids)
+    else:
+        if len(prompt_ids) + longest > max_length:
+            prompt_ids = prompt_ids[-max_prompt_length:]
+        room = max_length - max_prompt_length if len(prompt_ids) + longest > max_length else longest
+    return prompt_ids, {side: ids[:room] for side, ids in completions.items()}
 
 
 def _encode_messages(pair, tokenizer, name):

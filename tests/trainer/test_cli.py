@@ -32,7 +32,8 @@ def test_recipes_have_the_authors_values(name, beta, ratio, rho, lr):
     _, _, config = settings.parse(settings.change(settings.read(name), ["--bf16=false"]))
     assert (config.beta, config.gamma_beta_ratio, config.rho, config.learning_rate) == (beta, ratio, rho, lr)
     assert config.per_device_train_batch_size * config.gradient_accumulation_steps * 8 == 128
-    assert config.lr_scheduler_type == "cosine" and config.max_length == 2048 and config.num_train_epochs == 1
+    assert config.lr_scheduler_type == "cosine" and config.num_train_epochs == 1 and config.get_warmup_steps(50) == 5
+    assert (config.max_length, config.max_prompt_length) == (2048, 1800)
 
 
 def test_presets():

@@ -159,6 +159,7 @@ def test_messages_with_the_prompt_inside_are_as_with_it_apart(tokenizer, kind):
         ([], ValueError, "at least one preference pair"),
         ([{"prompt": "w1", "chosen": "w2"}], ValueError, "columns chosen and rejected"),
         ([{"prompt": "w1", "chosen": "", "rejected": "w2"}], ValueError, "the chosen completion is empty"),
+        ([{"prompt": "w1", "chosen": "w2", "rejected": "w3", "images": []}], ValueError, "of text, got a column images"),
         ([{"prompt": "", "chosen": "w1", "rejected": "w2"}], ValueError, "prompt has no token"),
     ],
 )

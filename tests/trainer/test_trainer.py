@@ -138,26 +138,55 @@ def test_accumulated_gradient_is_the_mean_over_all_pairs_of_the_update(tokenizer
     assert [record["index"] for record in trainer.pair_records] == list(range(pairs))
 
 
-def authors_five_updates(model, trainer, batch_size):
-    """The weights after five updates of AdamW by the authors' recipe: each micro-batch of pairs has a probe forward and
-    backward, a forward at the anchor, a clean forward and backward, all on whole logits with an attention mask."""
-    args = trainer.args
+def authors_batch(pairs, tokenizer, max_length, max_prompt_length):
+    """input_ids, attention_mask, labels (2B, T) of conversational pairs, from their texts: the end-of-text token ends a
+    completion; a pair that is too long keeps the end of its prompt, and if that is still too long the completions' start."""
+
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    rows = {"chosen": [], "rejected": []}
+    for pair in pairs:
+        prompt = ids(f"<s> user {pair['prompt'][0]['content']} </s> <nl> <s> assistant")
+        completions = {side: ids(pair[side][0]["content"]) + [tokenizer.eos_token_id] for side in rows}
+        longest = max(len(completion) for completion in completions.values())
+        if len(prompt) + longest > max_length:
+            prompt = prompt[-max_prompt_length:]
+        for side, completion in completions.items():
+            if len(prompt) + longest > max_length:
+                completion = completion[: max_length - max_prompt_length]
+            rows[side].append((prompt, completion))
+    sequences = rows["chosen"] + rows["rejected"]
+    width = max(len(prompt) + len(completion) for prompt, completion in sequences)
+    batch = {"input_ids": [], "attention_mask": [], "labels": []}
+    for prompt, completion in sequences:
+        real = len(prompt) + len(completion)
+        batch["input_ids"].append(prompt + completion + [tokenizer.pad_token_id] * (width - real))
+        batch["attention_mask"].append([1] * real + [0] * (width - real))
+        batch["labels"].append([IGNORE_INDEX] * len(prompt) + completion + [IGNORE_INDEX] * (width - real))
+    return {name: torch.tensor(values) for name, values in batch.items()}
+
+
+def authors_five_updates(model, pairs, tokenizer, args):
+    """Losses of five updates of AdamW by the authors' recipe, which move `model`: each micro-batch of pairs has a probe,
+    a forward at the anchor and a backward, all on whole logits with an attention mask. From the pairs' texts on."""
     matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == wide] for wide in (True, False))
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.999), eps=args.adam_epsilon)
-    rows = list(trainer.train_dataset)
+    size = args.per_device_train_batch_size
     losses = []
     for _ in range(5):
-        update, rows = rows[: 2 * batch_size], rows[2 * batch_size :]
+        update, pairs = pairs[: args.gradient_accumulation_steps * size], pairs[args.gradient_accumulation_steps * size :]
         total = 0.0
-        for start in range(0, len(update), batch_size):
-            batch = trainer.data_collator(update[start : start + batch_size])
-            share = len(batch["index"]) / len(update)
+        for start in range(0, len(update), size):
+            part = update[start : start + size]
+            share = len(part) / len(update)
+            batch = authors_batch(part, tokenizer, args.max_length, args.max_prompt_length)
             loss, gradients, _ = plain_step(model, batch, args)
             total += share * loss.item()
             for name, parameter in model.named_parameters():
-                part = share * gradients[name]
-                parameter.grad = part if parameter.grad is None else parameter.grad + part
+                gradient = share * gradients[name]
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -167,18 +196,20 @@ def authors_five_updates(model, trainer, batch_size):
 
 def test_five_updates_equal_the_authors_recipe(tokenizer, tmp_path):
     """With truncation, gradient accumulation, an uneven micro-batch, clipping, weight decay; in float32, to 1e-6."""
-    pairs = flip_labels(made_up_pairs(18), 0.3, seed=0)  # 4 and 4, 4 and 4, ..., and at the end 2
-    settings = dict(max_length=12, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=5)
+    pairs = flip_labels(made_up_pairs(19), 0.3, seed=0)  # 4 and 4, 4 and 4, ..., and at the end 3
+    settings = dict(max_length=14, max_prompt_length=8, per_device_train_batch_size=2, gradient_accumulation_steps=2)
     settings |= dict(learning_rate=1e-3, lr_scheduler_type="constant", weight_decay=0.1, max_grad_norm=1.0, rho=0.3)
     # A larger epsilon: the default makes whole steps of gradients that are rounding noise.
     settings |= dict(train_sampling_strategy="sequential", adam_epsilon=1e-4, sft_weight=0.1, label_smoothing=0.1)
-    settings |= dict(report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True, logging_steps=1)
+    settings |= dict(report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True, logging_steps=1, max_steps=5)
     model = tiny_model(torch.float32)
     config = GAPOConfig(output_dir=str(tmp_path), **settings)
     trainer = GAPOTrainer(model, config, train_dataset=pairs, processing_class=tokenizer)
-    assert any(row["is_truncated"] for row in trainer.train_dataset)
+    rows, whole = trainer.train_dataset, tokenize_pairs(pairs, tokenizer, 100)
+    for cut in ("prompt_ids", "chosen_ids", "rejected_ids"):
+        assert 0 < sum(row[cut] != full[cut] for row, full in zip(rows, whole)) < len(rows), f"{cut}: some are cut"
     plain, before = copy.deepcopy(model), copy.deepcopy(model)
-    expected = authors_five_updates(plain, trainer, batch_size=2)
+    expected = authors_five_updates(plain, pairs, tokenizer, config)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses == pytest.approx(expected, rel=1e-5)
@@ -352,6 +383,9 @@ def test_heads_of_other_models(architecture, settings):
         ({"label_smoothing": 0.5}, "label_smoothing must be finite and in"),
         ({"sft_weight": -1.0}, "sft_weight must be"),
         ({"max_length": 1}, "max_length must be"),
+        ({"max_length": 20, "max_prompt_length": 20}, "max_prompt_length must be finite and in .* max_length = 20, got 20"),
+        ({"max_length": None, "max_prompt_length": 20}, "max_prompt_length must be"),
+        ({"max_prompt_length": 0}, "max_prompt_length must be"),
         ({"probe": "margins"}, "probe must be one of loss, margin, got 'margins'"),
         ({"scope": "head"}, "scope must be"),
         ({"scope": -1}, "scope must be"),
