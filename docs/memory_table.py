@@ -3,19 +3,24 @@
 python docs/memory_table.py
 """
 
-# Name, parameters, layers, width.
-MODELS = [("7B", 6.74e9, 32, 4096), ("8B", 8.03e9, 32, 4096), ("13B", 13.0e9, 40, 5120), ("70B", 70.6e9, 80, 8192)]
+# Name, parameters, layers, width, vocabulary.
+MODELS = [
+    ("7B", 6.74e9, 32, 4096, 32000),
+    ("8B", 8.03e9, 32, 4096, 128256),
+    ("13B", 13.0e9, 40, 5120, 32000),
+    ("70B", 70.6e9, 80, 8192, 128256),
+]
 TOKENS, COMPLETION_TOKENS, BUDGET = 2 * 2 * 2048, 2 * 2 * 512, 2**30  # 2 pairs, each completion with its prompt 2048
 GIB = 2**30
 
 
-def gib(parameters, layers, width, ranks):
+def gib(parameters, layers, width, vocabulary, ranks):
     """(states, probe, gathered, graph, head) in GiB."""
     states = 16 * parameters / ranks
     probe = 4 * parameters / ranks
     gathered = 2 * 2 * parameters / layers
     graph = 2 * layers * TOKENS * width
-    head = BUDGET + 4 * COMPLETION_TOKENS * width
+    head = BUDGET + 4 * COMPLETION_TOKENS * width + (2 + 4) * vocabulary * width
     return [part / GIB for part in (states, probe, gathered, graph, head)]
 
 
@@ -25,9 +30,9 @@ def table():
         "| model | GPUs | states | probe | gathered | kept graph | head | GiB per GPU |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, parameters, layers, width in MODELS:
+    for name, parameters, layers, width, vocabulary in MODELS:
         for ranks in (16, 64) if parameters > 2e10 else (4, 8):
-            parts = gib(parameters, layers, width, ranks)
+            parts = gib(parameters, layers, width, vocabulary, ranks)
             cells = [f"{part:.1f}" for part in (*parts, sum(parts))]
             lines.append(f"| {name} | {ranks} | {' | '.join(cells)} |")
     return lines
