@@ -31,9 +31,9 @@ def main(argv=None):
         except KeyboardInterrupt:
             return EXIT_INTERRUPTED
     try:
-        if arguments.recipe is None:
+        if arguments.recipe is None and not arguments.print_config:
             return _refuse(f"expected a YAML file or a recipe, one of {', '.join(settings.recipes())}")
-        values = settings.change(settings.read(arguments.recipe), changes)
+        values = settings.change({} if arguments.recipe is None else settings.read(arguments.recipe), changes)
         if arguments.print_config:
             print(settings.render(values), end="")
             return 0
@@ -57,7 +57,7 @@ def _parse_arguments(argv):
         allow_abbrev=False,
     )
     parser.add_argument("recipe", nargs="?", help="a YAML file, or the name of a shipped recipe")
-    parser.add_argument("--print-config", action="store_true", help="print every setting as YAML, and train nothing")
+    parser.add_argument("--print-config", action="store_true", help="print every setting, or every default without a recipe, as YAML, and train nothing")
     return parser.parse_known_args(argv)
 
 

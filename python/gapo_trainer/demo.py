@@ -10,8 +10,10 @@ import math
 import resource
 import sys
 import time
-from importlib import metadata
+from importlib import metadata, resources
 from pathlib import Path
+
+import yaml
 
 from .signals import noted_interrupt, uninterrupted
 
@@ -24,20 +26,23 @@ MISSING_MODEL = (ModuleNotFoundError, FileNotFoundError)  # answered with a line
 
 def parse_arguments(argv=None):
     """argparse.Namespace with the demonstration's settings; exits with a message on settings out of range."""
+    recipe = _recipe()
+    epochs, pairs = recipe["num_train_epochs"], recipe["per_device_train_batch_size"]
+    ratio, flip = recipe["gamma_beta_ratio"], recipe["flip_labels"]
     parser = argparse.ArgumentParser(
         prog="python -m gapo_trainer.demo",
         description="Train SmolLM2-135M-Instruct with GAPO on the shipped preference pairs, some with flipped labels.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--output-dir", type=Path, default=Path("runs/demo"), help="where everything is written")
-    parser.add_argument("--epochs", type=_positive(float), default=1.5, help="passes over the training pairs")
+    parser.add_argument("--epochs", type=_positive(float), default=epochs, help="passes over the training pairs")
     parser.add_argument("--max-steps", type=int, default=-1, help="number of updates, in place of --epochs")
-    parser.add_argument("--batch-size", type=_positive(int), default=8, help="pairs per update")
-    parser.add_argument("--lr", type=_positive(float), default=2e-5, help="peak learning rate")
-    parser.add_argument("--beta", type=_positive(float), default=2.0, help="scale of the gap in the loss")
-    parser.add_argument("--gamma-beta-ratio", type=_finite, default=0.25, help="target of the gap, over beta")
-    parser.add_argument("--rho", type=_radius, default=0.05, help="radius of the anchor")
-    parser.add_argument("--flip", type=_share, default=0.2, help="share of the training pairs with flipped labels")
+    parser.add_argument("--batch-size", type=_positive(int), default=pairs, help="pairs per update")
+    parser.add_argument("--lr", type=_positive(float), default=recipe["learning_rate"], help="peak learning rate")
+    parser.add_argument("--beta", type=_positive(float), default=recipe["beta"], help="scale of the gap in the loss")
+    parser.add_argument("--gamma-beta-ratio", type=_finite, default=ratio, help="target of the gap, over beta")
+    parser.add_argument("--rho", type=_radius, default=recipe["rho"], help="radius of the anchor")
+    parser.add_argument("--flip", type=_share, default=flip, help="share of the training pairs with flipped labels")
     parser.add_argument("--seed", type=int, default=0, help="of the flips, the order of the pairs and the training")
     parser.add_argument("--evaluations", type=_positive(int), default=4, help="held-out evaluations after the first")
     parser.add_argument(
@@ -45,6 +50,11 @@ def parse_arguments(argv=None):
     )
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
     return parser.parse_args(argv)
+
+
+def _recipe():
+    """The recipe's settings (dict); read without `settings`, which would import transformers."""
+    return yaml.safe_load(resources.files(__package__).joinpath("recipes", f"{RECIPE}.yaml").read_text(encoding="utf-8"))
 
 
 def _positive(kind):

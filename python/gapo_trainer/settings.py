@@ -1,7 +1,7 @@
 """Settings of a run: a YAML file, `--key=value` changes to it, and the dataclasses that they become.
 
 One flat mapping holds the keys of `DataConfig`, of TRL's `ModelConfig` and of `GAPOConfig`. A key with dots reaches into
-a value that is itself a mapping: `--model_init_kwargs.use_cache=false`.
+a value that is itself a mapping: `--lr_scheduler_kwargs.min_lr=1e-7`.
 """
 
 import copy
@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import typing
 from dataclasses import dataclass, field
 from importlib import resources
@@ -149,6 +150,8 @@ def parse(settings):
             actions[key].type = str  # of "bool or str" the parser makes bool
         if value is None:
             actions[key].default, actions[key].required = None, False
+        elif isinstance(value, dict):
+            arguments.append(f"--{key}={json.dumps(_with_numbers(value))}")
         elif isinstance(value, (list, tuple)) and actions[key].nargs in ("+", "*"):
             arguments += [f"--{key}", *map(_text, value)]
         else:
@@ -182,7 +185,18 @@ def _check_choice(action, value):
 
 
 def _text(value):
-    return json.dumps(value) if isinstance(value, (dict, list, tuple)) else str(value)
+    return json.dumps(value) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _with_numbers(value):
+    """A nested value with 1e-7 and its like as numbers: YAML 1.1 takes them for text, and where a flat setting's text is
+    converted to its field's type, nobody knows the type of one in a mapping."""
+    if isinstance(value, dict):
+        return {key: _with_numbers(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_with_numbers(one) for one in value]
+    is_number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
+    return float(value) if is_number else value
 
 
 def _nearest(name, among):
@@ -191,8 +205,9 @@ def _nearest(name, among):
 
 
 def render(settings):
-    """Every key with its value or default as YAML, which `read` takes back. Raises what `parse` raises."""
-    parse(settings)
+    """Every key with its value or default as YAML, which `read` takes back. Raises what `parse` raises, but for a missing
+    dataset_name."""
+    parse({"dataset_name": SHIPPED_DATASET} | settings)
     parts = []
     for kind in dataclass_types():
         values = {name: settings.get(name, default) for name, default in _defaults(kind).items()}

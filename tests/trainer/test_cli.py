@@ -1,11 +1,17 @@
 """`gapo-train`: settings from a file and the command line, and what it says to wrong ones."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from conftest import made_up_pairs, tiny_model
+from safetensors.torch import load_file
+from test_distributed_trainer import free_port
 
 from gapo_trainer import cli, settings
 from gapo_trainer.config import GAPOConfig
@@ -64,6 +70,21 @@ def test_print_config_is_a_config(capsys, tmp_path):
     assert settings.render(again) == printed
 
 
+def test_print_config_without_a_recipe_prints_the_defaults(capsys):
+    assert cli.main(["--print-config", "--rho=0.125"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["rho"], printed["beta"], printed["dataset_name"]) == (0.125, 2.0, "")
+    assert cli.main(["--print-config", "--roh=0.125"]) == 2 and "did you mean 'rho'" in capsys.readouterr().err
+
+
+def test_numbers_in_mappings_are_numbers():
+    """YAML 1.1 takes 1e-7 for text."""
+    settings_of = TINY | {"lr_scheduler_kwargs": {"min_lr": "1e-7", "name": "e7"}}
+    assert settings.parse(settings_of)[-1].lr_scheduler_kwargs == {"min_lr": 1e-7, "name": "e7"}
+    changed = settings.change(TINY, ["--lr_scheduler_kwargs.min_lr=2.5e-7"])
+    assert settings.parse(changed)[-1].lr_scheduler_kwargs == {"min_lr": 2.5e-7}
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -101,12 +122,14 @@ def test_yaml_that_is_no_mapping(tmp_path, capsys):
     assert cli.main([str(tmp_path / "bad.yaml")]) == 2
 
 
-def test_a_run_trains_evaluates_and_saves(tokenizer, tmp_path):
+@pytest.fixture
+def recipe(tokenizer, tmp_path):
+    """recipe(**changes) -> the path of a YAML file of a tiny run of two updates, with evaluation."""
     tiny_model(torch.float32).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in made_up_pairs(8)))
-    recipe = {
+    values = {
         "model_name_or_path": str(tmp_path / "model"),
         "dataset_name": str(tmp_path / "train.jsonl"),
         "dataset_test_split": str(tmp_path / "test.jsonl"),
@@ -114,14 +137,42 @@ def test_a_run_trains_evaluates_and_saves(tokenizer, tmp_path):
         "output_dir": str(tmp_path / "out"),
         "max_steps": 2,
         "logging_steps": 1,
-        "use_peft": True,
-        "lora_target_modules": ["q_proj", "v_proj"],
         "report_to": "none",
         "use_cpu": True,
     }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    assert cli.main([str(tmp_path / "recipe.yaml"), "--per_device_train_batch_size=8"]) == 0
+
+    def write(**changes):
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values | changes))
+        return str(tmp_path / "recipe.yaml")
+
+    return write
+
+
+def test_a_run_trains_evaluates_and_saves(recipe, tmp_path):
+    path = recipe(use_peft=True, lora_target_modules=["q_proj", "v_proj"])
+    assert cli.main([path, "--per_device_train_batch_size=8"]) == 0
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert {"gapo/gap_flipped", "gapo/weight_clean"} <= state["log_history"][0].keys()
     assert "eval_rewards/accuracies" in json.loads((tmp_path / "out" / "eval_results.json").read_text())
+
+
+def test_two_processes_of_accelerate_launch_train_as_one(recipe, tmp_path):
+    path = recipe(train_sampling_strategy="sequential", learning_rate=1e-2, optim="sgd")
+    assert cli.main([path, f"--output_dir={tmp_path / 'one'}", "--per_device_train_batch_size=4"]) == 0
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join([str(root), str(root / "python"), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines=1", "--num_processes=2"]
+    # Its --cpu would start one process; with use_cpu in the recipe, --multi_gpu starts two on the CPU.
+    command += ["--multi_gpu", "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={free_port()}"]
+    command += ["-m", "gapo_trainer.cli", path, f"--output_dir={tmp_path / 'two'}", "--per_device_train_batch_size=2"]
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    for _ in range(3):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        if "terminate called without an active exception" not in done.stderr:  # gloo's threads, as the process ends
+            break
+    assert done.returncode == 0, done.stderr
+    one, two = (load_file(tmp_path / run / "model.safetensors") for run in ("one", "two"))
+    assert all(torch.allclose(two[name], one[name], rtol=1e-4, atol=1e-5) for name in one)
+    one, two = (json.loads((tmp_path / run / "eval_results.json").read_text()) for run in ("one", "two"))
+    assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-5)

@@ -10,7 +10,7 @@ import torch
 from conftest import tiny_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from gapo_trainer import demo, progress
+from gapo_trainer import demo, progress, settings
 
 
 @pytest.fixture
@@ -246,6 +246,19 @@ def test_arguments_out_of_range_are_refused(arguments, capsys):
         demo.parse_arguments(arguments.split())
     assert exit_.value.code == 2
     assert re.match("--[a-z-]+", arguments)[0] in capsys.readouterr().err
+
+
+def test_settings_are_the_recipes_unless_an_option_changes_them(monkeypatch, tmp_path):
+    recipe = settings.read(demo.RECIPE) | {"beta": 3.0, "rho": 0.2, "learning_rate": 3.0e-5, "flip_labels": 0.5}
+    recipe |= {"num_train_epochs": 2.5, "per_device_train_batch_size": 3, "gamma_beta_ratio": 0.75, "max_length": 77}
+    monkeypatch.setattr(demo, "_recipe", lambda: recipe)
+    monkeypatch.setattr(settings, "read", lambda name: recipe)
+    config = demo.Demo(demo.parse_arguments(["--rho=0.1", "--cpu", f"--output-dir={tmp_path}"]))._configure(pairs=120)
+    data = {"model_name_or_path", "dataset_name", "dataset_test_split", "flip_labels"}
+    own = {"output_dir", "warmup_steps", "save_strategy", "per_device_eval_batch_size", "report_to", "rho"}
+    for name in recipe.keys() - data - own:
+        assert getattr(config, name) == recipe[name], name
+    assert config.rho == 0.1 and demo.parse_arguments([]).flip == 0.5
 
 
 def test_importing_the_package_is_light():

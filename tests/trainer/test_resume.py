@@ -15,27 +15,34 @@ from safetensors.torch import load_file
 
 from gapo_trainer import cli, settings
 
-# Sends itself SIGTERM inside the forward under the anchor, in the fourth of six steps.
+# Sends itself SIGTERM between two layers of the forward under the anchor, in the second micro-batch of the fourth of
+# six steps; "moved" says that the weights were the anchor's.
 KILLED = """
 import os, signal, sys, torch
 from gapo_trainer import cli
 from gapo_trainer.trainer import GAPOTrainer
-logps = GAPOTrainer._logps
-def killed(self, model, inputs):
-    result = logps(self, model, inputs)
-    if not torch.is_grad_enabled() and self.state.global_step == 3:
-        theta = dict(self.model.named_parameters())
-        assert self.anchor.names and any(p.requires_grad for p in theta.values())
-        os.kill(os.getpid(), signal.SIGTERM)
-    return result
-GAPOTrainer._logps = killed
+compute_loss, calls = GAPOTrainer.compute_loss, []
+def watched(self, model, inputs, **options):
+    if self.state.global_step == 3:
+        calls.append(None)
+    before = [p.detach().clone() for p in self.anchor.params]
+    def kill(*_):
+        if len(calls) == 2 and not torch.is_grad_enabled():
+            print("moved", any(not torch.equal(p, q) for p, q in zip(self.anchor.params, before)), flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+    handle = self.model.model.layers[0].register_forward_hook(kill)
+    try:
+        return compute_loss(self, model, inputs, **options)
+    finally:
+        handle.remove()
+GAPOTrainer.compute_loss = watched
 sys.exit(cli.main(sys.argv[1:]))
 """
 
 
 @pytest.fixture
 def recipe(tokenizer, tmp_path):
-    """A YAML file for a tiny model on disk; noise as the direction, so that the anchor's counter matters."""
+    """A YAML file for a tiny model on disk."""
     model = tiny_model(torch.float32)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -49,7 +56,6 @@ def recipe(tokenizer, tmp_path):
         "save_steps": 2,
         "learning_rate": 1e-2,
         "rho": 0.5,
-        "direction": "gaussian",
         "resume_from_checkpoint": "last",
         "report_to": "none",
         "logging_steps": 1,
@@ -66,17 +72,24 @@ def final(folder):
     return load_file(folder / "model.safetensors"), losses
 
 
-def test_killed_under_the_anchor_it_resumes_to_the_same_bits(recipe, tmp_path):
+@pytest.mark.parametrize(
+    "changes",
+    [["--direction=gaussian"], ["--dtype=bfloat16", "--direction=pessimistic"]],
+    ids=["noise", "stochastic rounding"],
+)
+def test_killed_under_the_anchor_it_resumes_to_the_same_bits(recipe, tmp_path, changes):
+    """Both draw random numbers by the anchor's counter."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert cli.main([str(recipe), f"--output_dir={whole}"]) == 0
+    assert cli.main([str(recipe), f"--output_dir={whole}", *changes]) == 0
     paths = os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "python")])
     environment = os.environ | {"PYTHONPATH": paths + os.pathsep + os.environ.get("PYTHONPATH", "")}
-    command = [sys.executable, "-c", KILLED, str(recipe), f"--output_dir={cut}"]
+    command = [sys.executable, "-c", KILLED, str(recipe), f"--output_dir={cut}", *changes]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == -signal.SIGTERM, done.stderr
+    assert done.stdout.endswith("moved True\n"), done.stdout
     assert {file.name for file in cut.glob("checkpoint-*")} == {"checkpoint-2"}
 
-    assert cli.main([str(recipe), f"--output_dir={cut}"]) == 0
+    assert cli.main([str(recipe), f"--output_dir={cut}", *changes]) == 0
     (weights, losses), (expected, expected_losses) = final(cut), final(whole)
     assert losses == expected_losses and len(losses) == 6
     assert weights.keys() == expected.keys()
