@@ -269,8 +269,10 @@ def test_the_same_bits_on_every_run():
     hidden, weight, bias, labels, anchor, _ = problem(bias=True, dtype=torch.float32)
     options = dict(anchor_hidden=anchor, sft_weight=0.1)
     for budget in (3 * ROW, 2**30):
-        runs = [run(fused_linear_gapo_loss, hidden, weight, bias, labels, max_logits_bytes=budget, **options)] * 2
-        assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1]))
+        options["max_logits_bytes"] = budget
+        runs = [run(fused_linear_gapo_loss, hidden, weight, bias, labels, **options) for _ in range(2)]
+        for one, other in zip((*runs[0][0], *runs[0][1]), (*runs[1][0], *runs[1][1])):
+            assert one is not other and torch.equal(one, other)
 
 
 # ---- Precision ----
@@ -361,18 +363,19 @@ def test_a_step_with_a_tied_head(budget, scope):
 # ---- Edges ----
 
 
-def test_nan_stays_in_its_own_pair_and_an_inert_pair_hurts_nobody():
-    hidden, weight, _, labels, _, _ = problem(empty=(PAIRS,))  # the first pair's rejected completion is empty
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_nan_stays_in_its_own_pair_and_an_inert_pair_hurts_nobody(reduction, softcap):
+    hidden, weight, bias, labels, _, _ = problem(empty=(PAIRS,), bias=True)  # the first pair's rejected one is empty
     with torch.no_grad():
         hidden[0] = torch.nan
     for budget in BUDGETS.values():
-        out, (d_hidden, d_weight, _) = run(
-            fused_linear_gapo_loss, hidden, weight, None, labels, max_logits_bytes=budget
-        )
-        assert out.loss.isfinite() and d_weight.isfinite().all() and (d_hidden[0] == 0).all()
-        _, (d_hidden, _, _) = run(
-            fused_linear_gapo_loss, hidden, weight, None, labels, max_logits_bytes=budget, frozen=("weight",)
-        )
+        options = dict(max_logits_bytes=budget, reduction=reduction, softcap=softcap)
+        out, (d_hidden, d_weight, d_bias) = run(fused_linear_gapo_loss, hidden, weight, bias, labels, **options)
+        assert out.loss.isfinite().all() and d_weight.isfinite().all() and d_bias.isfinite().all()
+        assert (d_hidden[0] == 0).all() and d_hidden.isfinite().all() and d_hidden.any()
+        options.update(frozen=("weight", "bias"))
+        _, (d_hidden, _, _) = run(fused_linear_gapo_loss, hidden, weight, bias, labels, **options)
         assert (d_hidden[0] == 0).all() and d_hidden.isfinite().all()
 
 
