@@ -696,9 +696,12 @@ def test_other_threads_have_no_ctrl_c_to_hold(params, anchor):
     assert not failures
 
 
-def test_a_ctrl_c_at_any_line_finds_the_weights_back(params, anchor):
-    """Interrupts a use at every line of this library and of contextlib in turn, in the entry, the body and the exit."""
+@pytest.mark.parametrize("second", [False, True], ids=["the first", "a second"])
+def test_a_ctrl_c_at_any_line_finds_the_weights_back(params, anchor, second):
+    """Interrupts a use at every line of this library and of contextlib in turn: in the entry, the body and the exit; or,
+    after a Ctrl-C in the body, in the exit."""
     grads, before, files = make_grads(params), bits(params), (os.path.join("gapo_kernels", ""), "contextlib.py")
+    handler = signal.getsignal(signal.SIGINT)
 
     def use(at):
         """Number of lines that were passed; SIGINT comes just before line number `at`."""
@@ -715,10 +718,15 @@ def test_a_ctrl_c_at_any_line_finds_the_weights_back(params, anchor):
             return trace
 
         previous = sys.gettrace()
-        sys.settrace(trace)
+        sys.settrace(None if second else trace)
         try:
             with anchor.perturbed(grads=grads):
-                pass
+                if second:
+                    os.kill(os.getpid(), signal.SIGINT)
+                    sys.settrace(trace)
+        except KeyboardInterrupt:
+            if at or not second:
+                raise
         finally:
             sys.settrace(previous)
         return lines
@@ -733,6 +741,7 @@ def test_a_ctrl_c_at_any_line_finds_the_weights_back(params, anchor):
         else:
             pytest.fail(f"the interrupt at line {at} of {lines} was swallowed")
         assert torch.is_grad_enabled(), f"line {at} of {lines}"
+        assert signal.getsignal(signal.SIGINT) is handler, f"line {at} of {lines}"
         assert_usable(anchor)
 
 
