@@ -66,3 +66,13 @@ def device(backend):
 def interpreted(backend):
     """Whether the kernels run in Triton's interpreter, whose stores to bfloat16 truncate."""
     return INTERPRETED
+
+
+@pytest.fixture
+def passes(backend, monkeypatch):
+    """Has the anchor use the back end under test also on CPU tensors."""
+    if backend == "triton":
+        from gapo_kernels import displacement
+        from gapo_kernels.kernels.perturbation import Perturbation
+
+        monkeypatch.setattr(displacement, "_back_end", lambda device: Perturbation)

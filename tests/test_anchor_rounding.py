@@ -8,18 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from gapo_kernels import GeometricAnchor, displacement, ownership, perturbation
+from gapo_kernels import GeometricAnchor, ownership, perturbation
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-
-
-@pytest.fixture
-def passes(backend, monkeypatch):
-    """Has the anchor use the back end under test also on CPU tensors."""
-    if backend == "triton":
-        from gapo_kernels.kernels.perturbation import Perturbation
-
-        monkeypatch.setattr(displacement, "_back_end", lambda device: Perturbation)
 
 
 def make(dtype, device="cpu", shapes=((300, 40), (17,), (5, 3, 2)), seed=0):

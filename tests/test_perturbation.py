@@ -12,11 +12,8 @@ import torch
 from gapo_kernels import philox
 from gapo_kernels import perturbation as torch_version
 from gapo_kernels.perturbation import Move
+from grids import BF16, DIGITS, F16, F32, F64, INTEGERS, assert_rounded, bits, cast_to_grid, coarsest, spacing
 
-F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-# Bits of the significand behind the leading one, and the least normal number's exponent.
-DIGITS = {F64: (52, -1022), F32: (23, -126), BF16: (7, -126), F16: (10, -14)}
 # theta, direction, grid.
 SAME = [(F64, F64, F64), (F32, F32, F32), (BF16, BF16, BF16), (F16, F16, F16)]
 MIXED = [(F32, F32, BF16), (F32, BF16, F16), (BF16, F32, BF16), (F16, F32, F16), (BF16, BF16, F32), (F64, F32, F32)]
@@ -38,10 +35,6 @@ def perturbation(backend):
     return Perturbation
 
 
-def bits(x):
-    return x.view(INTEGERS[x.itemsize])
-
-
 def make_move(n, dtypes, device, number=3, shard=0, offset=0, alias=False, seed=0):
     """A move with theta, g of about 1, spread over some powers of two, in views that begin at `offset`."""
     theta_dtype, direction_dtype, grid = dtypes
@@ -60,32 +53,16 @@ def make_move(n, dtypes, device, number=3, shard=0, offset=0, alias=False, seed=
 def exact(move, geometry, step_size):
     """(what the anchor lies around, delta) in float64, from the rounded inputs."""
     theta, g = move.theta.double().clone(), move.direction.double()
-    narrower = DIGITS[move.grid][0] < DIGITS[move.theta.dtype][0] or move.grid == F16
-    base = move.theta.to(move.grid).double() if narrower else theta
-    return base, step_size * (theta * theta * g if geometry == "asam" else g)
-
-
-def spacing(x, dtype):
-    """Between neighbours in dtype around x (float64)."""
-    digits, least = DIGITS[dtype]
-    exponent = (torch.frexp(x).exponent - 1).clamp(min=least)
-    return torch.ldexp(torch.ones_like(x), exponent - digits)
+    return cast_to_grid(move.theta, move.grid), step_size * (theta * theta * g if geometry == "asam" else g)
 
 
 def check_anchor(move, base, delta, stats, stochastic):
     """theta~ and the statistics against float64, inputs from before the exchange."""
-    anchor, wanted = move.theta.double(), base + delta
-    coarsest = min((move.grid, move.theta.dtype), key=lambda dtype: DIGITS[dtype][0])
-    half = coarsest in (BF16, F16)
-    assert torch.equal(move.theta.to(coarsest).double(), anchor), "theta~ is not on the grid"
-    # Half a step, or one; plus float32's errors in x itself.
-    steps = 1.0 if stochastic and half and move.grid == coarsest else 0.5
-    slack = 1e-14 if F64 == coarsest else 4e-7
-    bound = steps * spacing(wanted.abs().maximum(anchor.abs()), coarsest) + slack * (base.abs() + delta.abs())
-    assert ((anchor - wanted).abs() <= bound).all()
+    assert_rounded(move.theta, move.grid, base, delta, stochastic)
+    anchor = move.theta.double()
     tolerance = dict(rtol=1e-5, atol=0)
     torch.testing.assert_close(stats[0], delta.square().sum(), **tolerance)
-    if coarsest == move.grid:  # else theta~ is rounded once more in theta's dtype, after the statistics
+    if coarsest(move.grid, move.theta.dtype) == move.grid:  # else theta~ is rounded once more, after the statistics
         torch.testing.assert_close(stats[1], (anchor - base).square().sum(), **tolerance)
         assert stats[2] == (anchor != base).sum()
 
