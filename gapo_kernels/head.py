@@ -103,7 +103,8 @@ class Head(NamedTuple):
             slope = (parts[0].to(shift.dtype) / self.softcap).square_().neg_().add_(1)
             slope.masked_fill_((parts[-1] == 0)[:, None], 0)  # 0 * NaN: a row without a coefficient has no gradient
             self._softmax_gradient_(*parts)
-            parts[0].mul_(slope)
+            # 0 * NaN: a row without a coefficient (of an inert pair, say) has no gradient, whatever its logits are
+            parts[0].mul_(slope.masked_fill_((parts[4] == 0)[:, None], 0))
         return logits
 
     def _softmax_gradient_(self, logits: Tensor, labels: Tensor, shift: Tensor, total: Tensor, scale: Tensor) -> None:

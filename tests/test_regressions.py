@@ -8,7 +8,7 @@ import torch
 
 import gapo_kernels
 from batches import make_batch
-from gapo_kernels import cpu, fused_gapo_loss, gapo_objective, reference, sequence_logps
+from gapo_kernels import cpu, fused_gapo_loss, fused_linear_gapo_loss, gapo_objective, reference, sequence_logps
 
 
 @pytest.mark.parametrize("call", [fused_gapo_loss, sequence_logps])
@@ -82,6 +82,21 @@ def test_an_inert_pair_of_nan_has_no_gradient(backend, device, hinge):
         assert out.valid.tolist() == [False, True] and out.loss.isfinite()
         assert (logits.grad[[0, 2]] == 0).all() and (logits.grad[[1, 3]] != 0).any()
         assert logits.grad.isfinite().all()
+
+
+def test_an_inert_pair_of_nan_has_no_gradient_through_a_softcap(backend, device):
+    """Its hidden states are NaN, and so is the softcap's slope."""
+    hidden, weight = torch.randn(4, 3, 5, device=device), torch.randn(7, 5, device=device)
+    hidden[0, 1] = torch.nan
+    labels = torch.ones(4, 3, dtype=torch.int64, device=device)
+    labels[2] = -100
+    for budget in (1, 2**30):
+        operands = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        out = fused_linear_gapo_loss(*operands, labels, softcap=30.0, max_logits_bytes=budget, backend=backend)
+        d_hidden, d_weight = torch.autograd.grad(out.loss, operands)
+        assert out.valid.tolist() == [False, True]
+        assert d_weight.isfinite().all() and d_weight.any()
+        assert (d_hidden[[0, 2]] == 0).all() and d_hidden.isfinite().all()
 
 
 def test_reference_knows_the_back_ends():
