@@ -159,12 +159,12 @@ def loss(
         if anchor is not None:
             logps = torch.cat(_rows_logps(anchor, start, stop, buffer))
             anchor_sums += _sums_of(rows, logps, start, stop)
-        tiles, found = buffer.tiles(start, stop), []
+        tiles, found, units = buffer.tiles(start, stop), [], []
         unit = len(tiles) > 1 and needs[0] and not (needs[1] or needs[2])
         for tile in tiles:
             logits, statistics = _statistics(operands, tile, buffer)
             if unit:
-                gradients.add(tile, logits, statistics, torch.ones_like(statistics.total))
+                units.append(_unit(head, logits, rows.label[tile], statistics))
             found.append(statistics)
         every += found
         sums += _sums_of(rows, torch.cat([statistics.logps for statistics in found]), start, stop)
@@ -175,9 +175,9 @@ def loss(
         coefficients = pair_results(sums, rows.counts, margin, **options).coefficients
         scale = coefficients[rows.sequence[start:stop]]
         if unit:
-            at = rows.index[start:stop]
-            scaled = gradients.hidden[at] * scale[:, None].to(gradients.hidden.dtype)
-            gradients.hidden[at] = scaled.masked_fill((scale == 0)[:, None], 0)
+            for tile, hidden_unit in zip(tiles, units):
+                scaled = _scaled(hidden_unit, scale[tile.start - start : tile.stop - start])
+                gradients.hidden[rows.index[tile]] = scaled.to(gradients.hidden.dtype)
             continue
         for tile, statistics in zip(tiles, found):
             if len(tiles) > 1:
@@ -247,13 +247,23 @@ def logps(
         if unit is not None:
             if logits_kept is not None:
                 logits = buffer.rows(tile.stop - tile.start).copy_(logits)
-            ones = torch.ones_like(statistics.total)
-            gradient = head.differentiate_(logits, rows.label[tile], statistics.shift, statistics.total, ones)
-            unit[tile] = head.hidden_gradient(gradient)
+            unit[tile] = _unit(head, logits, rows.label[tile], statistics)
     if unit is not None and head.shard is not None:
         torch.distributed.all_reduce(unit, group=head.shard.group)
     row_logps = torch.cat([s.logps for s in every]) if every else hidden.new_zeros(0)
     return LogpsResults(rows.sums(row_logps), *_joined(every, hidden), unit, logits_kept)
+
+
+def _unit(head: Head, logits: Tensor, labels: Tensor, statistics: Statistics) -> Tensor:
+    """d(-log-prob of the row's label) / d hidden (R, H), which a coefficient scales: not rounded to 16 bits before. The
+    logits are used up."""
+    ones = torch.ones_like(statistics.total)
+    return head.hidden_gradient(head.differentiate_(logits, labels, statistics.shift, statistics.total, ones))
+
+
+def _scaled(unit: Tensor, scale: Tensor) -> Tensor:
+    """scale (R,) * unit, zero where the scale is, whatever the unit is."""
+    return (unit * scale[:, None].to(unit.dtype)).masked_fill_((scale == 0)[:, None], 0)
 
 
 def _unit_dtype(head: Head) -> torch.dtype:
@@ -300,6 +310,5 @@ def logps_gradients(
     hidden_gradient, *others = gradients.results()
     if needs[0] and unit is not None:
         hidden_gradient = _zero_rows(hidden)
-        scaled = (unit * row_scale[:, None].to(unit.dtype)).masked_fill((row_scale == 0)[:, None], 0)
-        hidden_gradient[rows.index] = scaled.to(hidden.dtype)
+        hidden_gradient[rows.index] = _scaled(unit, row_scale).to(hidden.dtype)
     return (hidden_gradient, *others)

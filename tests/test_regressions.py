@@ -99,6 +99,24 @@ def test_an_inert_pair_of_nan_has_no_gradient_through_a_softcap(backend, device)
         assert (d_hidden[[0, 2]] == 0).all() and d_hidden.isfinite().all()
 
 
+def test_a_frozen_heads_bfloat16_gradient_is_rounded_once(backend, device):
+    """Below one pair's budget d hidden is made up to its coefficient: that came on top of a rounding, and was one itself."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, 4, 24, generator=generator).bfloat16().to(device)
+    weight = torch.randn(67, 24, generator=generator).bfloat16().to(device)
+    labels = torch.randint(67, (4, 4), generator=generator).to(device)
+
+    def gradient(function, dtype, **options):
+        x = hidden.to(dtype, copy=True).requires_grad_()
+        loss = function(x, weight.to(dtype), labels, beta=0.3, **options).loss
+        return torch.autograd.grad(loss, x)[0].double()
+
+    truth = gradient(reference.fused_linear_gapo_loss, torch.float64)
+    eager = gradient(reference.fused_linear_gapo_loss, torch.bfloat16)
+    found = gradient(fused_linear_gapo_loss, torch.bfloat16, max_logits_bytes=1, backend=backend)
+    assert (found - truth).norm() <= 1.2 * (eager - truth).norm()
+
+
 def test_reference_knows_the_back_ends():
     batch = make_batch(4, 5, 31)
     with pytest.raises(ValueError, match="backend must be one of"):
