@@ -1,133 +1,260 @@
-"""Logits path: loss from policy and anchor logits, forward and backward, against the eager formula.
+"""Logits path: loss from policy and anchor logits, forward and backward, against what else computes it.
 
 Contenders, on the same tensors and in turns:
     ours        fused_gapo_loss
     eager       what preference trainers do, the authors' included: logits[:, :-1].log_softmax(-1).gather(labels[:, 1:])
     eager-view  a stronger eager: the labels are shifted instead of the logits, which saves the copy of the slice
+    compiled    torch.compile of eager-view
+    trl         TRL's selective log-softmax, on a GPU its fused log-prob kernel
+    liger       Liger's cross-entropy kernel without reduction (GPU only)
+
+Floors: the bytes that must move (policy and anchor read once forward, the policy once more backward, of the kept rows; the
+gradient of all rows written) at the bandwidth of a copy, and on a CPU three passes of the exponential over the kept
+logits, in cache and on all threads: policy, anchor, gradient.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-import pytest
 import torch
-import torch.nn.functional as F
 
-from bench import harness
-from gapo_kernels import fused_gapo_loss
+from bench import data, harness, peers
+from gapo_kernels import fused_gapo_loss, reference, threads
 
-BETA, GAMMA = 2.0, 0.5
+SUITE = "logits"
+ROUNDS = 15
+GAMMA = 0.5
+BLOCK = 2**16  # float32 elements of an exponential's block: input and output fit a core's L2 cache
+COMPILED, SELECTIVE = frozenset({"compiled", "trl", "liger"}), frozenset({"trl", "liger"})
 
 
 @dataclass(frozen=True)
 class Case:
-    shape: tuple[int, int, int]  # (2B, T, V)
+    pairs: int
+    length: int | None  # None: that of the real pairs
+    vocabulary: int
     dtype: torch.dtype
-    ignored: float  # share of the rows, at the start of each sequence, as a prompt
+    ignored: float | None  # share of the rows, at the start of each sequence, as a prompt; None: as the real pairs have it
+    data: str = "random"
+    peers: frozenset[str] = COMPILED
+    importance: int = 0  # 0 has a goal; the larger, the sooner it is left out where time is short
+    seconds: float = 25.0
 
     def __str__(self) -> str:
-        return f"{list(self.shape)} {str(self.dtype)[6:]} {self.ignored:.0%} ignored"
+        if self.data != "random":
+            return f"{self.data}, {self.pairs} pairs, {str(self.dtype)[6:]}"
+        return f"{[2 * self.pairs, self.length, self.vocabulary]} {str(self.dtype)[6:]} {self.ignored:.0%} ignored"
 
 
-CPU_CASES = [
-    Case((4, 256, 32000), torch.float32, 0.0),
-    Case((4, 256, 32000), torch.float32, 0.5),
-    Case((4, 256, 32000), torch.bfloat16, 0.5),
-    Case((4, 128, 128256), torch.float32, 0.5),
-]
-GPU_CASES = [
-    Case((8, 1024, 32000), torch.bfloat16, 0.0),
-    Case((8, 1024, 128256), torch.bfloat16, 0.0),
-    Case((8, 1024, 128256), torch.bfloat16, 0.5),
-    Case((8, 1024, 151936), torch.bfloat16, 0.0),
-    Case((8, 1024, 50257), torch.bfloat16, 0.0),
-    Case((8, 1024, 128256), torch.float32, 0.0),
-]
+class Batch(NamedTuple):
+    logits: torch.Tensor  # (2B, T, V)
+    labels: torch.Tensor  # (2B, T)
+    anchor_logits: torch.Tensor  # (2B, T, V)
 
 
-def eager_logps(logits, labels, sliced):
-    if sliced:
-        logits, targets = logits[:, :-1], labels[:, 1:]
-    else:
-        targets = F.pad(labels[:, 1:], (0, 1), value=-100)
-    mask = targets != -100
-    logps = logits.log_softmax(-1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return (logps * mask).sum(-1) / mask.sum(-1)
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
-def eager_loss(logits, anchor_logits, labels, sliced=True):
-    with torch.no_grad():
-        anchor_chosen, anchor_rejected = eager_logps(anchor_logits, labels, sliced).chunk(2)
-    chosen, rejected = eager_logps(logits, labels, sliced).chunk(2)
-    gap = (chosen - rejected) - (anchor_chosen - anchor_rejected)
-    return -F.logsigmoid(BETA * gap - GAMMA).mean()
+def cases(where: torch.device, quick: bool = False) -> list[Case]:
+    if quick:
+        tiny = Case(1, 8, 211, F32, 0.5)
+        return [tiny, replace(tiny, dtype=BF16), Case(1, None, 49152, F32, None, "smollm2", SELECTIVE)]
+    if where.type == "cpu":
+        base = Case(2, 128, 32000, F32, 0.5, peers=SELECTIVE, importance=2, seconds=3)
+        return [
+            Case(2, 256, 32000, F32, 0.0),
+            Case(2, 256, 32000, F32, 0.5),
+            Case(2, 256, 32000, BF16, 0.5),
+            Case(2, 128, 128256, F32, 0.5),
+            Case(4, None, 49152, F32, None, "smollm2", SELECTIVE, 1, seconds=8),
+            *harness.sweep(
+                base,
+                vocabulary=[4096, 50257, 128256],
+                length=[64, 256],
+                ignored=[0.0, 0.9],
+                pairs=[1, 4],
+                dtype=[BF16, F16],
+            ),
+        ]
+    base = Case(4, 1024, 32000, BF16, 0.5, peers=SELECTIVE, importance=2, seconds=3)
+    return [
+        Case(4, 1024, 128256, BF16, 0.0),
+        Case(4, 1024, 151936, BF16, 0.0),
+        Case(4, 1024, 128256, BF16, 0.5, peers=SELECTIVE, importance=1, seconds=8),
+        Case(4, 1024, 50257, BF16, 0.0, peers=SELECTIVE, importance=1, seconds=8),
+        Case(4, 1024, 128256, F32, 0.0, peers=SELECTIVE, importance=1, seconds=8),
+        Case(16, None, 49152, BF16, None, "smollm2", SELECTIVE, 1, seconds=8),
+        *harness.sweep(
+            base,
+            vocabulary=[4096, 50257, 128256, 262144],
+            length=[256, 4096],
+            ignored=[0.0, 0.9],
+            pairs=[1, 16],
+            dtype=[F32, F16],
+        ),
+    ]
 
 
-@pytest.mark.parametrize("case", CPU_CASES if harness.device().type == "cpu" else GPU_CASES, ids=str)
-def bench_forward_backward(case, benchmark, record, request):
-    torch.manual_seed(0)
-    device = harness.device()
-    sequences, length, vocabulary = case.shape
-    logits = torch.empty(case.shape, dtype=case.dtype, device=device).normal_(std=3)
-    anchor_logits = logits + 0.01 * torch.randn_like(logits)
-    logits.requires_grad_()
-    labels = torch.randint(vocabulary, (sequences, length), device=device)
-    labels[:, : int(case.ignored * length)] = -100
+def make_batch(case: Case, where: torch.device, quick: bool) -> Batch:
+    if case.data == "smollm2":
+        states = data.smollm2_states(case.pairs, where, quick)
+        logits, anchor_logits = ((x @ states.weight.T).to(case.dtype) for x in (states.hidden, states.anchor_hidden))
+        return Batch(logits.requires_grad_(), states.labels, anchor_logits)
+    generator = torch.Generator(where).manual_seed(0)
+    shape = (2 * case.pairs, case.length, case.vocabulary)
+    logits = torch.empty(shape, dtype=case.dtype, device=where).normal_(std=3, generator=generator)
+    anchor_logits = torch.empty_like(logits).normal_(std=0.01, generator=generator).add_(logits)
+    labels = torch.randint(case.vocabulary, shape[:2], device=where, generator=generator)
+    labels[:, : int(case.ignored * case.length)] = -100
+    return Batch(logits.requires_grad_(), labels, anchor_logits)
 
-    def drop_gradient():
-        logits.grad = None
 
-    losses = {
-        "ours": lambda: fused_gapo_loss(logits, labels, anchor_logits=anchor_logits, beta=BETA, gamma=GAMMA).loss,
-        "eager": lambda: eager_loss(logits, anchor_logits, labels),
-        "eager-view": lambda: eager_loss(logits, anchor_logits, labels, sliced=False),
-    }
-    contenders = {name: (lambda loss=loss: loss().backward()) for name, loss in losses.items()}
+def clone(batch: Batch) -> Batch:
+    logits, labels, anchor_logits = (tensor.detach().clone() for tensor in batch)
+    return Batch(logits.requires_grad_(), labels, anchor_logits)
 
-    # The same work first: a loss that differs is not measured.
-    tolerance = 1e-5 if case.dtype == torch.float32 else 2e-2
-    values, gradients = {}, {}
-    for name, contender in contenders.items():
-        values[name] = losses[name]().item()
-        drop_gradient()
-        contender()
-        gradients[name] = logits.grad[:, -2].float()
-    for name in contenders:
-        assert values[name] == pytest.approx(values["ours"], rel=tolerance), name
-        torch.testing.assert_close(
-            gradients[name], gradients["ours"], rtol=0, atol=tolerance * gradients["ours"].abs().max().item()
+
+def ours(batch: Batch) -> torch.Tensor:
+    return fused_gapo_loss(
+        batch.logits, batch.labels, anchor_logits=batch.anchor_logits, beta=peers.BETA, gamma=GAMMA
+    ).loss
+
+
+def reference_of(batch: Batch) -> tuple[float, list[torch.Tensor]]:
+    """Loss, and the gradient (2B, V) of the rows that predict the last token; a pair at a time, to save memory."""
+    pairs = batch.labels.shape[0] // 2
+    total, gradient = 0.0, torch.empty_like(batch.logits[:, -2], dtype=F32)
+    for pair in range(pairs):
+        both = [pair, pairs + pair]
+        logits = batch.logits.detach()[both].float().requires_grad_()
+        out = reference.fused_gapo_loss(
+            logits, batch.labels[both], anchor_logits=batch.anchor_logits[both].float(), beta=peers.BETA, gamma=GAMMA
         )
-    del gradients
+        gradient[both] = torch.autograd.grad(out.loss / pairs, logits)[0][:, -2]
+        total += out.loss.item() / pairs
+    return total, [gradient.detach()]
 
-    gradient_bytes = logits.numel() * logits.element_size()
-    beyond = {}
-    for name, contender in contenders.items():
-        drop_gradient()
-        peak = harness.peak_bytes(contender)
-        beyond[name] = None if peak is None else (peak - gradient_bytes) / 2**20
-    rounds = request.config.getoption("--rounds")
-    times = harness.interleaved(contenders, rounds, reset=drop_gradient)
-    benchmark.pedantic(contenders["ours"], setup=drop_gradient, rounds=3)
-    result = {
-        "name": str(case),
-        "rounds": rounds,
-        "times": {name: harness.summary(seconds) for name, seconds in times.items()},
-        "ratios": {name: harness.ratio(times[name], times["ours"]) for name in contenders if name != "ours"},
-        "peak_beyond_gradient_mib": beyond,
+
+def measure(
+    case: Case,
+    rounds: int = ROUNDS,
+    where: torch.device | None = None,
+    *,
+    seconds: float | None = None,
+    quick: bool = False,
+    also: harness.Also | None = None,
+) -> dict:
+    """One case's result (harness.py says what it holds). seconds: about how long the timed rounds may take. also: called
+    in the end with the contender that is ours, and inputs for it."""
+    where = where or harness.device()
+    seconds = case.seconds if seconds is None else seconds
+    batch = make_batch(case, where, quick)
+    wanted = {"eager", "eager-view", *case.peers} - ({"liger"} if where.type == "cpu" else set())
+    pristine = batch.logits.detach().clone() if "liger" in wanted else None
+
+    def mend(used: Batch) -> None:
+        with torch.no_grad():
+            used.logits.copy_(pristine)
+
+    makers = {
+        "eager": lambda: peers.eager_from_logits(GAMMA, sliced=True),
+        "eager-view": lambda: peers.eager_from_logits(GAMMA, sliced=False),
+        "compiled": lambda: peers.compiled(peers.eager_from_logits(GAMMA, sliced=False), where),
+        "trl": lambda: peers.trl_from_logits(GAMMA),
+        "liger": lambda: peers.liger_from_logits(GAMMA),
     }
-    if device.type == "cuda":
-        result["fraction_of_copy_bandwidth"] = _bandwidth_fraction(case, logits, result["times"]["ours"]["median_ms"])
-    benchmark.extra_info.update(result)
-    record("logits", result)
+    found = peers.checked(
+        {"ours": ours},
+        {name: make for name, make in makers.items() if name in wanted},
+        batch,
+        [batch.logits],
+        peers.Expected(*reference_of(batch), *((1e-5, 1e-5) if case.dtype == F32 else (1e-2, 0.5))),
+        where,
+        part=lambda gradient: gradient[:, -2],
+        restore=lambda name: mend(batch) if name == "liger" else None,
+    )
+    if "liger" in case.peers and pristine is None:
+        found.absent["liger"] = "runs on a GPU only"
+
+    def drop_gradient(used: Batch) -> None:
+        used.logits.grad = None
+
+    def drop_and_mend(used: Batch) -> None:
+        drop_gradient(used)
+        mend(used)
+
+    contenders = {
+        name: harness.Contender(
+            lambda inputs, loss=loss: loss(inputs).backward(), restore=drop_and_mend if name == "liger" else drop_gradient
+        )
+        for name, loss in found.losses.items()
+    }
+    halves = {
+        "forward": harness.Contender(ours),
+        "backward": harness.Contender(lambda loss: loss.backward(), prepare=ours, restore=drop_gradient),
+    }
+    everything = batch.logits.numel() * batch.logits.element_size()
+    kept = int((batch.labels[:, 1:] != -100).sum())
+    kept_bytes = kept * batch.logits.shape[-1] * batch.logits.element_size()
+    passes = {}
+    if where.type == "cpu":
+        passes = {"three exponentials": exponentials(3 * kept * batch.logits.shape[-1], where)}
+    inputs = harness.copies(batch, 2 * everything, clone, where)
+    bandwidth = harness.copy_bandwidth(where, quick)
+    times = harness.interleaved({**contenders, **passes}, inputs, where, rounds, seconds=seconds)
+    half_times = harness.interleaved(halves, inputs, where, rounds, seconds=seconds / 4)
+    if also is not None:
+        also(contenders["ours"], batch)
+    floors = {"copy": (3 * kept_bytes + everything) / bandwidth, **dict.fromkeys(passes)}
+    share = {"forward": 2 / 3, "backward": 1 / 3}
+    half_bytes = {"forward": 2 * kept_bytes, "backward": kept_bytes + everything}
+    parts = {
+        name: {
+            **harness.summary(spent),
+            "floor": harness.floor(
+                spent,
+                {"copy": half_bytes[name] / bandwidth}
+                | {passed: share[name] * statistics.median(times[passed]) for passed in passes},
+            ),
+        }
+        for name, spent in half_times.items()
+    }
+    return harness.result(
+        SUITE,
+        str(case),
+        {
+            "pairs": case.pairs,
+            "length": batch.labels.shape[1],
+            "vocabulary": batch.logits.shape[-1],
+            "dtype": str(case.dtype)[6:],
+            "ignored": 1 - kept / batch.labels[:, 1:].numel() if case.ignored is None else case.ignored,
+            "data": case.data,
+        },
+        times,
+        floors,
+        parts=parts,
+        copy_bandwidth_gb_per_s=bandwidth / 1e9,
+        peak_beyond_gradients_mib=found.peaks,
+        errors=found.errors,
+        absent=found.absent,
+    )
 
 
-def _bandwidth_fraction(case: Case, logits: torch.Tensor, milliseconds: float) -> float:
-    """The time at the bandwidth of a copy measured here, for the bytes that must move, over our time."""
-    source = torch.empty(2**30, dtype=torch.uint8, device=logits.device)
-    target = torch.empty_like(source)
-    copies = harness.interleaved({"copy": lambda: target.copy_(source)}, rounds=15)["copy"]
-    bandwidth = 2 * source.numel() / sorted(copies)[len(copies) // 2]
-    everything = logits.numel() * logits.element_size()
-    kept = everything * (1 - case.ignored)
-    return (3 * kept + everything) / bandwidth / (milliseconds / 1e3)
+def exponentials(count: int, where: torch.device) -> harness.Contender:
+    """exp of `count` float32 values, block by block in cache, on all threads."""
+    blocks = [BLOCK] * (count // BLOCK) + [count % BLOCK]
+
+    def drain(queue: Iterator[int]) -> None:
+        source, target = torch.zeros(BLOCK), torch.empty(BLOCK)
+        for size in queue:
+            torch.exp(source[:size], out=target[:size])
+
+    return harness.Contender(lambda _: threads.share(blocks, drain, where))
+
+
+def bench_logits(case, measured):
+    measured(case)

@@ -1,143 +1,280 @@
-"""A whole GAPO step on SmolLM2-135M-Instruct: probe, anchor, loss and backward, 8 real pairs, float32.
+"""A whole GAPO step: probe, anchor, loss and backward, against the authors' recipe.
 
-Contenders, on the same pairs and weights and in turns, every head the same eager one unless said otherwise:
-    authors     the authors' recipe: probe forward and backward, anchor forward, clean forward and backward; plain steps
-                over the parameters, tensor by tensor
-    ours        gapo_step: two forwards, two backwards
-    ours-fused  gapo_step with sequence_logps
-    ours-linear gapo_step with linear_sequence_logps
+Contenders, on the same tokens and weights and in turns:
+    authors          the authors' recipe: probe forward and backward, anchor forward, clean forward and backward; plain steps
+                     over the parameters, tensor by tensor; eager head; in the model's own dtype
+    authors-float32  the same in float32, where the model is in 16 bits: there the authors have a recipe of its own
+    ours             gapo_step with linear_sequence_logps
+    ours-logits      gapo_step with sequence_logps
+    ours-eager-head  gapo_step with the authors' eager head: two forwards and two backwards instead of three and two
+
+`gap_errors` are || gaps - truth || / || truth || over the pairs, the truth computed in float32: what a recipe's speed
+costs. `same_head` is the authors' time over that of ours-eager-head.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
+from dataclasses import dataclass
 
-import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import harness
-from bench.bench_logits import eager_logps
+from bench import data, harness
+from bench.peers import BETA, eager_logps
 from gapo_kernels import GeometricAnchor, gapo_step, linear_sequence_logps, sequence_logps
 
-BETA, GAMMA, RHO, PAIRS = 2.0, 0.5, 0.05, 8
+SUITE = "step"
+ROUNDS = 9
+GAMMA, RHO = 0.5, 0.05
+SMOLLM2 = "SmolLM2-135M"
+# Random weights in the shape of Llama-3.2-1B, and in none at all.
+LLAMAS = {
+    "Llama-1B": dict(
+        vocab_size=128256,
+        hidden_size=2048,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        intermediate_size=8192,
+    ),
+    "Llama-tiny": dict(
+        vocab_size=211,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+    ),
+}
 
 
-def preference_batch(tokenizer, device):
-    preferences = pytest.importorskip("gapo_trainer.preferences")
-    pairs = preferences.tokenize_pairs(
-        preferences.flip_labels(preferences.load_preferences("train"), 0.0, 0), tokenizer, 512
-    )
-    batch = preferences.PreferenceCollator(tokenizer.pad_token_id)(pairs[:PAIRS])
-    return [batch[name].to(device) for name in ("input_ids", "attention_mask", "labels")]
+@dataclass(frozen=True)
+class Case:
+    model: str  # SMOLLM2 with real pairs, or one of LLAMAS with random tokens
+    pairs: int
+    length: int | None  # None: that of the real pairs
+    dtype: torch.dtype
+    importance: int = 0
+    seconds: float = 120.0
+
+    def __str__(self) -> str:
+        length = "" if self.length is None else f" of 2 x {self.length} tokens"
+        return f"{self.model} {str(self.dtype)[6:]}, {self.pairs} pairs{length}"
 
 
-def authors_step(model, margin, moved):
-    objective = -F.logsigmoid(BETA * margin() - GAMMA).mean()
-    objective.backward()
-    with torch.no_grad():
-        norm = torch.stack([(p * p.grad).norm() for p in moved]).norm() + 1e-12
-        saved = [p.detach().clone() for p in moved]
-        for p in moved:
-            p.add_(p**2 * p.grad * (RHO / norm))
-        anchor_margin = margin()
-        for p, original in zip(moved, saved):
-            p.copy_(original)
-    model.zero_grad()
-    del saved
-    loss = -F.logsigmoid(BETA * (margin() - anchor_margin) - GAMMA).mean()
-    loss.backward()
-    return loss.detach()
+F32, BF16 = torch.float32, torch.bfloat16
 
 
-def our_step(logps, anchor):
-    loss = gapo_step(logps, anchor, beta=BETA, gamma=GAMMA).loss
-    loss.backward()
-    return loss.detach()
+def cases(where: torch.device, quick: bool = False) -> list[Case]:
+    if quick:
+        return [Case("Llama-tiny", 2, 12, F32), Case("Llama-tiny", 2, 12, BF16)]
+    if where.type == "cpu":
+        return [Case(SMOLLM2, 8, None, F32)]
+    return [Case("Llama-1B", 2, 1024, BF16, seconds=30), Case(SMOLLM2, 16, None, BF16, 1, seconds=8)]
 
 
-@contextmanager
-def passes_timed(anchor):
-    """Seconds of each use's passes over the weights: all of `perturbed` but the probe's backward and the body."""
-    spent, perturbed, gradients = [], anchor.perturbed, anchor._gradients
+def load(case: Case, where: torch.device) -> tuple[torch.nn.Module, data.Tokens]:
+    """The model in float32, with values that the case's dtype has, and its batch. Raises Unavailable."""
+    if case.model == SMOLLM2:
+        model, tokenizer = data.load_smollm2(where)
+        tokens = data.preference_batch(tokenizer, case.pairs, where)
+    else:
+        try:
+            from transformers import LlamaConfig, LlamaForCausalLM
+        except ImportError as error:
+            raise harness.Unavailable("a Llama needs transformers") from error
+        torch.manual_seed(0)
+        config = LlamaConfig(**LLAMAS[case.model], max_position_embeddings=2048, tie_word_embeddings=True)
+        with where:
+            model = LlamaForCausalLM(config).eval()
+            ids = torch.randint(config.vocab_size, (2 * case.pairs, case.length))
+        labels = ids.clone()
+        labels[:, : case.length // 2] = -100
+        tokens = data.Tokens(ids, torch.ones_like(ids), labels)
+    for param in model.parameters():
+        param.data.copy_(param.data.to(case.dtype))
+    return model, tokens
 
-    def without_probe(*args):
-        begin = time.perf_counter()
-        result = gradients(*args)
-        spent[-1] -= time.perf_counter() - begin
-        return result
+
+class Recipe:
+    """One model with its anchor: the steps on it, each of which returns loss () and gaps (B,) and leaves gradients."""
+
+    def __init__(self, model: torch.nn.Module, tokens: data.Tokens) -> None:
+        self.model, self._tokens = model, tokens
+        self.anchor = GeometricAnchor.from_model(model, rho=RHO)
+
+    def _logits(self) -> torch.Tensor:
+        return self.model(input_ids=self._tokens.ids, attention_mask=self._tokens.mask).logits
+
+    def eager_logps(self) -> torch.Tensor:
+        return eager_logps(self._logits(), self._tokens.labels, sliced=True)
+
+    def fused_logps(self) -> torch.Tensor:
+        return sequence_logps(self._logits(), self._tokens.labels)
+
+    def linear_logps(self) -> torch.Tensor:
+        hidden = self.model.model(input_ids=self._tokens.ids, attention_mask=self._tokens.mask).last_hidden_state
+        return linear_sequence_logps(hidden, self.model.lm_head.weight, self._tokens.labels)
+
+    def ours(self, logps: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        out = gapo_step(logps, self.anchor, beta=BETA, gamma=GAMMA)
+        out.loss.backward()
+        return out.loss.detach(), out.gap
+
+    def authors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        def margin():
+            chosen, rejected = self.eager_logps().chunk(2)
+            return chosen - rejected
+
+        moved = self.anchor.params
+        objective = -F.logsigmoid(BETA * margin() - GAMMA).mean()
+        objective.backward()
+        with torch.no_grad():
+            norm = torch.stack([(p * p.grad).norm() for p in moved]).norm() + 1e-12
+            saved = [p.detach().clone() for p in moved]
+            for p in moved:
+                p.add_(p**2 * p.grad * (RHO / norm))
+            anchor_margin = margin()
+            for p, original in zip(moved, saved):
+                p.copy_(original)
+        self.zero_grad()
+        del saved
+        gap = margin() - anchor_margin
+        loss = -F.logsigmoid(BETA * gap - GAMMA).mean()
+        loss.backward()
+        return loss.detach(), gap.detach()
+
+    def zero_grad(self, _=None) -> None:
+        self.model.zero_grad()
+
+    def gradients(self) -> torch.Tensor:
+        """A sample."""
+        return torch.cat([p.grad.flatten()[:100].float() for p in self.model.parameters()])
 
     @contextmanager
-    def timed(*args, **options):
-        spent.append(0.0)
-        begin = time.perf_counter()
-        with perturbed(*args, **options):
-            spent[-1] += time.perf_counter() - begin
-            yield
+    def passes_timed(self):
+        """Seconds of each use's passes over the weights: all of `perturbed` but the probe's backward and the body."""
+        anchor, spent = self.anchor, []
+        perturbed, gradients = anchor.perturbed, anchor._gradients
+
+        def without_probe(*args):
             begin = time.perf_counter()
-        spent[-1] += time.perf_counter() - begin
+            result = gradients(*args)
+            spent[-1] -= time.perf_counter() - begin
+            return result
 
-    anchor.perturbed, anchor._gradients = timed, without_probe
-    try:
-        yield spent
-    finally:
-        del anchor.perturbed, anchor._gradients
+        @contextmanager
+        def timed(*args, **options):
+            spent.append(0.0)
+            begin = time.perf_counter()
+            with perturbed(*args, **options):
+                spent[-1] += time.perf_counter() - begin
+                yield
+                begin = time.perf_counter()
+            spent[-1] += time.perf_counter() - begin
+
+        anchor.perturbed, anchor._gradients = timed, without_probe
+        try:
+            yield spent
+        finally:
+            del anchor.perturbed, anchor._gradients
 
 
-def bench_step(benchmark, record, request):
-    smollm2 = pytest.importorskip("gapo_trainer.smollm2")
-    device = harness.device()
-    model, tokenizer = smollm2.load_smollm2()
-    model = model.float().to(device).eval()
-    ids, mask, labels = preference_batch(tokenizer, device)
-    anchor = GeometricAnchor.from_model(model, rho=RHO)
+def measure(
+    case: Case,
+    rounds: int = ROUNDS,
+    where: torch.device | None = None,
+    *,
+    seconds: float | None = None,
+    quick: bool = False,
+    also: harness.Also | None = None,
+) -> dict:
+    """One case's result (harness.py says what it holds). seconds: about how long the timed rounds may take. also: called
+    in the end with the contender that is ours, and inputs for it. quick: nothing more to save here."""
+    where = where or harness.device()
+    model, tokens = load(case, where)
+    exact = Recipe(model, tokens)
+    recipe = exact if case.dtype == F32 else Recipe(deepcopy(model).to(case.dtype), tokens)
+    steps = {
+        "authors": (recipe, recipe.authors),
+        "ours": (recipe, lambda: recipe.ours(recipe.linear_logps)),
+        "ours-logits": (recipe, lambda: recipe.ours(recipe.fused_logps)),
+        "ours-eager-head": (recipe, lambda: recipe.ours(recipe.eager_logps)),
+    }
+    if recipe is not exact:
+        steps["authors-float32"] = (exact, exact.authors)
+    truth = exact.ours(exact.eager_logps)[1].double()
+    exact.zero_grad()
 
-    def logits():
-        return model(input_ids=ids, attention_mask=mask).logits
-
-    def margin():
-        chosen, rejected = eager_logps(logits(), labels, sliced=True).chunk(2)
-        return chosen - rejected
-
-    def linear():
-        hidden = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
-        return linear_sequence_logps(hidden, model.lm_head.weight, labels)
+    # The same work first: a loss or gradient that differs is not measured.
+    losses, gradients, errors, peaks = {}, {}, {}, {}
+    for name, (owner, step) in steps.items():
+        results = []
+        peaks[name] = harness.mebibytes(harness.peak_bytes(lambda: results.append(step()), where))
+        losses[name], gaps = results[0]
+        errors[name] = (torch.linalg.vector_norm(gaps.double() - truth) / torch.linalg.vector_norm(truth)).item()
+        gradients[name] = owner.gradients()
+        owner.zero_grad()
+    # In bfloat16 the authors' gap is mostly lost, and what is left of the loss is the margins' rounding.
+    loss_limit, gradient_limit = (1e-5, 1e-3) if case.dtype == F32 else (0.2, 0.5)
+    for name in steps:
+        off = abs(losses[name].item() / losses["authors"].item() - 1)
+        worst = ((gradients[name] - gradients["authors"]).norm() / gradients["authors"].norm()).item()
+        if not (off <= loss_limit and worst <= gradient_limit):
+            raise AssertionError(f"{name} differs from the authors' recipe: loss by {off:.2g}, gradient by {worst:.2g}")
 
     contenders = {
-        "authors": lambda: authors_step(model, margin, anchor.params),
-        "ours": lambda: our_step(lambda: eager_logps(logits(), labels, sliced=True), anchor),
-        "ours-fused": lambda: our_step(lambda: sequence_logps(logits(), labels), anchor),
-        "ours-linear": lambda: our_step(linear, anchor),
+        name: harness.Contender(lambda _, step=step: step(), restore=owner.zero_grad)
+        for name, (owner, step) in steps.items()
     }
-    # The same work first: a loss or gradient that differs is not measured.
-    values, gradients = {}, {}
-    for name, step in contenders.items():
-        model.zero_grad()
-        values[name] = step().item()
-        gradients[name] = torch.cat([p.grad.flatten()[:100] for p in model.parameters()])
-    for name in contenders:
-        assert values[name] == pytest.approx(values["authors"], rel=1e-5), name
-        worst = (gradients[name] - gradients["authors"]).norm() / gradients["authors"].norm()
-        assert worst < 1e-3, f"{name}: {worst}"
+    with recipe.passes_timed() if where.type == "cpu" else nullcontext() as passes:
+        times = harness.interleaved(
+            contenders,
+            [None],
+            where,
+            rounds,
+            warmup=0 if where.type == "cpu" else 1,
+            seconds=case.seconds if seconds is None else seconds,
+            least=harness.REPEATS,
+        )
+    if also is not None:
+        also(contenders["ours"], None)
+    own = times["ours-eager-head"]
+    more = {
+        "same_head": {
+            **harness.ratio(times["authors"], own),
+            "spread": harness.ratio_spread(times["authors"], own),
+        }
+    }
+    if passes:
+        more["passes"] = harness.summary(passes)
+        more["passes_share_of_step"] = statistics.median(passes) / statistics.median(times["ours"])
+    return harness.result(
+        SUITE,
+        str(case),
+        {
+            "model": case.model,
+            "parameters": sum(param.numel() for param in model.parameters()),
+            "pairs": case.pairs,
+            "length": tokens.ids.shape[1],
+            "vocabulary": model.lm_head.weight.shape[0],
+            "dtype": str(case.dtype)[6:],
+            "ignored": (tokens.labels[:, 1:] == -100).float().mean().item(),
+            "data": "smollm2" if case.model == SMOLLM2 else "random",
+        },
+        times,
+        {},
+        peak_beyond_weights_mib=peaks,
+        gap_errors=errors,
+        absent={},
+        **more,
+    )
 
-    peaks = {}
-    for name, step in contenders.items():
-        model.zero_grad()
-        peak = harness.peak_bytes(step)
-        peaks[name] = None if peak is None else peak / 2**20
-    rounds = request.config.getoption("--step-rounds")
-    with passes_timed(anchor) as passes:
-        times = harness.interleaved(contenders, rounds, warmup=0, reset=model.zero_grad)
-    result = {
-        "name": f"SmolLM2-135M float32, {PAIRS} pairs, {tuple(ids.shape)} tokens",
-        "rounds": rounds,
-        "times": {name: harness.summary(seconds) for name, seconds in times.items()},
-        "ratios": {name: harness.ratio(times["authors"], times[name]) for name in contenders if name != "authors"},
-        "passes": harness.summary(passes),
-        "passes_share_of_step": harness.ratio(passes[1::6], times["ours"])["median"],
-        "peak_mib": peaks,
-    }
-    benchmark.pedantic(contenders["ours"], setup=model.zero_grad, rounds=1)
-    benchmark.extra_info.update(result)
-    record("step", result)
+
+def bench_step(case, measured):
+    measured(case)

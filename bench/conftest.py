@@ -1,45 +1,61 @@
-"""`pytest bench` measures; `--save-results` writes what it measured under bench/results/."""
+"""`pytest bench` measures (needs pytest-benchmark); `--save-results` writes what it measured under bench/results/."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
 from bench import harness
 
 
 def pytest_addoption(parser):
-    parser.addoption("--save-results", action="store_true", help="write bench/results/*.json")
-    parser.addoption("--step-rounds", type=int, default=5, help="measured rounds of each contender, whole steps")
-    parser.addoption("--rounds", type=int, default=15, help="measured rounds of each contender")
+    parser.addoption("--save-results", action="store_true", help="write bench/results/*.json and *.csv")
+    parser.addoption("--quick", action="store_true", help="tiny shapes: whether everything runs, not how fast")
+    parser.addoption("--rounds", type=int, help="measured rounds of each contender, at most; each module has a default")
 
 
 def pytest_configure(config):
     config.measured = {}
 
 
+def pytest_generate_tests(metafunc):
+    if "case" in metafunc.fixturenames:
+        quick = metafunc.config.getoption("--quick")
+        metafunc.parametrize("case", metafunc.module.cases(harness.device(), quick), ids=str)
+
+
 @pytest.fixture
-def record(request):
-    """record(suite, case): keeps one case's results for the table at the end and the results file."""
+def measured(request, benchmark):
+    """measured(case): measures the case and keeps the result for the table and the files at the end.
 
-    def keep(suite: str, case: dict) -> None:
-        request.config.measured.setdefault(suite, []).append(case)
+    pytest-benchmark times ours three times more, and gets the whole result as its extra_info.
+    """
+    config = request.config
 
-    return keep
+    def measure(case) -> None:
+        module = request.module
+        torch._dynamo.reset()
+        quick = config.getoption("--quick")
+        rounds = config.getoption("--rounds") or (3 if quick else module.ROUNDS)
+
+        def time_ours(ours: harness.Contender, inputs) -> None:
+            benchmark.pedantic(ours.run, setup=lambda: ((ours.ready(inputs),), {}), rounds=3)
+            ours.done(inputs)
+
+        try:
+            result = module.measure(case, rounds, quick=quick, also=time_ours)
+        except harness.Unavailable as error:
+            pytest.skip(str(error))
+        benchmark.extra_info.update(result)
+        config.measured.setdefault(module.SUITE, []).append(result)
+
+    return measure
 
 
 def pytest_terminal_summary(terminalreporter, config):
     for suite, cases in config.measured.items():
         terminalreporter.section(f"{suite} on {harness.device_name()}")
         for case in cases:
-            ours = case["times"]["ours"]
-            line = f"{case['name']:44} ours {ours['median_ms']:8.2f} ms"
-            for name, value in case["ratios"].items():
-                line += f"   {name} {value['median']:5.2f}x ({value['quartile_1']:.2f}-{value['quartile_3']:.2f})"
-            for name, peaks in case.items():
-                if name.startswith("peak") and peaks["ours"] is not None:
-                    line += f"   {name.replace('_', ' ')} {peaks['ours']:.1f}"
-            if "passes" in case:
-                line += f"   passes over the weights {case['passes_share_of_step']:.1%} of a step"
-            terminalreporter.write_line(line)
-        if config.getoption("--save-results"):
+            terminalreporter.write_line(harness.line(case))
+        if config.getoption("--save-results") and not config.getoption("--quick"):
             terminalreporter.write_line(f"written to {harness.write_results(suite, cases)}")

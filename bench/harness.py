@@ -1,32 +1,105 @@
-"""What the benchmarks share: contenders checked against each other, interleaved rounds, medians, peak memory."""
+"""What the benchmarks share: contenders checked against each other, interleaved rounds, medians, floors, peak memory.
+
+Each bench_*.py has `cases(device, quick)` and `measure(case, rounds, ...)`, which returns what `result` makes of one case:
+
+    suite, name    "logits", "linear", "anchor" or "step"; what the case is called in tables
+    params         the case in numbers, among them pairs, length, vocabulary, dtype, ignored, data ("random" or "smollm2")
+    rounds         how often each contender was timed
+    times          {contender: {median_ms, quartile_1_ms, quartile_3_ms, min_ms, max_ms}}
+    ratios         {contender: {median, quartile_1, quartile_3}} of its time over ours, round by round
+    ratio_spread   {contender: (largest - least) / median} of the ratio of medians, over thirds of the rounds
+    floor          {name, ms, fraction}: the least time that the work can take, and its share of ours; measured in the
+                   same run
+    parts          where measured, {"forward" or "backward": a summary like those in `times`, of ours, and its floor}
+    peak_...       {contender: MiB at the worst moment beyond what the name says, None where it cannot be known}
+    errors         {contender: {"loss", "gradient"}}: relative, against the float32 reference; the latter of the largest entry
+    absent         {contender: why it was not measured}
+    versions       {package: version}
+
+`write_results` puts cases into bench/results/SUITE-DEVICE.json and, a line for each contender, SUITE-DEVICE.csv.
+"""
 
 from __future__ import annotations
 
+import csv
 import gc
+import importlib.metadata
+import io
+import itertools
 import json
+import math
 import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+for folder in (ROOT / "python", ROOT):  # the tree that this file lies in, installed or not
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
 
 import gapo_kernels
 from gapo_kernels import host_memory
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = ROOT / "bench" / "results"
+PACKAGES = ("torch", "triton", "liger-kernel", "trl", "cut-cross-entropy", "transformers")
+REPEATS = 3  # the thirds of a run whose ratios are compared
+# A call this long finds nothing of what it left in the caches one call ago: it is not run untimed before each timing.
+LONG_CALL = 0.25
+HOST_LEAD_CYCLES = 2_000_000  # about a millisecond
+MIB = 2**20
+
+
+class Contender(NamedTuple):
+    """One way to do a case's work. `prepare` and `restore` are not timed."""
+
+    run: Callable[[Any], object]
+    prepare: Callable[[Any], Any] | None = None  # before the call, of the inputs: what `run` is given instead of them
+    restore: Callable[[Any], object] | None = None  # after the call: the inputs as they were
+
+    def ready(self, inputs: Any) -> Any:
+        return inputs if self.prepare is None else self.prepare(inputs)
+
+    def done(self, inputs: Any) -> None:
+        if self.restore is not None:
+            self.restore(inputs)
+
+    def seconds(self, inputs: Any, where: torch.device) -> float:
+        prepared = self.ready(inputs)
+        spent = timed(lambda: self.run(prepared), where)
+        self.done(inputs)
+        return spent
+
+
+Also = Callable[[Contender, Any], object]
+
+
+def sweep(base: Any, **values: list) -> list:
+    """A case, and it with one field at a time taking other values."""
+    return [base, *(replace(base, **{name: value}) for name, others in values.items() for value in others)]
+
+
+class Unavailable(Exception):
+    """What a case needs is not on this machine; the message says what."""
+
+
+# ---- where this runs ----
 
 
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def device_name() -> str:
-    if torch.cuda.is_available():
+def device_name(where: torch.device | None = None) -> str:
+    if (where or device()).type == "cuda":
         return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
@@ -39,33 +112,49 @@ def allocator_settings() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"}
 
 
-def environment() -> dict[str, str | int | dict[str, str]]:
-    """What a result must say of where it came from."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=RESULTS.parent, capture_output=True, text=True
-    ).stdout.strip()
-    try:
-        import triton
+def versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "none"
+    return found
 
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = "none"
+
+def environment(where: torch.device | None = None) -> dict[str, str | int | dict[str, str]]:
+    """What a result must say of where it came from."""
+    git = ["git", "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        commit = ""
+    found = versions()
     return {
-        "device": device_name(),
+        "device": device_name(where),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "triton": triton_version,
+        "triton": found["triton"],
         "python": platform.python_version(),
         "gapo_kernels": gapo_kernels.__version__,
         "commit": commit or "unknown",
+        "versions": found,
         "allocator": allocator_settings(),
     }
 
 
-def timed(function: Callable[[], object]) -> float:
-    """Seconds of one call, the device's work included."""
-    if torch.cuda.is_available():
+# ---- time ----
+
+
+def timed(function: Callable[[], object], where: torch.device) -> float:
+    """Seconds of one call, the device's work included.
+
+    A GPU is kept busy while the host issues the call's first launches, as it is in a training loop: what is timed is the
+    device's time, unless the call waits for the device or issues its work more slowly than that is done.
+    """
+    if where.type == "cuda":
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(HOST_LEAD_CYCLES)
         start.record()
         function()
         stop.record()
@@ -77,53 +166,108 @@ def timed(function: Callable[[], object]) -> float:
 
 
 def interleaved(
-    contenders: dict[str, Callable[[], object]],
+    contenders: dict[str, Contender],
+    inputs: Sequence[Any],
+    where: torch.device,
     rounds: int,
-    warmup: int = 2,
-    reset: Callable[[], object] = lambda: None,
+    *,
+    warmup: int = 1,
+    seconds: float | None = None,
+    least: int = 2 * REPEATS,
 ) -> dict[str, list[float]]:
     """Seconds of every contender in every round, the contenders taking turns so that drift meets all of them.
 
     In each turn a contender runs once untimed and then timed, as it does in a loop of its own: nobody pays for what
-    another left in the caches and page tables. `reset` runs before each call, untimed.
+    another left in the caches and page tables. Each call takes the next of `inputs`, equal copies which together exceed a
+    GPU's L2 cache (`copies`). After `seconds`, rounds end with the `least` number of them.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
+    last = dict.fromkeys(contenders, 0.0)
+    turn = itertools.cycle(inputs)
+    begin = time.perf_counter()
     gc.disable()
     try:
         for number in range(warmup + rounds):
-            for name, function in contenders.items():
-                reset()
-                function()
-                reset()
-                seconds = timed(function)
+            spent = seconds is not None and time.perf_counter() - begin > seconds
+            if spent and number - warmup >= least:
+                break
+            for name, contender in contenders.items():
+                if last[name] < LONG_CALL:
+                    contender.seconds(next(turn), where)
+                last[name] = contender.seconds(next(turn), where)
                 if number >= warmup:
-                    times[name].append(seconds)
+                    times[name].append(last[name])
     finally:
         gc.enable()
     return times
 
 
-def summary(seconds: list[float]) -> dict[str, float]:
-    ordered = sorted(seconds)
+def copies(inputs: Any, size: int, clone: Callable[[Any], Any], where: torch.device) -> list[Any]:
+    """The inputs of `size` bytes, on a GPU with as many clones as exceed four times its L2 cache together."""
+    if where.type != "cuda":
+        return [inputs]
+    cache = getattr(torch.cuda.get_device_properties(where), "L2_cache_size", 0) or 64 * MIB
+    return [inputs, *(clone(inputs) for _ in range(math.ceil(4 * cache / size) - 1))]
+
+
+def copy_bandwidth(where: torch.device, quick: bool = False) -> float:
+    """Bytes a second, read and written, of a copy far larger than any cache."""
+    size = 2**20 if quick else 2**30 if where.type == "cuda" else 2**28
+    source = torch.ones(size, dtype=torch.uint8, device=where)
+    target = torch.ones_like(source)
+    copy = Contender(lambda _: target.copy_(source))
+    times = interleaved({"copy": copy}, [None], where, 3 if quick or where.type == "cpu" else 15)["copy"]
+    return 2 * size / statistics.median(times)
+
+
+# ---- statistics ----
+
+
+def quartiles(values: Iterable[float]) -> tuple[float, float, float]:
+    ordered = sorted(values)
+    if len(ordered) == 1:
+        return (ordered[0],) * 3
+    return tuple(statistics.quantiles(ordered, n=4, method="inclusive"))
+
+
+def summary(seconds: Sequence[float]) -> dict[str, float]:
+    low, middle, high = quartiles(seconds)
     return {
-        "median_ms": statistics.median(ordered) * 1e3,
-        "min_ms": ordered[0] * 1e3,
-        "max_ms": ordered[-1] * 1e3,
+        "median_ms": middle * 1e3,
+        "quartile_1_ms": low * 1e3,
+        "quartile_3_ms": high * 1e3,
+        "min_ms": min(seconds) * 1e3,
+        "max_ms": max(seconds) * 1e3,
     }
 
 
-def ratio(numerator: list[float], denominator: list[float]) -> dict[str, float]:
+def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str, float]:
     """Median of the rounds' own ratios, with the quartiles as spread."""
-    quotients = sorted(a / b for a, b in zip(numerator, denominator))
-    low, middle, high = statistics.quantiles(quotients, n=4)
+    low, middle, high = quartiles(a / b for a, b in zip(numerator, denominator, strict=True))
     return {"median": middle, "quartile_1": low, "quartile_3": high}
 
 
-def peak_bytes(function: Callable[[], object]) -> int | None:
+def ratio_spread(numerator: Sequence[float], denominator: Sequence[float]) -> float | None:
+    """(largest - least) / median over thirds of the rounds, of the ratio of the medians in each; None below three."""
+    count = len(numerator)
+    if count < REPEATS:
+        return None
+    edges = [count * number // REPEATS for number in range(REPEATS + 1)]
+    repeats = [
+        statistics.median(numerator[start:stop]) / statistics.median(denominator[start:stop])
+        for start, stop in itertools.pairwise(edges)
+    ]
+    return (max(repeats) - min(repeats)) / statistics.median(repeats)
+
+
+# ---- memory ----
+
+
+def peak_bytes(function: Callable[[], object], where: torch.device) -> int | None:
     """Bytes held at the worst moment of a call beyond what was held before it; None where that cannot be known."""
     gc.collect()
     host_memory.release()  # a kept gradient would hide its successor
-    if torch.cuda.is_available():
+    if where.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -133,10 +277,11 @@ def peak_bytes(function: Callable[[], object]) -> int | None:
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts over from what is resident now
         before = _status("VmRSS")
-        function()
-        return _status("VmHWM") - before
     except OSError:
+        function()
         return None
+    function()
+    return _status("VmHWM") - before
 
 
 def _status(field: str) -> int:
@@ -144,19 +289,127 @@ def _status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 
-def write_results(name: str, cases: list[dict]) -> Path:
-    """bench/results/NAME-DEVICE.json, replaced as a whole; with an allocator set by hand, under a name of its own."""
-    RESULTS.mkdir(exist_ok=True)
-    slug = "".join(c if c.isalnum() else "-" for c in device_name()).strip("-").lower()
-    while "--" in slug:
-        slug = slug.replace("--", "-")
-    path = RESULTS / f"{name}-{slug}{'-tuned-allocator' if allocator_settings() else ''}.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(
-        json.dumps(
-            {"environment": environment(), "command": " ".join(["pytest", *sys.argv[1:]]), "cases": cases}, indent=1
-        )
-        + "\n"
-    )
-    os.replace(temporary, path)
+def mebibytes(size: int | None, less: int = 0) -> float | None:
+    return None if size is None else (size - less) / MIB
+
+
+# ---- results ----
+
+
+def result(
+    suite: str, name: str, params: dict[str, Any], times: dict[str, list[float]], floors: dict[str, float], **more: Any
+) -> dict[str, Any]:
+    """A case's dict, as the head of this file has it.
+
+    floors: {name: seconds} that no implementation can do without, or None where `times` has that name: the largest is
+    reported. What is in `floors` is no contender. more: further keys.
+    """
+    contenders = [name for name in times if name not in floors and name != "ours"]
+    return {
+        "suite": suite,
+        "name": name,
+        "params": params,
+        "rounds": len(times["ours"]),
+        "times": {name: summary(seconds) for name, seconds in times.items()},
+        "ratios": {name: ratio(times[name], times["ours"]) for name in contenders},
+        "ratio_spread": {name: ratio_spread(times[name], times["ours"]) for name in contenders},
+        "floor": floor(times["ours"], {name: times.get(name, value) for name, value in floors.items()}),
+        "versions": versions(),
+        **more,
+    }
+
+
+def floor(ours: Sequence[float], floors: dict[str, float | Sequence[float]]) -> dict[str, Any] | None:
+    """The largest of the floors, each in seconds, or in seconds of every round, against ours."""
+    found = []
+    for name, seconds in floors.items():
+        rounds = [seconds] * len(ours) if isinstance(seconds, float) else seconds
+        found.append({"name": name, "ms": statistics.median(rounds) * 1e3, "fraction": ratio(rounds, ours)["median"]})
+        found[-1]["spread"] = ratio_spread(rounds, ours)
+    return max(found, key=lambda one: one["ms"], default=None)
+
+
+def line(case: dict[str, Any]) -> str:
+    """A case on one line, for people."""
+    text = f"{case['name']:44} ours {case['times']['ours']['median_ms']:9.3f} ms"
+    for name, value in case["ratios"].items():
+        text += f"   {name} {value['median']:.2f}x ({value['quartile_1']:.2f}-{value['quartile_3']:.2f})"
+    if case["floor"] is not None:
+        text += f"   {case['floor']['fraction']:.0%} of {case['floor']['name']}"
+    for key, peaks in case.items():
+        if key.startswith("peak") and peaks["ours"] is not None:
+            text += f"   {key.replace('_', ' ')} {peaks['ours']:.1f}"
+    return text
+
+
+def slug(text: str) -> str:
+    words = "".join(c if c.isalnum() else " " for c in text.lower()).split()
+    return "-".join(words)
+
+
+def write_results(
+    name: str, cases: list[dict], where: torch.device | None = None, folder: Path = RESULTS, **more: Any
+) -> Path:
+    """FOLDER/NAME-DEVICE.json and .csv, each replaced as a whole; with an allocator set by hand, under names of their own.
+
+    more: further keys of the JSON file, beside environment, command and cases.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tuned = "-tuned-allocator" if allocator_settings() else ""
+    path = folder / f"{name}-{slug(device_name(where))}{tuned}.json"
+    found = environment(where)
+    content = {"environment": found, "command": _command(), **more, "cases": cases}
+    _replace(path, json.dumps(content, indent=1) + "\n")
+    _replace(path.with_suffix(".csv"), _csv(cases, found))
     return path
+
+
+def _command() -> str:
+    """How this process was started, less its paths."""
+    return " ".join(["python", *(word for word in sys.orig_argv[1:] if not os.path.isabs(word))])
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _csv(cases: list[dict], found: dict) -> str:
+    """A line for each contender of each case, for each of our parts and for each floor that was timed."""
+    rows = [row for case in cases for row in _rows(case)]
+    origin = {name: found[name] for name in ("device", "commit", "torch", "triton", "gapo_kernels")}
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*columns, *origin], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({**row, **origin})
+    return text.getvalue()
+
+
+def _rows(case: dict) -> Iterable[dict]:
+    peaks = next((value for key, value in case.items() if key.startswith("peak")), {})
+    parts = {f"ours {part}": value for part, value in case.get("parts", {}).items()}
+    floors = {"ours": case["floor"], **{name: value["floor"] for name, value in parts.items()}}
+    for name, times in {**case["times"], **parts}.items():
+        bound = floors.get(name) or {}
+        quotient = case["ratios"].get(name, {})
+        yield {
+            "suite": case["suite"],
+            "name": case["name"],
+            **case["params"],
+            "contender": name,
+            "rounds": case["rounds"],
+            "median_ms": times["median_ms"],
+            "quartile_1_ms": times["quartile_1_ms"],
+            "quartile_3_ms": times["quartile_3_ms"],
+            "ratio": quotient.get("median"),
+            "ratio_quartile_1": quotient.get("quartile_1"),
+            "ratio_quartile_3": quotient.get("quartile_3"),
+            "ratio_spread": case["ratio_spread"].get(name),
+            "peak_mib": peaks.get(name),
+            "floor": bound.get("name"),
+            "floor_ms": bound.get("ms"),
+            "floor_fraction": bound.get("fraction"),
+        }

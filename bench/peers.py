@@ -1,0 +1,284 @@
+"""Who else computes the loss, at the best settings that they document; and the check that all compute the same.
+
+A peer is made by a function without arguments, which imports what it needs, and is itself a function from a batch to
+the scalar loss. What cannot be imported, does not run or computes something else is listed as absent, with the reason.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench import harness
+
+BETA = 2.0
+Loss = Callable[[Any], Tensor]
+
+
+def gapo_loss(margin: Tensor, anchor_margin: Tensor, gamma: float) -> Tensor:
+    return -F.logsigmoid(BETA * (margin - anchor_margin) - gamma).mean()
+
+
+def sequence_margin(logps: Tensor, mask: Tensor) -> Tensor:
+    """(B,) from token log-probs (2B, T), whatever they hold where `mask` is False."""
+    means = logps.float().masked_fill(~mask, 0).sum(-1) / mask.sum(-1)
+    chosen, rejected = means.chunk(2)
+    return chosen - rejected
+
+
+def eager_logps(logits: Tensor, labels: Tensor, sliced: bool) -> Tensor:
+    """(2B,). sliced: what preference trainers do, the authors' included. Otherwise the labels are shifted instead of the
+    logits, which saves the copy of the slice."""
+    if sliced:
+        logits, targets = logits[:, :-1], labels[:, 1:]
+    else:
+        targets = shifted(labels)
+    mask = targets != -100
+    logps = logits.log_softmax(-1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return (logps * mask).sum(-1) / mask.sum(-1)
+
+
+def shifted(labels: Tensor) -> Tensor:
+    """(2B, T): at each position what it predicts, -100 at the last."""
+    return F.pad(labels[:, 1:], (0, 1), value=-100)
+
+
+def compiled(loss: Loss, where: torch.device) -> Loss:
+    """On a GPU autotuned; without CUDA graphs, which own their outputs and copy the inputs."""
+    return torch.compile(loss, dynamic=False, mode="max-autotune-no-cudagraphs" if where.type == "cuda" else None)
+
+
+class Expected(NamedTuple):
+    """What a contender must compute, from the reference."""
+
+    loss: float
+    gradients: Sequence[Tensor]  # in at least float32, of the leaves, or that part of them which is compared
+    tolerance: float  # of ours: relative for the loss, of the largest entry for gradients
+    loose: float  # of the others, which may keep log-probs in 16 bits
+
+
+class Checked(NamedTuple):
+    losses: dict[str, Loss]  # those that compute what is expected
+    absent: dict[str, str]  # of the others, why not
+    peaks: dict[str, float | None]  # MiB at the worst moment beyond the gradients
+    errors: dict[str, dict[str, float]]  # {"loss", "gradient"}, as the tolerances count them
+
+
+def checked(
+    own: dict[str, Loss],
+    peers: dict[str, Callable[[], Loss]],
+    batch: Any,
+    leaves: Sequence[Tensor],
+    expected: Expected,
+    where: torch.device,
+    *,
+    part: Callable[[Tensor], Tensor] = lambda gradient: gradient,
+    restore: Callable[[str], object] = lambda name: None,
+) -> Checked:
+    """Runs each twice; AssertionError where one of `own` differs. restore: called with the name after each call."""
+    found = Checked({}, {}, {}, {})
+    size = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+
+    def drop_gradients() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+
+    for name, make in {**{name: (lambda loss=loss: loss) for name, loss in own.items()}, **peers}.items():
+        values: list[float] = []
+
+        def call(loss: Loss) -> None:
+            value = loss(batch)
+            value.backward()
+            values.append(value.item())
+
+        try:
+            loss = make()
+            call(loss)  # compiles
+            restore(name)
+            drop_gradients()
+            peak = harness.peak_bytes(lambda: call(loss), where)
+            error = _errors(values[-1], [part(leaf.grad) for leaf in leaves], expected)
+            limit = expected.tolerance if name in own else expected.loose
+            if not all(value <= limit for value in error.values()):
+                raise AssertionError(f"its loss is off by {error['loss']:.2g}, its gradient by {error['gradient']:.2g}")
+        except Exception as problem:
+            if name in own:
+                raise
+            found.absent[name] = _reason(problem)
+        else:
+            found.losses[name], found.errors[name] = loss, error
+            found.peaks[name] = harness.mebibytes(peak, size)
+        restore(name)
+        drop_gradients()
+    return found
+
+
+def _errors(loss: float, gradients: Sequence[Tensor], expected: Expected) -> dict[str, float]:
+    worst = max(
+        ((one.float() - other).abs().max() / other.abs().max()).item()
+        for one, other in zip(gradients, expected.gradients, strict=True)
+    )
+    return {"loss": abs(loss - expected.loss) / abs(expected.loss), "gradient": worst}
+
+
+def _reason(error: Exception) -> str:
+    first = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {re.sub(r'[ (]+/[^ ]*', '', first)}"  # less its paths
+
+
+# ---- from logits: (logits, labels, anchor_logits), as bench_logits.py has them ----
+
+
+def eager_from_logits(gamma: float, sliced: bool) -> Loss:
+    def loss(batch):
+        def margin(logits):
+            chosen, rejected = eager_logps(logits, batch.labels, sliced).chunk(2)
+            return chosen - rejected
+
+        with torch.no_grad():
+            anchor_margin = margin(batch.anchor_logits)
+        return gapo_loss(margin(batch.logits), anchor_margin, gamma)
+
+    return loss
+
+
+def trl_from_logits(gamma: float) -> Loss:
+    """TRL's selective log-softmax: its fused log-prob kernel on a GPU, row by row in torch elsewhere. Given shifted labels
+    and their mask, so that neither is the slice of the logits copied nor is time spent on ignored rows."""
+    from trl.trainer.utils import selective_log_softmax
+
+    def loss(batch):
+        targets = shifted(batch.labels)
+        mask = targets != -100
+
+        def margin(logits):
+            return sequence_margin(selective_log_softmax(logits, targets.clamp(min=0), row_mask=mask), mask)
+
+        with torch.no_grad():
+            anchor_margin = margin(batch.anchor_logits)
+        return gapo_loss(margin(batch.logits), anchor_margin, gamma)
+
+    return loss
+
+
+def liger_from_logits(gamma: float) -> Loss:
+    """Liger's cross-entropy kernel, a row at a time. It writes the gradient over the logits: they must be restored."""
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    def loss(batch):
+        targets = shifted(batch.labels)
+        mask = targets != -100
+
+        def margin(logits):
+            rows = liger_cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+            return sequence_margin(-rows.view(mask.shape), mask)
+
+        with torch.no_grad():
+            anchor_margin = margin(batch.anchor_logits)
+        return gapo_loss(margin(batch.logits), anchor_margin, gamma)
+
+    return loss
+
+
+# ---- from hidden states and the LM head: (hidden, weight, labels, anchor_hidden), as bench_linear.py has them ----
+
+
+def formula(token_logps: Callable[[Tensor, Tensor], Tensor], batch: Any, gamma: float) -> Tensor:
+    """The loss from token_logps(hidden, labels): (2B, T - 1), whatever it holds where a label is ignored."""
+
+    def margin(hidden):
+        return sequence_margin(token_logps(hidden, batch.labels), batch.labels[:, 1:] != -100)
+
+    with torch.no_grad():
+        anchor_margin = margin(batch.anchor_hidden)
+    return gapo_loss(margin(batch.hidden), anchor_margin, gamma)
+
+
+def of_kept_rows(row_logps: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """token_logps from row_logps(hidden, targets), which sees the kept rows only."""
+
+    def token_logps(hidden, labels):
+        targets = labels[:, 1:]
+        mask = targets != -100
+        logps = row_logps(hidden[:, :-1][mask], targets[mask])
+        return logps.new_zeros(mask.shape).masked_scatter(mask, logps)
+
+    return token_logps
+
+
+def eager_from_hidden(gamma: float) -> Loss:
+    def loss(batch):
+        def token_logps(hidden, labels):
+            logps = F.linear(hidden, batch.weight)[:, :-1].log_softmax(-1)
+            return logps.gather(-1, labels[:, 1:].clamp(min=0).unsqueeze(-1)).squeeze(-1)
+
+        return formula(token_logps, batch, gamma)
+
+    return loss
+
+
+def liger_from_hidden(gamma: float, compiled: bool) -> Loss:
+    if gamma:
+        raise ValueError(f"its loss has no gamma, got {gamma}")
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    dpo = LigerFusedLinearDPOLoss(beta=BETA, average_log_prob=True, compiled=compiled)
+
+    def loss(batch):
+        hidden, weight, labels, anchor_hidden = batch
+        value, _ = dpo(
+            weight, hidden[:, :-1], labels[:, 1:], ref_input=anchor_hidden[:, :-1], ref_weight=weight.detach()
+        )
+        return value
+
+    return loss
+
+
+TRL_VOCABULARY_CHUNK = 32768  # what its trainers use
+
+
+def trl_from_hidden(gamma: float) -> Loss:
+    from trl.kernels import ChunkedLogProbFunction
+
+    def loss(batch):
+        def row_logps(hidden, targets):
+            # temperature 1, no soft cap, logits as they are, no entropy or the like
+            options = (1.0, TRL_VOCABULARY_CHUNK, None, 1.0, ())
+            return ChunkedLogProbFunction.apply(hidden, batch.weight, None, targets, *options)[0]
+
+        return formula(of_kept_rows(row_logps), batch, gamma)
+
+    return loss
+
+
+def linear_cross_entropy(gamma: float, budget: int | None = None) -> Loss:
+    """PyTorch's, in chunks of its own choice or of `budget` bytes of logits."""
+
+    def loss(batch):
+        rows = None if budget is None else max(1, budget // (batch.weight.shape[0] * batch.weight.element_size()))
+        chunks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
+
+        def row_logps(hidden, targets):
+            return -F.linear_cross_entropy(hidden, batch.weight, targets, reduction="none", options=chunks)
+
+        return formula(of_kept_rows(row_logps), batch, gamma)
+
+    return loss
+
+
+def cut_cross_entropy(gamma: float) -> Loss:
+    """apple/ml-cross-entropy, which never writes logits; its own default drops gradients too small for their dtype."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    def loss(batch):
+        def row_logps(hidden, targets):
+            return -linear_cross_entropy(hidden, batch.weight, targets, reduction="none")
+
+        return formula(of_kept_rows(row_logps), batch, gamma)
+
+    return loss
