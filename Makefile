@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 LIBRARY_TESTS := tests --ignore tests/compile
 
-.PHONY: setup demo test test-torch test-interpreter test-compile bench clean
+.PHONY: setup demo test test-torch test-interpreter test-compile bench report clean
 
 setup: $(READY)
 
@@ -27,9 +27,10 @@ $(READY): constraints.txt setup.py
 
 # glibc hands large blocks back to the system after every step, and touching them anew is near half of a CPU run's
 # system time; these two settings let it keep them.
+KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184
+
 demo: $(READY)
-	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 \
-	$(BIN)/python -m gapo_trainer.demo $(DEMO)
+	$(KEEP_MEMORY) $(BIN)/python -m gapo_trainer.demo $(DEMO)
 
 test: test-torch test-interpreter test-compile
 
@@ -43,8 +44,17 @@ test-interpreter: $(READY)
 test-compile: $(READY)
 	$(BIN)/python -m pytest -q tests/compile
 
+# On a CPU also with freed memory kept, where that decides what a contender's tensors cost.
 bench: $(READY)
-	$(BIN)/python -m pytest -q bench $(BENCH)
+	$(BIN)/python -m pytest -q bench --save-results $(BENCH)
+	@if $(BIN)/python -c "import torch; exit(torch.cuda.is_available())"; then \
+		set -x; $(KEEP_MEMORY) $(BIN)/python -m pytest -q bench/bench_logits.py bench/bench_step.py --save-results $(BENCH); \
+	fi
+	$(BIN)/python -m bench.report
+
+# The tables in README.md and docs/ and the plots in docs/plots/, from bench/results/.
+report: $(READY)
+	$(BIN)/python -m bench.report
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

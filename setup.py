@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "gapo_kernels/__init__.py").read_text()).group(1)
 TRAIN = ["transformers>=5.17", "accelerate>=1.13", "trl>=1.10", "peft>=0.19", "datasets>=4.7", "pyyaml"]
 TRAIN += ["safetensors", "matplotlib", "tqdm"]
-BENCH = ["pytest", "pytest-benchmark"]
+BENCH = ["pytest", "pytest-benchmark", "matplotlib"]
 
 setup(
     name="gapo-kernels",

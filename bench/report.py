@@ -1,0 +1,77 @@
+"""From bench/results/ to the tables in README.md and docs/ and the plots in docs/plots/: `make report`.
+
+    python -m bench.report            # rewrites them
+    python -m bench.report --check    # writes nothing; exit status 1 if one of them is not what the results give
+
+A generated stretch of a document stands between `<!-- generated: NAME -->` and `<!-- end -->`, on lines of its own or
+within one (then never at its beginning, where Markdown would take the whole line for HTML). bench/tables.py has the
+names. Nothing here measures: torch is not imported, so a document can be checked anywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT)]  # the tree that this file lies in, installed or not
+
+from bench import plots, tables
+from bench.results import Results
+
+DOCUMENTS = ("README.md", "docs/anchor.md", "docs/performance.md")
+PLOTS = Path("docs/plots")
+STRETCH = re.compile(r"(<!-- generated: ([a-z0-9-]+) -->)(\n?)(.*?)(\n?)(<!-- end -->)", re.DOTALL)
+
+
+def filled(text: str, blocks: Mapping[str, Callable[[], str]]) -> str:
+    """`text` with every generated stretch made anew. Raises ValueError for a name without a block or an end that lacks."""
+
+    def stretch(match: re.Match) -> str:
+        opening, name, line_break, _, _, closing = match.groups()
+        if name not in blocks:
+            raise ValueError(f"expected one of {', '.join(blocks)} to be generated, got {name}")
+        return f"{opening}{line_break}{blocks[name]()}{line_break}{closing}"
+
+    whole = STRETCH.findall(text)
+    if not len(whole) == text.count("<!-- generated:") == text.count("<!-- end -->"):
+        raise ValueError("expected every <!-- generated: name --> to be followed by its own <!-- end -->")
+    return STRETCH.sub(stretch, text)
+
+
+def report(root: Path = ROOT, check: bool = False) -> list[str]:
+    """The paths, relative to `root`, that differed from what the results give; without `check` they are rewritten."""
+    results = Results(root / "bench" / "results")
+    pictures = plots.pictures(results)
+    changed = []
+    for name in DOCUMENTS:
+        path = root / name
+        folder = os.path.relpath(root / PLOTS, path.parent)
+        shown = {file: (picture.alt, f"{folder}/{file}") for file, picture in pictures.items()}
+        blocks = tables.blocks(results, shown)
+        before = path.read_text(encoding="utf-8")
+        after = filled(before, blocks)
+        if after != before:
+            changed.append(name)
+            if not check:
+                path.write_text(after, encoding="utf-8")
+    changed += [f"{PLOTS}/{name}" for name in plots.write(pictures, root / PLOTS, check)]
+    return changed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if something would change")
+    arguments = parser.parse_args()
+    changed = report(check=arguments.check)
+    for name in changed:
+        print(f"{name} {'is not what the results give: run `make report`' if arguments.check else 'rewritten'}")
+    return 1 if arguments.check and changed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

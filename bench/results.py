@@ -1,0 +1,103 @@
+"""The files of bench/results/, read for the report: which runs there are, of which suite, on which device."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+SUITES = ("logits", "linear", "anchor", "step")
+# What a sweep varies, one at a time. With fewer cases than these it is none.
+AXES = ("vocabulary", "length", "ignored", "pairs", "dtype")
+LEAST_SWEEP = 5
+Case = dict[str, Any]  # bench/harness.py has its keys
+
+
+class Run(NamedTuple):
+    """One suite's cases on one device, as one file holds them."""
+
+    suite: str
+    slug: str  # the device, as it stands in the file's name
+    environment: dict[str, Any]
+    command: str
+    cases: list[Case]
+
+    @property
+    def device(self) -> str:
+        return self.environment["device"]
+
+    @property
+    def tuned(self) -> bool:
+        """Whether the allocator was set by hand."""
+        return bool(self.environment["allocator"])
+
+    @property
+    def on_gpu(self) -> bool:
+        return " threads" not in self.device  # the harness names a CPU with them
+
+    def sweep(self) -> list[Case]:
+        """A case, and those that differ from it in one of AXES; of such stars the largest, [] below LEAST_SWEEP."""
+        stars = [[base, *_neighbours(base, self.cases)] for base in self.cases]
+        star = max(stars, key=lambda star: (len(star), sum(_alike(case, star[0]) for case in star)))
+        return star if len(star) >= LEAST_SWEEP else []
+
+    def headline(self) -> list[Case]:
+        """The cases outside of the sweep, and those of it that have more contenders than its base; at least one."""
+        sweep = self.sweep()
+        found = [case for case in self.cases if case not in sweep or len(case["times"]) > len(sweep[0]["times"])]
+        return found or sweep[:1]
+
+
+def _alike(case: Case, other: Case) -> bool:
+    return case["times"].keys() == other["times"].keys()
+
+
+def _neighbours(base: Case, cases: list[Case]) -> list[Case]:
+    found = {}
+    for case in cases:
+        differing = {name: value for name, value in case["params"].items() if base["params"].get(name) != value}
+        if len(differing) == 1 and set(differing) <= set(AXES):
+            # Of two cases with the same parameters, the one that was measured as the base was.
+            key = next(iter(differing.items()))
+            if key not in found or _alike(case, base):
+                found[key] = case
+    return list(found.values())
+
+
+def rows(case: Case) -> tuple[float, float]:
+    """Rows that predict a kept label, and all rows. The last of a sequence predicts nothing."""
+    params = case["params"]
+    sequences, length = 2 * params["pairs"], params["length"]
+    return sequences * min(length * (1 - params["ignored"]), length - 1), sequences * length
+
+
+def kept_logits(case: Case) -> float:
+    return rows(case)[0] * case["params"]["vocabulary"]
+
+
+class Results:
+    """What a folder of results holds.
+
+    A device's suites may come from files of their own or from one of a GPU's run, gpu-DEVICE.json; where both have a suite,
+    the latter's is taken, in which all cases are of one run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        runs, self.rounding, self.demo = {}, [], []
+        for path in sorted(folder.glob("*.json"), key=lambda path: (path.name.startswith("gpu-"), path.name)):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            kind, _, slug = path.stem.partition("-")
+            if path.name.startswith("anchor-rounding-"):
+                self.rounding.append(content)
+            elif kind == "demo":
+                self.demo.append(content)
+            else:
+                for suite in SUITES:
+                    if cases := [case for case in content["cases"] if case.get("suite") == suite]:
+                        run = Run(suite, slug, content["environment"], content["command"], cases)
+                        runs[suite, slug] = run  # the slug tells a tuned allocator from an untouched one
+        self._runs = sorted(runs.values(), key=lambda run: (SUITES.index(run.suite), run.on_gpu, run.slug))
+
+    def runs(self, *suites: str) -> list[Run]:
+        """Of the suites named, or of all: CPUs before GPUs, a device's untouched allocator before a tuned one."""
+        return [run for run in self._runs if not suites or run.suite in suites]

@@ -1,0 +1,435 @@
+"""The generated stretches of the documents, by name: tables, and numbers within sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from statistics import fmean, median
+
+from bench.results import Case, Results, Run, kept_logits
+
+AWAITS = "**Awaits a GPU**: nobody has run `make bench-gpu` on one yet."
+NOTHING = "No results yet: `make bench` measures them."
+CONTENDERS = {
+    "eager-view": "eager, no slice",
+    "compiled": "torch.compile",
+    "trl": "TRL",
+    "liger": "Liger",
+    "liger-compiled": "Liger, compiled",
+    "lce": "linear_cross_entropy",
+    "lce-64mib": "linear_cross_entropy, 64 MiB",
+    "cce": "cut-cross-entropy",
+    "ours-64mib": "ours, 64 MiB",
+    "authors": "authors' recipe",
+    "authors-float32": "authors' recipe in float32",
+    "ours": "ours",
+    "ours-logits": "ours, `sequence_logps`",
+    "ours-eager-head": "ours, eager head",
+    "foreach": "torch._foreach",
+}
+EXPONENTIALS = "three exponentials"  # the floor's name in the logits path's times
+FLOORS = {"copy": "memory traffic", EXPONENTIALS: "exponentials", "gemms": "four GEMMs"}
+PARAMETERS = {
+    "model": "model",
+    "pairs": "pairs",
+    "length": "T",
+    "width": "H",
+    "vocabulary": "V",
+    "dtype": "dtype",
+    "rounding": "rounding",
+    "pass": "pass",
+    "ignored": "ignored rows",
+    "data": "data",
+}
+NONE = "–"
+DATA = {"random": "random", "smollm2": "SmolLM2"}
+MASTERS = {
+    "close to the grid": "within 1/32 of the grid's spacing around it",
+    "anywhere off the grid": "anywhere between two neighbours",
+    "as this checkpoint has them": "as this checkpoint has them, many exactly half-way between two neighbours",
+}
+
+
+def blocks(results: Results, pictures: Mapping[str, tuple[str, str]]) -> dict[str, Callable[[], str]]:
+    """{name: what stands there}. pictures: {file name: (what it shows, its path from the document)}."""
+    runs = results.runs
+    overview = _section(_headline, _ours, _multiples, _fraction, _two_peaks)
+    return {
+        "logits-table": lambda: _sections(runs("logits"), overview),
+        "logits-floor": lambda: _sections(runs("logits"), _section(_headline, _floor, _ours, _fraction, _halves)),
+        "logits-memory": lambda: _sections(runs("logits"), _section(_headline, _peaks)),
+        "logits-all": lambda: _sections(runs("logits"), _section(_all, _ours, _fraction, _quartiles)),
+        "linear-table": lambda: _sections(runs("linear"), overview),
+        "linear-floor": lambda: _sections(runs("linear"), partial(_linear_floor, runs("logits"))),
+        "linear-memory": lambda: _sections(runs("linear"), _section(_headline, _peaks)),
+        "linear-all": lambda: _sections(runs("linear"), _section(_all, _ours, _fraction, _quartiles)),
+        "anchor-table": lambda: _sections(runs("anchor"), _section(_all, _floor, _ours, _fraction, _multiples)),
+        "step-table": lambda: _sections(runs("step"), _steps),
+        "step-floor": lambda: _sections(runs("step"), _step_floor),
+        "bandwidth": lambda: _bandwidth(runs("logits", "anchor")),
+        "gpu-status": lambda: _gpu_status(runs()),
+        "machines": lambda: _machines(runs()),
+        **{f"{kind}-plots": partial(_images, pictures, kind) for kind in ("logits", "linear", "step", "roofline")},
+        "demo": lambda: "\n\n".join(map(_demo, results.demo)) or "No results yet: `make demo` measures them.",
+        # One machine's: what rounding does to the gaps is arithmetic, the same on the next but for its last digits.
+        **(_rounding(results.rounding[-1]) if results.rounding else {}),
+    }
+
+
+# ---- numbers ----
+
+
+def significant(value: float, digits: int = 2) -> str:
+    """Digits before the point are never cut, zeros at the end are kept."""
+    return f"{value:#.{digits}g}".rstrip(".") if abs(value) < 10 ** (digits - 1) else f"{value:.0f}"
+
+
+def power(value: float) -> str:
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def milliseconds(value: float) -> str:
+    return f"{significant(value / 1e3, 3)} s" if value >= 1e4 else f"{significant(value, 3)} ms"
+
+
+def percent(value: float, digits: int = 2) -> str:
+    return f"{significant(100 * value, digits)} %"
+
+
+def mebibytes(value: float | None) -> str:
+    # What is less than what was held before is nothing held.
+    return "unknown" if value is None else f"{max(value, 0):.0f} MiB"
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean of errors in percent, and where there are several the least and the largest."""
+    scaled = [100 * value for value in values]
+    mean = f"{significant(fmean(scaled), digits)} %"
+    return mean if len(values) == 1 else f"{mean} ({significant(min(scaled))} to {significant(max(scaled))})"
+
+
+# ---- tables ----
+
+Columns = tuple[list[str], Callable[[Case], list[str]]]  # their titles, and the cells of a case
+
+
+def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(cells)} |" for cells in (titles, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(titles), *lines[1:]])
+
+
+def _sections(runs: Sequence[Run], body: Callable[[Run], str]) -> str:
+    parts = [body(run) for run in runs] or [NOTHING]
+    if not any(run.on_gpu for run in runs):
+        parts.append(AWAITS)
+    return "\n\n".join(parts)
+
+
+def _section(cases: Callable[[Run], Sequence[Case]], *columns: Callable[[Sequence[Case]], Columns]) -> Callable[[Run], str]:
+    """A run's table: the cases' parameters, where they differ, and `columns` of them."""
+
+    def body(run: Run) -> str:
+        chosen = cases(run)
+        shared, titles, shapes = _shapes(chosen)
+        groups = [make(chosen) for make in columns]
+        titles = [*titles, *(title for group, _ in groups for title in group)]
+        rows = [[*shape, *(cell for _, cells in groups for cell in cells(case))] for shape, case in zip(shapes, chosen)]
+        notes = _notes(chosen) if {_multiples, _quartiles} & set(columns) else ""
+        return f"{_origin(run)}{shared}:\n\n{table(titles, rows)}{notes}"
+
+    return body
+
+
+def _headline(run: Run) -> Sequence[Case]:
+    return run.headline()
+
+
+def _all(run: Run) -> Sequence[Case]:
+    return run.cases
+
+
+def _origin(run: Run) -> str:
+    found = run.environment
+    allocator = ", allocator told to keep freed memory" if run.tuned else ""
+    return f"**{run.device}**{allocator}, torch {found['torch']}, commit {found['commit']}"
+
+
+def _shapes(cases: Sequence[Case]) -> tuple[str, list[str], list[Sequence[str]]]:
+    """What all cases share, as text; the titles of what differs; and its values, a row for each case."""
+    names = [name for name in PARAMETERS if any(name in case["params"] for case in cases)]
+    values = {name: [_parameter(name, case["params"].get(name)) for case in cases] for name in names}
+    differing = [name for name in names if len(set(values[name])) > 1]
+    shared = [_shared(name, values[name][0]) for name in names if name not in differing]
+    rows = [[values[name][number] for name in differing] for number in range(len(cases))]
+    return "".join(f", {text}" for text in shared), [PARAMETERS[name] for name in differing], rows
+
+
+def _parameter(name: str, value: object) -> str:
+    if value is None:
+        return NONE
+    if name == "ignored":
+        return f"{100 * value:.0f} %"
+    return DATA[value] if name == "data" else str(value)
+
+
+def _shared(name: str, value: str) -> str:
+    if name in ("length", "width", "vocabulary"):
+        return f"{PARAMETERS[name]} = {value}"
+    if name in ("rounding", "pass"):
+        return f"{PARAMETERS[name]} {value}"
+    return value if name in ("model", "dtype") else f"{value} {PARAMETERS[name]}"
+
+
+def _ours(cases: Sequence[Case]) -> Columns:
+    return ["ours"], lambda case: [milliseconds(case["times"]["ours"]["median_ms"])]
+
+
+def _multiples(cases: Sequence[Case]) -> Columns:
+    """The others' times as multiples of ours."""
+    names = _contenders(cases)
+    return [CONTENDERS.get(name, name) for name in names], lambda case: [
+        f"{case['ratios'][name]['median']:.1f}x" if name in case["ratios"] else NONE for name in names
+    ]
+
+
+def _quartiles(cases: Sequence[Case]) -> Columns:
+    names = _contenders(cases)
+    return [CONTENDERS.get(name, name) for name in names], lambda case: [
+        "{median:.2f}x ({quartile_1:.2f} to {quartile_3:.2f})".format(**case["ratios"][name])
+        if name in case["ratios"]
+        else NONE
+        for name in names
+    ]
+
+
+def _contenders(cases: Sequence[Case]) -> list[str]:
+    return list(dict.fromkeys(name for case in cases for name in case["ratios"]))
+
+
+def _floor(cases: Sequence[Case]) -> Columns:
+    return ["floor", "its time"], lambda case: [
+        FLOORS.get(case["floor"]["name"], case["floor"]["name"]),
+        milliseconds(case["floor"]["ms"]),
+    ]
+
+
+def _fraction(cases: Sequence[Case]) -> Columns:
+    return ["floor / ours"], lambda case: [f"{100 * case['floor']['fraction']:.0f} %"]
+
+
+def _halves(cases: Sequence[Case]) -> Columns:
+    """The same of the forward and of the backward, each measured on its own."""
+    parts = list(dict.fromkeys(part for case in cases for part in case.get("parts", {})))
+    return [f"{part} alone" for part in parts], lambda case: [
+        f"{100 * case['parts'][part]['floor']['fraction']:.0f} %" for part in parts
+    ]
+
+
+def _linear_floor(logits: Sequence[Run], run: Run) -> str:
+    """With what the exponentials of the kept logits take, three passes, at the rate that the logits path's floor had."""
+    here = [found for found in logits if found.device == run.device and found.tuned == run.tuned]
+    rates = [
+        kept_logits(case) / case["times"][EXPONENTIALS]["median_ms"]
+        for found in here
+        for case in found.cases
+        if EXPONENTIALS in case["times"]
+    ]
+
+    def exponentials(cases: Sequence[Case]) -> Columns:
+        return ["exponentials"], lambda case: [milliseconds(kept_logits(case) / median(rates))]
+
+    return _section(_headline, _floor, *([exponentials] if rates else []), _ours, _fraction)(run)
+
+
+def _two_peaks(cases: Sequence[Case]) -> Columns:
+    names = ("ours", "eager")
+    return [f"memory, {name}" for name in names], lambda case: [mebibytes(peaks_of(case)[name]) for name in names]
+
+
+def _peaks(cases: Sequence[Case]) -> Columns:
+    names = list(dict.fromkeys(name for case in cases for name in ("ours", *peaks_of(case))))
+    return [CONTENDERS.get(name, name) for name in names], lambda case: [
+        mebibytes(peaks_of(case)[name]) if name in peaks_of(case) else NONE for name in names
+    ]
+
+
+def peaks_of(case: Case) -> dict[str, float | None]:
+    """{contender: MiB}, beyond what the key in the case says."""
+    return next(value for key, value in case.items() if key.startswith("peak_"))
+
+
+def _notes(cases: Sequence[Case]) -> str:
+    """Below a table: who is absent and why, and how far the ratios moved while they were measured."""
+    absent = {name: reason for case in cases for name, reason in case["absent"].items()}
+    reasons = ", ".join(f"{CONTENDERS.get(name, name)} ({reason})" for name, reason in absent.items())
+    spreads = [value for case in cases for value in case["ratio_spread"].values() if value is not None]
+    notes = [f"Not measured: {reasons}."] if absent else []
+    if spreads:
+        notes.append(f"Between the thirds of a run the ratios moved by at most {100 * max(spreads):.0f} %.")
+    return f"\n\n{' '.join(notes)}" if notes else ""
+
+
+def _bandwidth(runs: Sequence[Run]) -> str:
+    """What copies reached, a sentence for each device."""
+    rates: dict[str, list[float]] = {}
+    for run in runs:
+        found = [case["copy_bandwidth_gb_per_s"] for case in run.cases if "copy_bandwidth_gb_per_s" in case]
+        rates.setdefault(run.device, []).extend(found)
+    return " ".join(
+        f"On {device} copies moved {min(found):.0f} to {max(found):.0f} GB/s, read and written, {median(found):.0f} in the median."
+        for device, found in rates.items()
+        if found
+    ) or NOTHING
+
+
+# ---- the step ----
+
+
+def _steps(run: Run) -> str:
+    """Each recipe's time, and as a share of the authors' of the same case; peak memory; the gaps' error."""
+    rows, passes = [], []
+    for case in run.cases:
+        authors = case["ratios"]["authors"]["median"]
+        for name, times in case["times"].items():
+            over_ours = 1.0 if name == "ours" else case["ratios"][name]["median"]
+            row = [case["name"], CONTENDERS.get(name, name), milliseconds(times["median_ms"]), f"{over_ours / authors:.2f}"]
+            rows.append([*row, mebibytes(peaks_of(case)[name]), percent(case["gap_errors"][name])])
+        if "passes" in case:
+            share, spent = case["passes_share_of_step"], milliseconds(case["passes"]["median_ms"])
+            passes.append(f" Of ours the passes over the weights are {percent(share)} ({spent}).")
+    titles = ["model, batch", "recipe", "time", "of the authors' time", "memory", "gap error"]
+    return f"{_origin(run)}:\n\n{table(titles, rows)}{_notes(run.cases)}{''.join(passes)}"
+
+
+def _step_floor(run: Run) -> str:
+    """With the same eager head on both sides: what doing six forwards' worth of work instead of seven would give, and gave."""
+    bound, rows = 6 / 7, []
+    for case in run.cases:
+        share = 1 / case["same_head"]["median"]
+        rows.append([case["name"], f"{bound:.3f}", f"{share:.3f}", f"{100 * bound / share:.0f} %"])
+    titles = ["model, batch", "floor, of the authors' time", "ours, eager head", "floor / ours"]
+    return f"{_origin(run)}:\n\n{table(titles, rows)}"
+
+
+# ---- where it was measured ----
+
+
+def _machines(runs: Sequence[Run]) -> str:
+    rows = {}
+    for run in runs:
+        found = run.environment
+        peers = [f"{name} {version}" for name, version in found["versions"].items() if version != "none"]
+        knobs = ", ".join(f"`{name}={value}`" for name, value in found["allocator"].items()) or "as it comes"
+        key = (run.device, ", ".join(peers), f"Python {found['python']}", found["commit"], knobs, f"`{run.command}`")
+        rows.setdefault(key, []).append(run.suite)
+    columns = ["device", "packages", "Python", "commit", "allocator", "command", "measured"]
+    return table(columns, [[*key, ", ".join(suites)] for key, suites in rows.items()]) if rows else NOTHING
+
+
+def _gpu_status(runs: Sequence[Run]) -> str:
+    """For a table's cell."""
+    devices = dict.fromkeys(run.device for run in runs if run.on_gpu)
+    return f"measured on {', '.join(devices)}" if devices else "**awaits a GPU**: not measured"
+
+
+def _images(pictures: Mapping[str, tuple[str, str]], kind: str) -> str:
+    found = [f"![{text}]({path})" for name, (text, path) in pictures.items() if name.startswith(f"{kind}-")]
+    return "\n\n".join(found) or NOTHING
+
+
+# ---- the demonstration ----
+
+
+def _demo(content: dict) -> str:
+    first, last = content["heldout"][0], content["heldout"][-1]
+    return (
+        f"On {content['device']} it took {content['seconds']['total']:.0f} s, the model's conversion included, for "
+        f"{content['steps']} steps of {content['settings']['batch_size']} pairs, "
+        f"{content['tokens_per_second']:.0f} tokens per second, with a peak of "
+        f"{content['peak_memory_bytes'] / 2**30:.1f} GiB. The held-out margin went from {first['margin']:.3f} to "
+        f"{last['margin']:.3f}. {' '.join(content['findings'])}"
+    )
+
+
+# ---- what rounding does to the anchor ----
+
+
+def _rounding(content: dict) -> dict[str, Callable[[], str]]:
+    by_rho = [case for case in content["cases"] if case["part"] == "rho"]
+    masters = [case for case in content["cases"] if case["part"] == "masters"]
+    tiny = [case for case in content["cases"] if case["part"] == "parameters"]
+    settings = content["settings"]
+    rho = masters[0]["rho"]
+    at_rho = next(case["roundings"] for case in by_rho if case["rho"] == rho)
+    largest = by_rho[-1]
+    seeds = f"mean of {settings['rounding_seeds']} seeds"
+
+    def error(roundings: dict, name: str) -> str:
+        return percent(fmean(roundings[name]["errors"]))
+
+    def of_size(size: int, name: str) -> str:
+        errors = [e for case in tiny if case["parameters"] == size for e in case["roundings"][name]["errors"]]
+        return percent(fmean(errors), 3 if fmean(errors) > 0.99 else 2)
+
+    def by_size() -> str:
+        small, large = min(case["parameters"] for case in tiny), max(case["parameters"] for case in tiny)
+        return (
+            f"From {small:,} to {large:,} parameters the mean error goes from {of_size(small, 'nearest')} to "
+            f"{of_size(large, 'nearest')} with nearest rounding, and from {of_size(small, 'stochastic')} to "
+            f"{of_size(large, 'stochastic')} with stochastic rounding"
+        )
+
+    def by_rho_table() -> str:
+        columns = ["$\\rho$", "true mean gap", "nearest: error", "mean gap", "weights changed"]
+        columns += ["stochastic: error", "mean gap", "weights changed", "float32: error"]
+        rows = []
+        for case in by_rho:
+            row = [str(case["rho"]), f"{case['true_mean_gap']:.4f}"]
+            for name in ("nearest", "stochastic"):
+                found = case["roundings"][name]
+                row += [spread(found["errors"]), f"{fmean(found['mean_gaps']):.4f}", power(found["changed_fraction"])]
+            rows.append([*row, spread(case["roundings"]["float32"]["errors"])])
+        return table(columns, rows)
+
+    def masters_table() -> str:
+        columns = ["masters", "cast($\\theta + \\delta$)", "SR($\\theta + \\delta$)", "SR(cast($\\theta$) + $\\delta$), ours"]
+        columns += ["ours under autocast", "no casts at all"]
+        ways = ("cast(theta + delta)", "SR(theta + delta)", "SR(cast(theta) + delta)", "SR(cast(theta) + delta), autocast")
+        rows = [
+            [
+                MASTERS[case["masters"]],
+                *(spread(case["ways"][way]["errors"]) for way in ways),
+                spread(case["float32_training"]["errors"]),
+            ]
+            for case in masters
+        ]
+        return table(columns, rows)
+
+    def autocast_gaps() -> str:
+        case = next(case for case in masters if case["masters"] == "anywhere off the grid")
+        found = fmean(case["ways"]["SR(cast(theta) + delta), autocast"]["mean_gaps"])
+        return f"{found:.4f} instead of {case['true_mean_gap']:.4f}"
+
+    return {
+        "rounding-rho": lambda: str(rho),
+        "rounding-settings": lambda: (
+            f"{settings['pairs']} preference pairs of at most {settings['max_length']} tokens, "
+            f"beta {settings['beta']:g}, gamma {settings['gamma']:g}"
+        ),
+        "rounding-seeds": lambda: seeds,
+        "rounding-table": by_rho_table,
+        "rounding-sizes": by_size,
+        "rounding-time": lambda: f"{settings['seconds'] / 60:.0f} minutes on {content['environment']['device']}",
+        "rounding-gain": lambda: (
+            f"{error(at_rho, 'nearest')} with rounding to nearest and by {error(at_rho, 'stochastic')} with ours ({seeds})"
+        ),
+        "rounding-noise": lambda: f"{at_rho['stochastic']['applied_over_intended_norm']:.0f} times",
+        "rounding-alarm": lambda: (
+            f"{largest['rho']:g} nearest rounding kept "
+            f"{percent(largest['roundings']['nearest']['applied_over_intended_norm'])} of the norm, in the few weights "
+            f"that did jump, and the gaps were {error(largest['roundings'], 'nearest')} wrong without a warning"
+        ),
+        "masters-table": masters_table,
+        "autocast-gaps": autocast_gaps,
+    }

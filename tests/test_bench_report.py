@@ -1,0 +1,221 @@
+"""The documents and plots are what bench/results/ gives, and the generator makes of other results what they say."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from bench import harness, plots, report, tables
+from bench.results import LEAST_SWEEP, Results
+
+ROOT = Path(__file__).parents[1]
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in report.DOCUMENTS}
+
+
+def case(suite="logits", *, eager=3.0, floor=0.5, kind="copy", peers=(), **params):
+    """One case as the harness makes it, in which ours takes 20 ms and eager `eager` times that."""
+    params = {"pairs": 2, "length": 8, "vocabulary": 1000, "dtype": "float32", "ignored": 0.5, "data": "random"} | params
+    if suite == "linear":
+        params["width"] = 16
+    seconds = {"ours": 0.020, "eager": 0.020 * eager, kind: 0.020 * floor, **dict.fromkeys(peers, 0.070)}
+    times = {name: [value] * 6 for name, value in seconds.items()}
+    more = {"peak_beyond_gradients_mib": dict.fromkeys(seconds, 7.0) | {"ours": -1.0}, "absent": {"trl": "not installed"}}
+    return harness.result(suite, str(params), params, times, {kind: None}, copy_bandwidth_gb_per_s=10.0, **more)
+
+
+def step():
+    times = {name: [seconds] * 3 for name, seconds in {"authors": 14.0, "ours": 10.5, "ours-eager-head": 12.0}.items()}
+    more = {"peak_beyond_weights_mib": dict.fromkeys(times, 100.0), "gap_errors": dict.fromkeys(times, 0.056)}
+    params = {"model": "SmolLM2-135M", "pairs": 8, "dtype": "float32"}
+    more |= {"same_head": harness.ratio(times["authors"], times["ours-eager-head"]), "absent": {}}
+    return harness.result("step", "SmolLM2", params, times, {}, **more)
+
+
+def sweep(suite, **options):
+    varied = {"vocabulary": [500, 2000], "length": [4], "ignored": [0.0, 0.9], "pairs": [4], "dtype": ["bfloat16"]}
+    return [case(suite, **options), *(case(suite, **options, **{n: v}) for n, vs in varied.items() for v in vs)]
+
+
+def fill(root):
+    """The documents, the committed results of rounding and demo, and one run of three suites."""
+    results = root / "bench" / "results"
+    results.mkdir(parents=True)
+    for pattern in ("anchor-rounding-*.json", "demo-*.json"):
+        for path in (ROOT / "bench" / "results").glob(pattern):
+            shutil.copy(path, results)
+    (root / "docs").mkdir()
+    for name, text in TEXTS.items():
+        (root / name).write_text(text, encoding="utf-8")
+    harness.write_results("logits", [case(peers=["compiled"], eager=4.25), *sweep("logits")], folder=results)
+    linear = [case("linear", kind="gemms", vocabulary=7777, length=16), *sweep("linear", kind="gemms")]
+    harness.write_results("linear", linear, folder=results)
+    harness.write_results("step", [step()], folder=results)
+
+
+@pytest.fixture
+def project(tmp_path):
+    fill(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A project whose report was made, for copies."""
+    root = tmp_path_factory.mktemp("finished")
+    fill(root)
+    report.report(root)
+    return root
+
+
+@pytest.fixture
+def reported(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "reported")
+
+
+def blocks_of(root):
+    return tables.blocks(Results(root / "bench" / "results"), {})
+
+
+def changed(path, **values):
+    content = json.loads(path.read_text())
+    content["cases"][0] |= values
+    path.write_text(json.dumps(content))
+
+
+def test_documents_and_plots_are_what_the_results_give():
+    assert report.report(ROOT, check=True) == [], "run `make report`"
+
+
+def test_every_stretch_is_used():
+    used = set(re.findall(r"<!-- generated: ([a-z0-9-]+) -->", "".join(TEXTS.values())))
+    assert used == blocks_of(ROOT).keys()
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_what_people_write_has_no_times_and_no_line_that_markdown_takes_for_html(name):
+    written = report.STRETCH.sub("", TEXTS[name])
+    assert not re.findall(r".*\d (?:ms|s|GB/s|MiB/s)\b.*", written)
+    assert not re.findall(r"^ *<!-- generated: [a-z0-9-]+ -->.+", TEXTS[name], re.MULTILINE)
+
+
+def test_the_plots_are_small():
+    for path in (ROOT / report.PLOTS).glob("*.png"):
+        assert path.stat().st_size < 80_000, path
+
+
+def test_a_report_is_complete_and_made_once(project, reported):
+    device = harness.slug(harness.device_name())
+    pictures = {f"docs/plots/{kind}-{device}.png" for kind in ("logits", "linear", "step", "roofline")}
+    assert set(report.report(project, check=True)) == {"README.md", "docs/anchor.md", "docs/performance.md"} | pictures
+    assert not (project / "docs/plots").exists()
+    assert report.report(reported, check=True) == report.report(reported) == []
+    readme, performance = (reported / "README.md").read_text(), (reported / "docs/performance.md").read_text()
+    for path in pictures:
+        assert path in readme or "roofline" in path
+        assert f"(plots/{Path(path).name})" in performance and (reported / path).stat().st_size < 80_000
+
+
+def test_tables_say_what_the_files_say(project):
+    blocks = blocks_of(project)
+    rows = [line for line in blocks["logits-table"]().splitlines() if line.startswith("|")]
+    # The one case outside of the sweep: ours 20 ms, eager, torch.compile, half of it the floor, -1 MiB being none.
+    assert rows[0] == "| ours | eager | torch.compile | floor / ours | memory, ours | memory, eager |"
+    assert rows[2:] == ["| 20.0 ms | 4.2x | 3.5x | 50 % | 0 MiB | 7 MiB |"]
+    assert "T = 8, V = 1000, float32, 50 % ignored rows, random data" in blocks["logits-table"]()
+    assert "Not measured: TRL (not installed). Between the thirds of a run the ratios moved by at most 0 %." in blocks["logits-table"]()
+    assert len(re.findall(r"^\| \d", blocks["logits-all"](), re.MULTILINE)) == 1 + len(sweep("logits"))
+    assert "4.25x (4.25 to 4.25)" in blocks["logits-all"]()
+    assert "| four GEMMs | 10.0 ms | 20.0 ms | 50 % |" in blocks["linear-floor"]()
+    assert "| SmolLM2 | authors' recipe | 14.0 s | 1.00 | 100 MiB | 5.6 % |" in blocks["step-table"]()
+    assert "| SmolLM2 | ours | 10.5 s | 0.75 | 100 MiB | 5.6 % |" in blocks["step-table"]()
+    assert "| SmolLM2 | 0.857 | 0.857 | 100 % |" in blocks["step-floor"]()
+    assert "10 to 10 GB/s" in blocks["bandwidth"]()
+
+
+def test_new_results_make_the_documents_stale(reported):
+    results = reported / "bench/results"
+    changed(next(results.glob("step-*.json")), **{"gap_errors": dict.fromkeys(step()["times"], 0.5)})
+    assert report.report(reported, check=True) == ["README.md", "docs/anchor.md", "docs/performance.md"]
+    report.report(reported)
+    linear = next(results.glob("linear-*.json"))
+    content = json.loads(linear.read_text())
+    content["cases"][1]["times"]["eager"]["median_ms"] *= 2  # drawn, and in no table
+    linear.write_text(json.dumps(content))
+    assert [Path(name).name.split("-")[0] for name in report.report(reported, check=True)] == ["linear"]
+
+
+def test_typed_numbers_and_foreign_plots_are_found_and_mended(reported):
+    readme, stray = reported / "README.md", reported / "docs/plots/typed.png"
+    before = readme.read_text()
+    readme.write_text(before.replace("| 4.2x |", "| 9.9x |"))
+    stray.write_bytes(b"")
+    assert report.report(reported, check=True) == ["README.md", "docs/plots/typed.png"]
+    report.report(reported)
+    assert readme.read_text() == before and not stray.exists()
+
+
+def test_without_a_run_the_documents_say_which_command_makes_one(project):
+    for path in (project / "bench/results").glob("l*.json"):
+        path.unlink()
+    blocks = blocks_of(project)
+    assert tables.NOTHING in blocks["logits-table"]() and tables.AWAITS in blocks["logits-table"]()
+    assert "awaits a GPU" in blocks["gpu-status"]()
+
+
+def test_a_gpu_has_sections_of_its_own_and_its_whole_run_goes_before_single_suites(project):
+    results = project / "bench/results"
+    environment = harness.environment() | {"device": "NVIDIA H100"}
+    for name, eager in (("logits", 5.0), ("gpu", 6.0)):
+        content = {"environment": environment, "command": name, "cases": [case(eager=eager)]}
+        (results / f"{name}-nvidia-h100.json").write_text(json.dumps(content))
+    table = blocks_of(project)["logits-table"]()
+    cpu, gpu = table.split("**NVIDIA H100**")
+    assert harness.device_name() in cpu and "6.0x" in gpu and "5.0x" not in gpu and tables.AWAITS not in table
+    assert "measured on NVIDIA H100" in blocks_of(project)["gpu-status"]()
+
+
+def test_the_sweep_is_one_case_and_its_neighbours(project):
+    run = Results(project / "bench/results").runs("logits")[0]
+    assert len(run.sweep()) == len(sweep("logits")) and all("compiled" not in one["times"] for one in run.sweep())
+    assert [one["ratios"]["eager"]["median"] for one in run.headline()] == [pytest.approx(4.25)]
+    few = run._replace(cases=run.cases[: LEAST_SWEEP - 1])
+    assert few.sweep() == [] and few.headline() == few.cases
+    columns = plots._sweep(run)["columns"]
+    assert [(c["axis"], [p["x"] for p in c["points"]]) for c in columns] == [
+        ("vocabulary", [500, 1000, 2000]),
+        ("length", [4, 8]),
+        ("ignored", [0, 50, 90]),
+        ("pairs", [2, 4]),
+    ]
+    assert columns[0]["points"][0]["fraction"] == {"ours": pytest.approx(50), "eager": pytest.approx(50 / 3)}
+
+
+def test_the_roofline_counts_useful_operations(project):
+    logits, linear = Results(project / "bench/results").runs("logits", "linear")
+    data = plots._roofline(logits, linear, None)
+    point = next(p for p in data["points"] if (p["group"], p["who"]) == ("linear", "ours"))
+    kept, every, width, vocabulary = 2 * 2 * 8, 2 * 2 * 16, 16, 7777  # half of the rows
+    operations = 4 * 2 * kept * width * vocabulary
+    assert point["y"] == pytest.approx(operations / 0.020)
+    assert point["x"] == pytest.approx(operations / (4 * width * (2 * kept + every + 2 * vocabulary)))
+    assert data["bandwidth"] == pytest.approx(10e9)
+    assert data["ceilings"] == [{"name": "GEMMs, float32", "y": pytest.approx(2 * point["y"])}]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<!-- generated: logits -->", "<!-- end -->", "<!-- generated: no-such --><!-- end -->"],
+)
+def test_broken_markers_raise(text):
+    with pytest.raises(ValueError, match="expected"):
+        report.filled(text, {"logits": lambda: ""})
+
+
+def test_numbers():
+    assert [tables.significant(x) for x in (0.084, 2.04, 12.4, 574.2)] == ["0.084", "2.0", "12", "574"]
+    assert [tables.milliseconds(x) for x in (0.3551, 13, 9999, 14321)] == ["0.355 ms", "13.0 ms", "9999 ms", "14.3 s"]
+    assert tables.spread([0.01, 0.02, 0.03]) == "2.0 % (1.0 to 3.0)" and tables.power(1.56e-4) == "1.6e-4"
