@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
+PEERS := $(VENV)/.bench-ready
 LIBRARY_TESTS := tests --ignore tests/compile
 
-.PHONY: setup demo test test-torch test-interpreter test-compile bench report clean
+.PHONY: setup demo test test-torch test-interpreter test-compile bench bench-gpu report clean
 
 setup: $(READY)
 
@@ -44,8 +45,15 @@ test-interpreter: $(READY)
 test-compile: $(READY)
 	$(BIN)/python -m pytest -q tests/compile
 
-# On a CPU also with freed memory kept, where that decides what a contender's tensors cost.
-bench: $(READY)
+# What the benchmarks compare with, beyond what is there for the trainer. Without what it needs itself: both packages ask for
+# torch and triton in ways that may replace the build that is there.
+$(PEERS): $(READY) constraints.txt
+	$(PIP) install -q -c constraints.txt --no-deps liger-kernel cut-cross-entropy
+	touch $@
+
+# BENCH=--quick measures nothing that counts. On a CPU a second run keeps freed memory: that decides what a contender's
+# large tensors cost.
+bench: $(PEERS)
 	$(BIN)/python -m pytest -q bench --save-results $(BENCH)
 	@if $(BIN)/python -c "import torch; exit(torch.cuda.is_available())"; then \
 		set -x; $(KEEP_MEMORY) $(BIN)/python -m pytest -q bench/bench_logits.py bench/bench_step.py --save-results $(BENCH); \
@@ -55,6 +63,14 @@ bench: $(READY)
 # The tables in README.md and docs/ and the plots in docs/plots/, from bench/results/.
 report: $(READY)
 	$(BIN)/python -m bench.report
+
+# At most 8 minutes, in .venv, or where there is none, in PYTHON's own environment if it has what is needed.
+bench-gpu:
+	@python=$(BIN)/python; \
+	if ! test -f $(READY); then \
+		if $(PYTHON) -c "import torch, triton, pytest" 2>/dev/null; then python=$(PYTHON); else $(MAKE) $(PEERS); fi; \
+	fi; \
+	$$python -m bench.gpu $(BENCH)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

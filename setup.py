@@ -10,6 +10,9 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "gapo_kernels/__init__.py")
 TRAIN = ["transformers>=5.17", "accelerate>=1.13", "trl>=1.10", "peft>=0.19", "datasets>=4.7", "pyyaml"]
 TRAIN += ["safetensors", "matplotlib", "tqdm"]
 BENCH = ["pytest", "pytest-benchmark", "matplotlib"]
+# What the benchmarks compare with. `make bench` installs the first two with --no-deps: they ask for torch and triton, and
+# resolving that anew may replace a CPU build of torch by a CUDA one. TRL comes with the trainer.
+PEERS = ["liger-kernel>=0.8.5", "cut-cross-entropy>=25.1", "trl>=1.10"]
 
 setup(
     name="gapo-kernels",
@@ -29,7 +32,7 @@ setup(
     extras_require={
         "train": TRAIN,
         "demo": [*TRAIN, "gguf"],
-        "bench": BENCH,
+        "bench": [*BENCH, *PEERS],
         "examples": [*TRAIN, "lightning>=2.6"],
         "dev": [*TRAIN, "gguf", *BENCH, "hypothesis", "numpy", "lightning"],
     },

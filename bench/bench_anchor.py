@@ -15,8 +15,11 @@ restore b read and b written.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -43,7 +46,7 @@ class Case:
     rounding: str  # "nearest" or "stochastic"
     which: str  # of PASSES
     importance: int = 0
-    seconds: float = 5.0
+    seconds: float = 12.0  # for the three passes together
 
     def __str__(self) -> str:
         return f"{self.model} {str(self.dtype)[6:]} {self.rounding}, {self.which}"
@@ -174,6 +177,46 @@ def check(name: str, contender: Ours | Eager, weights: Weights) -> None:
         raise AssertionError(f"{name} does not restore the weights")
 
 
+class Passes(NamedTuple):
+    """What was measured of all passes together."""
+
+    times: dict[str, dict[str, list[float]]]  # {pass: {contender: seconds}}
+    peaks: dict[str, dict[str, float | None]]  # {pass: {contender: MiB}}
+    absent: dict[str, str]
+    elements: int
+    tensors: int
+    bandwidth: float
+
+
+@lru_cache(maxsize=1)
+def all_passes(case: Case, rounds: int, where: torch.device, quick: bool) -> Passes:
+    """The contenders in turns, each through its three passes: every pass finds the weights where the last one left them,
+    and nothing of them in the caches."""
+    weights, small = Weights(case, where), Weights(replace(case, model="tiny"), where)
+    makers = {"ours": Ours, "eager": Eager, "foreach": Foreach}
+    absent = {}
+    if weights.stochastic:
+        del makers["foreach"]
+        absent["foreach"] = "has no random rounding"
+    for name, make in makers.items():
+        check(name, make(small), small)
+    contenders = {name: make(weights) for name, make in makers.items()}
+    bandwidth = harness.copy_bandwidth(where, quick)
+    times = {which: {name: [] for name in contenders} for which in PASSES}
+    peaks = {which: {} for which in PASSES}
+    for name, one in contenders.items():
+        for which in PASSES:
+            peaks[which][name] = harness.mebibytes(harness.peak_bytes(getattr(one, which), where))
+    begin = time.perf_counter()
+    for number in range(rounds):
+        if number >= harness.REPEATS and time.perf_counter() - begin > case.seconds:
+            break
+        for name, one in contenders.items():
+            for which in PASSES:
+                times[which][name].append(harness.timed(getattr(one, which), where))
+    return Passes(times, peaks, absent, weights.elements(), len(weights.thetas), bandwidth)
+
+
 def measure(
     case: Case,
     rounds: int = ROUNDS,
@@ -183,52 +226,36 @@ def measure(
     quick: bool = False,
     also: harness.Also | None = None,
 ) -> dict:
-    """One case's result (harness.py says what it holds). seconds: about how long the timed rounds may take. also: called
-    in the end with the contender that is ours, and inputs for it."""
+    """One case's result (harness.py says what it holds); the first of three measures them all. seconds: the case's own are
+    kept. also: called in the end with the contender that is ours, and inputs for it."""
     where = where or harness.device()
-    weights = Weights(case, where)
-    makers = {"ours": Ours, "eager": Eager, "foreach": Foreach}
-    absent = {}
-    if weights.stochastic:
-        del makers["foreach"]
-        absent["foreach"] = "has no random rounding"
-    small = Weights(replace(case, model="tiny"), where)
-    contenders, peaks = {}, {}
-    for name, make in makers.items():
-        check(name, make(small), small)
-        one = make(weights)
-        if case.which == "norm":
-            contenders[name] = harness.Contender(one.norm)
-        elif case.which == "exchange":
-            contenders[name] = harness.Contender(one.exchange, restore=one.restore)
-        else:
-            contenders[name] = harness.Contender(one.restore, prepare=one.exchange)
-        ready = contenders[name].ready(None)
-        peaks[name] = harness.mebibytes(harness.peak_bytes(lambda: contenders[name].run(ready), where))
-        contenders[name].done(None)
-    bandwidth = harness.copy_bandwidth(where, quick)
-    size = weights.elements() * case.dtype.itemsize * BYTES_A_WEIGHT[case.which]
-    seconds = case.seconds if seconds is None else seconds
-    times = harness.interleaved(contenders, [None], where, rounds, seconds=seconds, least=harness.REPEATS)
+    found = all_passes(replace(case, which=PASSES[0]), rounds, where, quick)
     if also is not None:
-        also(contenders["ours"], None)
+        one = Ours(Weights(case, where))
+        contenders = {
+            "norm": harness.Contender(one.norm),
+            "exchange": harness.Contender(one.exchange, restore=one.restore),
+            "restore": harness.Contender(one.restore, prepare=one.exchange),
+        }
+        also(contenders[case.which], None)
+    size = found.elements * case.dtype.itemsize * BYTES_A_WEIGHT[case.which]
     return harness.result(
         SUITE,
         str(case),
         {
             "model": case.model,
-            "parameters": weights.elements(),
-            "tensors": len(weights.thetas),
+            "parameters": found.elements,
+            "tensors": found.tensors,
             "dtype": str(case.dtype)[6:],
             "rounding": case.rounding,
             "pass": case.which,
             "data": "random",
         },
-        times,
-        {"copy": size / bandwidth},
-        copy_bandwidth_gb_per_s=bandwidth / 1e9,
-        peak_beyond_gradients_mib=peaks,
-        absent=absent,
+        found.times[case.which],
+        {"copy": size / found.bandwidth},
+        copy_bandwidth_gb_per_s=found.bandwidth / 1e9,
+        peak_beyond_gradients_mib=found.peaks[case.which],
+        absent=found.absent,
     )
 
 

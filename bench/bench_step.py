@@ -238,7 +238,7 @@ def measure(
             [None],
             where,
             rounds,
-            warmup=0 if where.type == "cpu" else 1,
+            warmup=1 if where.type == "cuda" else 0,
             seconds=case.seconds if seconds is None else seconds,
             least=harness.REPEATS,
         )

@@ -30,7 +30,7 @@ class Tokens(NamedTuple):
 def load_smollm2(where: torch.device):
     """(model, tokenizer), float32, in evaluation mode. Raises Unavailable without its packages."""
     try:
-        from gapo_trainer import smollm2
+        from gapo_trainer import preferences, smollm2  # noqa: F401, for preference_batch
 
         model, tokenizer = smollm2.load_smollm2()
     except ImportError as error:

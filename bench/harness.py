@@ -30,11 +30,13 @@ import json
 import math
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,6 +91,31 @@ def sweep(base: Any, **values: list) -> list:
 
 class Unavailable(Exception):
     """What a case needs is not on this machine; the message says what."""
+
+
+class OutOfTime(BaseException):
+    """No Exception: nothing between the clock and whoever set it may take it for a failure of its own."""
+
+
+@contextmanager
+def deadline(seconds: float) -> Iterator[None]:
+    """OutOfTime in the block, on the main thread, after so many seconds. May stand inside another one."""
+
+    def stop(*_):
+        raise OutOfTime
+
+    begin = time.monotonic()
+    handler = signal.signal(signal.SIGALRM, stop)
+    outer, _ = signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    if outer:
+        signal.setitimer(signal.ITIMER_REAL, max(min(seconds, outer), 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        if outer:  # due already, it rings at once
+            signal.setitimer(signal.ITIMER_REAL, max(outer - (time.monotonic() - begin), 1e-3))
 
 
 # ---- where this runs ----
@@ -348,19 +375,25 @@ def slug(text: str) -> str:
 
 
 def write_results(
-    name: str, cases: list[dict], where: torch.device | None = None, folder: Path = RESULTS, **more: Any
+    name: str,
+    cases: list[dict],
+    where: torch.device | None = None,
+    folder: Path = RESULTS,
+    origin: dict | None = None,
+    **more: Any,
 ) -> Path:
     """FOLDER/NAME-DEVICE.json and .csv, each replaced as a whole; with an allocator set by hand, under names of their own.
 
-    more: further keys of the JSON file, beside environment, command and cases.
+    origin: the environment, where it was asked for before. more: further keys of the JSON file, beside environment,
+    command and cases.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    origin = origin or environment(where)
     tuned = "-tuned-allocator" if allocator_settings() else ""
     path = folder / f"{name}-{slug(device_name(where))}{tuned}.json"
-    found = environment(where)
-    content = {"environment": found, "command": _command(), **more, "cases": cases}
+    content = {"environment": origin, "command": _command(), **more, "cases": cases}
     _replace(path, json.dumps(content, indent=1) + "\n")
-    _replace(path.with_suffix(".csv"), _csv(cases, found))
+    _replace(path.with_suffix(".csv"), _csv(cases, origin))
     return path
 
 
@@ -375,16 +408,16 @@ def _replace(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _csv(cases: list[dict], found: dict) -> str:
+def _csv(cases: list[dict], origin: dict) -> str:
     """A line for each contender of each case, for each of our parts and for each floor that was timed."""
     rows = [row for case in cases for row in _rows(case)]
-    origin = {name: found[name] for name in ("device", "commit", "torch", "triton", "gapo_kernels")}
+    common = {name: origin[name] for name in ("device", "commit", "torch", "triton", "gapo_kernels")}
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
-    writer = csv.DictWriter(text, [*columns, *origin], lineterminator="\n")
+    writer = csv.DictWriter(text, [*columns, *common], lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({**row, **origin})
+        writer.writerow({**row, **common})
     return text.getvalue()
 
 
