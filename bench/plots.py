@@ -1,7 +1,7 @@
 """The plots of docs/plots/: what they show as plain data, and how it is drawn.
 
-A picture's file carries a digest of its data, so that whether it is up to date can be told without drawing it anew: the
-same data need not give the same bytes with another version of matplotlib.
+A picture's file carries a digest of its data and of this module, so that whether it is up to date can be told without
+drawing it anew: the same need not give the same bytes with another version of matplotlib.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ AXIS_TITLES = {
     "pairs": "pairs B",
 }
 TITLES = {"logits": "Loss from logits", "linear": "Loss from hidden states and LM head"}
-# Colour, marker, line: Okabe and Ito's palette, which the colour-blind can tell apart; variants of one share its colour.
+# Colour, marker, line: Okabe and Ito's palette, made for the colour-blind; variants of one share its colour.
 STYLES = {
     "ours": ("#0072B2", "o", "-"),
     "ours-64mib": ("#0072B2", "o", "--"),
@@ -43,13 +43,18 @@ STYLES = {
     "authors": ("#000000", "s", "-"),
     "authors-float32": ("#7F7F7F", "s", "-"),
 }
+STEP_ORDER = ("authors-float32", "authors", "ours-eager-head", "ours-logits", "ours")
 OTHER = ("#7F7F7F", "x", "-")
 FLOOR = {"color": "#7F7F7F", "linestyle": ":", "linewidth": 1.5}
-# What is counted as one operation: a multiplication, an addition, a comparison, an exponential. A logit takes four in each
-# of its three passes (scale, maximum, exponential, sum; scale, exponential, times c, minus c at the label).
+# One operation is a multiplication, an addition, a comparison or an exponential. A logit takes four in each of its three
+# passes (scale, maximum, exponential, sum; scale, exponential, times c, minus c at the label).
 OPERATIONS_A_LOGIT, LOGIT_PASSES = 4, 3
-OPERATIONS_A_WEIGHT = 7  # two in the norm, five in the exchange, none in the restoration
-GROUPS = {"logits": ("o", "loss from logits"), "linear": ("^", "loss from hidden states"), "anchor": ("s", "anchor's passes")}
+OPERATIONS_A_WEIGHT, ANCHOR_PASSES = 7, 3  # two in the norm, five in the exchange, none in the restoration
+GROUPS = {
+    "logits": ("o", "loss from logits"),
+    "linear": ("^", "loss from hidden states"),
+    "anchor": ("s", "anchor's passes"),
+}
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -59,7 +64,8 @@ class Picture(NamedTuple):
     draw: Callable[[Any], Any]  # data -> matplotlib's Figure
 
     def digest(self) -> str:
-        return hashlib.sha256(json.dumps(self.data, sort_keys=True).encode()).hexdigest()[:16]
+        source = Path(__file__).read_bytes()
+        return hashlib.sha256(source + json.dumps(self.data, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def pictures(results: Results) -> dict[str, Picture]:
@@ -70,7 +76,7 @@ def pictures(results: Results) -> dict[str, Picture]:
         devices.setdefault(run.device, []).append(run)
     for device, runs in devices.items():
         slug = runs[0].slug
-        first = {suite: next((run for run in runs if run.suite == suite), None) for suite in ("logits", "linear", "anchor")}
+        first = {suite: next((run for run in runs if run.suite == suite), None) for suite in GROUPS}
         for suite, title in TITLES.items():
             if first[suite] and (data := _sweep(first[suite])):
                 alt = f"{title}: time, memory and share of the floor on {device}"
@@ -83,7 +89,7 @@ def pictures(results: Results) -> dict[str, Picture]:
 
 
 def write(found: Mapping[str, Picture], folder: Path, check: bool = False) -> list[str]:
-    """The names of files in `folder` that are missing, show other data or have no picture; without `check` it is mended."""
+    """The names of files in `folder` that are missing, stale or of no picture; without `check` it is put right."""
     present = {path.name for path in folder.glob("*.png")}
     changed = sorted(present - found.keys())
     if not check:
@@ -102,7 +108,7 @@ def _digest_in(path: Path) -> str | None:
     from PIL import Image
 
     with Image.open(path) as image:
-        return image.text.get("data")
+        return image.text.get("digest")
 
 
 def _save(picture: Picture, path: Path) -> None:
@@ -117,7 +123,7 @@ def _save(picture: Picture, path: Path) -> None:
         figure.set_dpi(DPI)
         canvas.draw()
     text = PngImagePlugin.PngInfo()
-    text.add_text("data", picture.digest())
+    text.add_text("digest", picture.digest())
     image = Image.frombuffer("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba())).convert("RGB")
     image.quantize(COLOURS_IN_FILE, dither=Image.Dither.NONE).save(path, optimize=True, pnginfo=text)
 
@@ -126,7 +132,7 @@ def _save(picture: Picture, path: Path) -> None:
 
 
 def _sweep(run: Run) -> dict | None:
-    """{"title", "columns": [{"axis", "points": [...]}]} of the numeric axes along which the sweep has two points or more."""
+    """{"title", "columns": [{"axis", "points"}]} of the numeric axes along which the sweep has two points or more."""
     cases = run.sweep()
     if not cases:
         return None
@@ -197,15 +203,16 @@ def _draw_sweep(data: dict):
             axes.set_xscale("log")
         axes.set_xticks(values, [_short(value) for value in values], fontsize=8.5)
         axes.minorticks_off()
-    for axes, title in zip(grid[:, 0], ("time, ms", "peak memory beyond\ninputs and gradients, MiB", "floor / time, %")):
-        axes.set_ylabel(title)
+    grid[0, 0].set_ylabel("time, ms")
+    grid[1, 0].set_ylabel("peak memory beyond\ninputs and gradients, MiB")
+    grid[2, 0].set_ylabel("floor / time, %")
     grid[0, 0].set_yscale("log")
     grid[0, 0].yaxis.set_major_locator(LogLocator(subs=(1, 3)))
     grid[1, 0].set_yscale("symlog", linthresh=10)
     for axes in (grid[0, 0], grid[1, 0]):
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     grid[1, 0].set_ylim(bottom=-1)
-    grid[2, 0].set_ylim(0, 105)
+    grid[2, 0].set_ylim(0, max(105, grid[2, 0].get_ylim()[1]))
     handles = {}
     for axes in grid.flat:
         handles |= dict(zip(*reversed(axes.get_legend_handles_labels())))
@@ -233,7 +240,7 @@ def _bars(runs: Sequence[Run]) -> dict:
                 {"name": name, "ms": time["median_ms"], "from": time["quartile_1_ms"], "to": time["quartile_3_ms"]}
                 for name, time in case["times"].items()
             ]
-            bars.sort(key=lambda bar: (not bar["name"].startswith("authors"), -bar["ms"]))
+            bars.sort(key=lambda bar: STEP_ORDER.index(bar["name"]))
             allocator = ", allocator told to keep freed memory" if run.tuned else ""
             groups.append({"title": f"{case['name']}{allocator}", "bars": bars})
     return {"title": f"A whole GAPO step, {runs[0].device}", "groups": groups}
@@ -275,7 +282,7 @@ def _draw_bars(data: dict):
 
 
 def _roofline(logits: Run, linear: Run, anchor: Run | None) -> dict:
-    """Points {group, who, x: operations per byte that must move, y: operations per second}, and the measured ceilings."""
+    """Points {group, who, x: operations a byte that must move, y: operations a second}, and the measured ceilings."""
     runs = [run for run in (logits, anchor) if run]
     bandwidth = median(case["copy_bandwidth_gb_per_s"] for run in runs for case in run.cases) * 1e9
     points, rates, exponentials = [], {}, []
@@ -311,21 +318,24 @@ def _achieved(group: str, case: Case, operations: float, moved: float) -> list[d
     return [
         {"group": group, "who": name, "x": operations / moved, "y": operations / case["times"][name]["median_ms"] * 1e3}
         for name in ("ours", "eager")
+        if name in case["times"]
     ]
 
 
 def _whole_anchors(cases: Sequence[Case]) -> list[Case]:
-    """The three passes of each model, dtype and rounding as one case."""
-    found: dict[tuple, Case] = {}
+    """The three passes of each model, dtype and rounding as one case; none where one of them was not measured."""
+    found: dict[tuple, list[Case]] = {}
     for case in cases:
-        params = case["params"]
-        whole = found.setdefault(
-            (params["model"], params["dtype"], params["rounding"]),
-            {"params": params, "times": {name: {"median_ms": 0.0} for name in ("ours", "eager")}},
-        )
-        for name, time in whole["times"].items():
-            time["median_ms"] += case["times"][name]["median_ms"]
-    return list(found.values())
+        found.setdefault(tuple(case["params"][name] for name in ("model", "dtype", "rounding")), []).append(case)
+    return [
+        {"params": parts[0]["params"], "times": {name: _summed(parts, name) for name in ("ours", "eager")}}
+        for parts in found.values()
+        if len(parts) == ANCHOR_PASSES
+    ]
+
+
+def _summed(parts: Sequence[Case], name: str) -> dict[str, float]:
+    return {"median_ms": sum(case["times"][name]["median_ms"] for case in parts)}
 
 
 def _draw_roofline(data: dict):

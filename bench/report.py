@@ -29,7 +29,7 @@ STRETCH = re.compile(r"(<!-- generated: ([a-z0-9-]+) -->)(\n?)(.*?)(\n?)(<!-- en
 
 
 def filled(text: str, blocks: Mapping[str, Callable[[], str]]) -> str:
-    """`text` with every generated stretch made anew. Raises ValueError for a name without a block or an end that lacks."""
+    """`text` with every generated stretch made anew. Raises ValueError for an unknown name or a missing end."""
 
     def stretch(match: re.Match) -> str:
         opening, name, line_break, _, _, closing = match.groups()

@@ -78,12 +78,15 @@ def kept_logits(case: Case) -> float:
 class Results:
     """What a folder of results holds.
 
-    A device's suites may come from files of their own or from one of a GPU's run, gpu-DEVICE.json; where both have a suite,
-    the latter's is taken, in which all cases are of one run.
+    A device's suites come from files of their own or from a GPU's whole run, gpu-DEVICE.json; where both have a suite, the
+    latter's is taken: its cases are of one run.
     """
 
     def __init__(self, folder: Path) -> None:
-        runs, self.rounding, self.demo = {}, [], []
+        runs: dict[tuple[str, str], Run] = {}
+        self.rounding: list[dict[str, Any]] = []
+        self.demo: list[dict[str, Any]] = []
+        self.gpus: list[dict[str, Any]] = []  # the whole runs: bench/gpu.py has their keys
         for path in sorted(folder.glob("*.json"), key=lambda path: (path.name.startswith("gpu-"), path.name)):
             content = json.loads(path.read_text(encoding="utf-8"))
             kind, _, slug = path.stem.partition("-")
@@ -92,6 +95,7 @@ class Results:
             elif kind == "demo":
                 self.demo.append(content)
             else:
+                self.gpus += [content] if kind == "gpu" else []
                 for suite in SUITES:
                     if cases := [case for case in content["cases"] if case.get("suite") == suite]:
                         run = Run(suite, slug, content["environment"], content["command"], cases)

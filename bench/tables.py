@@ -8,7 +8,7 @@ from statistics import fmean, median
 
 from bench.results import Case, Results, Run, kept_logits
 
-AWAITS = "**Awaits a GPU**: nobody has run `make bench-gpu` on one yet."
+AWAITS = "**Awaits a GPU**, on which `make bench-gpu` measures this."
 NOTHING = "No results yet: `make bench` measures them."
 CONTENDERS = {
     "eager-view": "eager, no slice",
@@ -68,6 +68,9 @@ def blocks(results: Results, pictures: Mapping[str, tuple[str, str]]) -> dict[st
         "step-floor": lambda: _sections(runs("step"), _step_floor),
         "bandwidth": lambda: _bandwidth(runs("logits", "anchor")),
         "gpu-status": lambda: _gpu_status(runs()),
+        "gpu-tests": lambda: _gpu_tests(results.gpus),
+        "gpu-missing": lambda: _gpu_missing(results.gpus),
+        "tuning": lambda: _tuning(results.gpus),
         "machines": lambda: _machines(runs()),
         **{f"{kind}-plots": partial(_images, pictures, kind) for kind in ("logits", "linear", "step", "roofline")},
         "demo": lambda: "\n\n".join(map(_demo, results.demo)) or "No results yet: `make demo` measures them.",
@@ -81,6 +84,8 @@ def blocks(results: Results, pictures: Mapping[str, tuple[str, str]]) -> dict[st
 
 def significant(value: float, digits: int = 2) -> str:
     """Digits before the point are never cut, zeros at the end are kept."""
+    if value == 0:
+        return "0"
     return f"{value:#.{digits}g}".rstrip(".") if abs(value) < 10 ** (digits - 1) else f"{value:.0f}"
 
 
@@ -126,7 +131,9 @@ def _sections(runs: Sequence[Run], body: Callable[[Run], str]) -> str:
     return "\n\n".join(parts)
 
 
-def _section(cases: Callable[[Run], Sequence[Case]], *columns: Callable[[Sequence[Case]], Columns]) -> Callable[[Run], str]:
+def _section(
+    cases: Callable[[Run], Sequence[Case]], *columns: Callable[[Sequence[Case]], Columns]
+) -> Callable[[Run], str]:
     """A run's table: the cases' parameters, where they differ, and `columns` of them."""
 
     def body(run: Run) -> str:
@@ -176,6 +183,8 @@ def _parameter(name: str, value: object) -> str:
 def _shared(name: str, value: str) -> str:
     if name in ("length", "width", "vocabulary"):
         return f"{PARAMETERS[name]} = {value}"
+    if name == "pairs":
+        return "1 pair" if value == "1" else f"{value} pairs"
     if name in ("rounding", "pass"):
         return f"{PARAMETERS[name]} {value}"
     return value if name in ("model", "dtype") else f"{value} {PARAMETERS[name]}"
@@ -189,7 +198,7 @@ def _multiples(cases: Sequence[Case]) -> Columns:
     """The others' times as multiples of ours."""
     names = _contenders(cases)
     return [CONTENDERS.get(name, name) for name in names], lambda case: [
-        f"{case['ratios'][name]['median']:.1f}x" if name in case["ratios"] else NONE for name in names
+        f"{significant(case['ratios'][name]['median'])}x" if name in case["ratios"] else NONE for name in names
     ]
 
 
@@ -227,7 +236,7 @@ def _halves(cases: Sequence[Case]) -> Columns:
 
 
 def _linear_floor(logits: Sequence[Run], run: Run) -> str:
-    """With what the exponentials of the kept logits take, three passes, at the rate that the logits path's floor had."""
+    """With the time of the kept logits' exponentials, three passes at the rate that the logits path's floor had."""
     here = [found for found in logits if found.device == run.device and found.tuned == run.tuned]
     rates = [
         kept_logits(case) / case["times"][EXPONENTIALS]["median_ms"]
@@ -244,14 +253,16 @@ def _linear_floor(logits: Sequence[Run], run: Run) -> str:
 
 def _two_peaks(cases: Sequence[Case]) -> Columns:
     names = ("ours", "eager")
-    return [f"memory, {name}" for name in names], lambda case: [mebibytes(peaks_of(case)[name]) for name in names]
+    return [f"memory, {name}" for name in names], lambda case: [_peak(case, name) for name in names]
 
 
 def _peaks(cases: Sequence[Case]) -> Columns:
     names = list(dict.fromkeys(name for case in cases for name in ("ours", *peaks_of(case))))
-    return [CONTENDERS.get(name, name) for name in names], lambda case: [
-        mebibytes(peaks_of(case)[name]) if name in peaks_of(case) else NONE for name in names
-    ]
+    return [CONTENDERS.get(name, name) for name in names], lambda case: [_peak(case, name) for name in names]
+
+
+def _peak(case: Case, name: str) -> str:
+    return mebibytes(peaks_of(case)[name]) if name in peaks_of(case) else NONE
 
 
 def peaks_of(case: Case) -> dict[str, float | None]:
@@ -277,7 +288,7 @@ def _bandwidth(runs: Sequence[Run]) -> str:
         found = [case["copy_bandwidth_gb_per_s"] for case in run.cases if "copy_bandwidth_gb_per_s" in case]
         rates.setdefault(run.device, []).extend(found)
     return " ".join(
-        f"On {device} copies moved {min(found):.0f} to {max(found):.0f} GB/s, read and written, {median(found):.0f} in the median."
+        f"On {device} copies read and wrote {min(found):.0f} to {max(found):.0f} GB/s, {median(found):.0f} in the median."
         for device, found in rates.items()
         if found
     ) or NOTHING
@@ -293,17 +304,18 @@ def _steps(run: Run) -> str:
         authors = case["ratios"]["authors"]["median"]
         for name, times in case["times"].items():
             over_ours = 1.0 if name == "ours" else case["ratios"][name]["median"]
-            row = [case["name"], CONTENDERS.get(name, name), milliseconds(times["median_ms"]), f"{over_ours / authors:.2f}"]
-            rows.append([*row, mebibytes(peaks_of(case)[name]), percent(case["gap_errors"][name])])
+            row = [case["name"], CONTENDERS.get(name, name), milliseconds(times["median_ms"])]
+            row += [f"{over_ours / authors:.2f}", _peak(case, name), percent(case["gap_errors"][name])]
+            rows.append(row)
         if "passes" in case:
             share, spent = case["passes_share_of_step"], milliseconds(case["passes"]["median_ms"])
-            passes.append(f" Of ours the passes over the weights are {percent(share)} ({spent}).")
+            passes.append(f" Of ours on {case['name']} the passes over the weights are {percent(share)}, {spent}.")
     titles = ["model, batch", "recipe", "time", "of the authors' time", "memory", "gap error"]
     return f"{_origin(run)}:\n\n{table(titles, rows)}{_notes(run.cases)}{''.join(passes)}"
 
 
 def _step_floor(run: Run) -> str:
-    """With the same eager head on both sides: what doing six forwards' worth of work instead of seven would give, and gave."""
+    """What doing six forwards' worth of work instead of seven would give, and gave, with the same eager head."""
     bound, rows = 6 / 7, []
     for case in run.cases:
         share = 1 / case["same_head"]["median"]
@@ -321,16 +333,63 @@ def _machines(runs: Sequence[Run]) -> str:
         found = run.environment
         peers = [f"{name} {version}" for name, version in found["versions"].items() if version != "none"]
         knobs = ", ".join(f"`{name}={value}`" for name, value in found["allocator"].items()) or "as it comes"
-        key = (run.device, ", ".join(peers), f"Python {found['python']}", found["commit"], knobs, f"`{run.command}`")
+        key = (run.device, ", ".join(peers), found["python"], found["commit"], knobs, f"`{run.command}`")
         rows.setdefault(key, []).append(run.suite)
     columns = ["device", "packages", "Python", "commit", "allocator", "command", "measured"]
     return table(columns, [[*key, ", ".join(suites)] for key, suites in rows.items()]) if rows else NOTHING
+
+
+# ---- GPUs ----
 
 
 def _gpu_status(runs: Sequence[Run]) -> str:
     """For a table's cell."""
     devices = dict.fromkeys(run.device for run in runs if run.on_gpu)
     return f"measured on {', '.join(devices)}" if devices else "**awaits a GPU**: not measured"
+
+
+def _gpu_tests(gpus: Sequence[dict]) -> str:
+    """For a table's cell: what the tests of each whole run came to."""
+    found = []
+    for content in gpus:
+        counts: dict[str, int] = {}
+        for tests in content["tests"]:
+            for word, count in tests["counts"].items():
+                counts[word] = counts.get(word, 0) + count
+        stopped = "" if all(tests["complete"] for tests in content["tests"]) else ", stopped for want of time"
+        said = ", ".join(f"{count} {word}" for word, count in counts.items()) or "none run"
+        found.append(f"on {content['environment']['device']}: {said}{stopped}")
+    return "; ".join(found) or "**awaits a GPU**: `make test` runs the GPU tests where there is one"
+
+
+def _gpu_missing(gpus: Sequence[dict]) -> str:
+    """What a whole run did not measure, and why."""
+    found = []
+    for content in gpus:
+        reasons = [f"- {name}: {why.splitlines()[0]}" for name, why in (content["left_out"] | content["failed"]).items()]
+        ended = "" if content["finished"] else " The run was interrupted."
+        missing = "\n".join(["these are missing:", "", *reasons]) if reasons else "every case was measured."
+        found.append(f"On {content['environment']['device']} {missing}{ended}")
+    return "\n\n".join(found) or AWAITS
+
+
+def _tuning(gpus: Sequence[dict]) -> str:
+    """Of each kernel and dtype what tuning took, and how the table's choice compares, which is timed first."""
+    found = []
+    for content in gpus:
+        rows = []
+        for name, choice in content["tuning"].items():
+            times = [(str(parameters), time) for parameters, time in choice["milliseconds"]]
+            fastest = dict(times)[str(choice["parameters"])]
+            taken = ", ".join(f"{key} {value}" for key, value in choice["parameters"].items())
+            others = f"{min(time for _, time in times) / fastest:.2f} to {max(time for _, time in times) / fastest:.2f}"
+            rows.append([name, taken, milliseconds(fastest), f"{times[0][1] / fastest:.2f}", others])
+        titles = ["kernel, dtype", "taken", "time", "table's choice over it", "all candidates over it"]
+        found.append(f"**{content['environment']['device']}**:\n\n{table(titles, rows)}")
+    return "\n\n".join(found) or AWAITS
+
+
+# ---- plots ----
 
 
 def _images(pictures: Mapping[str, tuple[str, str]], kind: str) -> str:
@@ -393,9 +452,10 @@ def _rounding(content: dict) -> dict[str, Callable[[], str]]:
         return table(columns, rows)
 
     def masters_table() -> str:
-        columns = ["masters", "cast($\\theta + \\delta$)", "SR($\\theta + \\delta$)", "SR(cast($\\theta$) + $\\delta$), ours"]
-        columns += ["ours under autocast", "no casts at all"]
-        ways = ("cast(theta + delta)", "SR(theta + delta)", "SR(cast(theta) + delta)", "SR(cast(theta) + delta), autocast")
+        ours = "SR(cast(theta) + delta)"
+        ways = ("cast(theta + delta)", "SR(theta + delta)", ours, f"{ours}, autocast")
+        columns = ["masters", "cast($\\theta + \\delta$)", "SR($\\theta + \\delta$)"]
+        columns += ["SR(cast($\\theta$) + $\\delta$), ours", "ours under autocast", "no casts at all"]
         rows = [
             [
                 MASTERS[case["masters"]],
@@ -422,7 +482,8 @@ def _rounding(content: dict) -> dict[str, Callable[[], str]]:
         "rounding-sizes": by_size,
         "rounding-time": lambda: f"{settings['seconds'] / 60:.0f} minutes on {content['environment']['device']}",
         "rounding-gain": lambda: (
-            f"{error(at_rho, 'nearest')} with rounding to nearest and by {error(at_rho, 'stochastic')} with ours ({seeds})"
+            f"{error(at_rho, 'nearest')} with rounding to nearest and by "
+            f"{error(at_rho, 'stochastic')} with ours ({seeds})"
         ),
         "rounding-noise": lambda: f"{at_rho['stochastic']['applied_over_intended_norm']:.0f} times",
         "rounding-alarm": lambda: (

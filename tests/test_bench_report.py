@@ -18,12 +18,13 @@ TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in report.DOCU
 
 def case(suite="logits", *, eager=3.0, floor=0.5, kind="copy", peers=(), **params):
     """One case as the harness makes it, in which ours takes 20 ms and eager `eager` times that."""
-    params = {"pairs": 2, "length": 8, "vocabulary": 1000, "dtype": "float32", "ignored": 0.5, "data": "random"} | params
+    params = {"pairs": 2, "length": 8, "vocabulary": 1000, "dtype": "float32", "ignored": 0.5} | params | {"data": "random"}
     if suite == "linear":
         params["width"] = 16
     seconds = {"ours": 0.020, "eager": 0.020 * eager, kind: 0.020 * floor, **dict.fromkeys(peers, 0.070)}
     times = {name: [value] * 6 for name, value in seconds.items()}
-    more = {"peak_beyond_gradients_mib": dict.fromkeys(seconds, 7.0) | {"ours": -1.0}, "absent": {"trl": "not installed"}}
+    peaks = dict.fromkeys(seconds, 7.0) | {"ours": -1.0}
+    more = {"peak_beyond_gradients_mib": peaks, "absent": {"trl": "not installed"}}
     return harness.result(suite, str(params), params, times, {kind: None}, copy_bandwidth_gb_per_s=10.0, **more)
 
 
@@ -126,7 +127,7 @@ def test_tables_say_what_the_files_say(project):
     assert rows[0] == "| ours | eager | torch.compile | floor / ours | memory, ours | memory, eager |"
     assert rows[2:] == ["| 20.0 ms | 4.2x | 3.5x | 50 % | 0 MiB | 7 MiB |"]
     assert "T = 8, V = 1000, float32, 50 % ignored rows, random data" in blocks["logits-table"]()
-    assert "Not measured: TRL (not installed). Between the thirds of a run the ratios moved by at most 0 %." in blocks["logits-table"]()
+    assert "Not measured: TRL (not installed). Between the thirds of a run the ratios" in blocks["logits-table"]()
     assert len(re.findall(r"^\| \d", blocks["logits-all"](), re.MULTILINE)) == 1 + len(sweep("logits"))
     assert "4.25x (4.25 to 4.25)" in blocks["logits-all"]()
     assert "| four GEMMs | 10.0 ms | 20.0 ms | 50 % |" in blocks["linear-floor"]()
@@ -163,19 +164,45 @@ def test_without_a_run_the_documents_say_which_command_makes_one(project):
         path.unlink()
     blocks = blocks_of(project)
     assert tables.NOTHING in blocks["logits-table"]() and tables.AWAITS in blocks["logits-table"]()
-    assert "awaits a GPU" in blocks["gpu-status"]()
+    assert all("waits a GPU" in blocks[name]() for name in ("gpu-status", "gpu-tests", "gpu-missing", "tuning"))
 
 
 def test_a_gpu_has_sections_of_its_own_and_its_whole_run_goes_before_single_suites(project):
     results = project / "bench/results"
     environment = harness.environment() | {"device": "NVIDIA H100"}
-    for name, eager in (("logits", 5.0), ("gpu", 6.0)):
-        content = {"environment": environment, "command": name, "cases": [case(eager=eager)]}
+    whole = {
+        "finished": True,
+        "tests": [
+            {"counts": {"passed": 40, "failed": 1}, "complete": True},
+            {"counts": {"passed": 2}, "complete": False},
+        ],
+        "tuning": {"gradient bfloat16": {"parameters": {"B": 2}, "milliseconds": [[{"B": 1}, 0.3], [{"B": 2}, 0.2]]}},
+        "left_out": {"step: Llama": "no time was left"},
+        "failed": {"linear: large": "OutOfMemoryError: first line\nsecond line"},
+    }
+    for name, eager, more in (("logits", 5.0, {}), ("gpu", 6.0, whole)):
+        content = {"environment": environment, "command": name, **more, "cases": [case(eager=eager)]}
         (results / f"{name}-nvidia-h100.json").write_text(json.dumps(content))
-    table = blocks_of(project)["logits-table"]()
+    blocks = blocks_of(project)
+    table = blocks["logits-table"]()
     cpu, gpu = table.split("**NVIDIA H100**")
     assert harness.device_name() in cpu and "6.0x" in gpu and "5.0x" not in gpu and tables.AWAITS not in table
-    assert "measured on NVIDIA H100" in blocks_of(project)["gpu-status"]()
+    assert "measured on NVIDIA H100" in blocks["gpu-status"]()
+    assert blocks["gpu-tests"]() == "on NVIDIA H100: 42 passed, 1 failed, stopped for want of time"
+    missing = blocks["gpu-missing"]()
+    assert missing.endswith("- step: Llama: no time was left\n- linear: large: OutOfMemoryError: first line")
+    assert "| gradient bfloat16 | B 2 | 0.200 ms | 1.50 | 1.00 to 1.50 |" in blocks["tuning"]()
+
+
+def test_a_contender_that_ran_out_of_memory_leaves_a_gap(project):
+    path = next((project / "bench/results").glob("logits-*.json"))
+    content = json.loads(path.read_text())
+    first = content["cases"][0]
+    for part in (first["times"], first["ratios"], first["peak_beyond_gradients_mib"]):
+        del part["eager"]
+    path.write_text(json.dumps(content))
+    assert "| 20.0 ms | 3.5x | 50 % | 0 MiB | – |" in blocks_of(project)["logits-table"]()
+    assert plots.pictures(Results(project / "bench/results"))
 
 
 def test_the_sweep_is_one_case_and_its_neighbours(project):
@@ -192,6 +219,13 @@ def test_the_sweep_is_one_case_and_its_neighbours(project):
         ("pairs", [2, 4]),
     ]
     assert columns[0]["points"][0]["fraction"] == {"ours": pytest.approx(50), "eager": pytest.approx(50 / 3)}
+
+
+def test_the_anchors_passes_are_one_point_if_all_were_measured():
+    parameters = {"model": "tiny", "rounding": "nearest", "parameters": 100}
+    cases = [case("anchor", eager=2.0, **parameters, **{"pass": name}) for name in ("norm", "exchange", "restore")]
+    (whole,) = plots._whole_anchors([*cases, case("anchor", **parameters | {"rounding": "stochastic", "pass": "norm"})])
+    assert whole["times"] == {"ours": {"median_ms": pytest.approx(60)}, "eager": {"median_ms": pytest.approx(120)}}
 
 
 def test_the_roofline_counts_useful_operations(project):
