@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from gapo_kernels.interrupts import interrupt_held
 
 # transformers' decoders whose layers pass on their output and nothing else: no keys and values shared between layers
 # (gemma3n), no router's logits (mixtral). Replaying layers was compared with running them on each of these.
@@ -100,16 +102,18 @@ class UnmovedLayers:
     @contextmanager
     def recorded(self) -> Iterator[None]:
         handles = []
-        try:
-            for layer, kept in zip(self._layers, self._outputs):
-                handles.append(layer.register_forward_hook(_keep_in(kept)))
-            yield
-        except BaseException:
-            self._forget()  # a traceback may keep this object for long
-            raise
-        finally:
-            for handle in handles:
-                handle.remove()
+        # A Ctrl-C between two lines would leave a hook in place, and with it the outputs of every forward to come.
+        with interrupt_held() if self._layers else nullcontext():
+            try:
+                for layer, kept in zip(self._layers, self._outputs):
+                    handles.append(layer.register_forward_hook(_keep_in(kept)))
+                yield
+            except BaseException:
+                self._forget()  # a traceback may keep this object for long
+                raise
+            finally:
+                for handle in handles:
+                    handle.remove()
 
     @contextmanager
     def replayed(self) -> Iterator[None]:

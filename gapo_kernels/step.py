@@ -75,22 +75,21 @@ def gapo_step(
     pairs = margin.shape[0]
     valid = torch.ones_like(margin, dtype=torch.bool) if counts is None else (counts > 0).view(2, pairs).all(0)
 
-    anchor_margin = torch.zeros_like(margin)
-    if anchor is not None:
-        drawn = randomness.drawn()
-        if drawn and not allow_dropout:
-            raise RuntimeError(
-                "logps_fn drew random numbers (is dropout active?): its two runs would differ by more than the anchor. "
-                "Switch dropout off, model.eval() or its probabilities to 0, or pass allow_dropout=True to draw the same "
-                "numbers in both runs"
-            )
-        counter = anchor.state_dict()
-        objective = None if anchor.direction == "gaussian" else _probe(probe, margin, beta, gamma, valid)
-        with anchor.perturbed(objective, retain_graph=True), torch.no_grad():
-            with randomness.repeated() if drawn else unmoved.replayed():
-                anchor_margin = _margin(logps_fn())[0]
-
+    counter = None if anchor is None else anchor.state_dict()
     try:
+        anchor_margin = torch.zeros_like(margin)
+        if anchor is not None:
+            drawn = randomness.drawn()
+            if drawn and not allow_dropout:
+                raise RuntimeError(
+                    "logps_fn drew random numbers (is dropout active?): its two runs would differ by more than the "
+                    "anchor. Switch dropout off, model.eval() or its probabilities to 0, or pass allow_dropout=True to "
+                    "draw the same numbers in both runs"
+                )
+            objective = None if anchor.direction == "gaussian" else _probe(probe, margin, beta, gamma, valid)
+            with anchor.perturbed(objective, retain_graph=True), torch.no_grad():
+                with randomness.repeated() if drawn else unmoved.replayed():
+                    anchor_margin = _margin(logps_fn())[0]
         return _packed(
             margin,
             anchor_margin,

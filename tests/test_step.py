@@ -4,9 +4,11 @@ The restatement is deliberate: GAPO.md sections 2 and 3 in plain torch, three fo
 of the library in it. Everything else is compared with `gapo_kernels.reference`.
 """
 
+import contextlib
 import math
 import random
 import signal
+import sys
 import warnings
 
 import pytest
@@ -15,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gapo_kernels import GAPOOutput, GeometricAnchor, gapo_objective, gapo_step, reference, sequence_logps, step
+from gapo_kernels import GAPOOutput, GeometricAnchor, gapo_objective, gapo_step, reference, scope, sequence_logps, step
 
 RHO = 0.3  # large, so that an anchor that is not there is seen
 VOCABULARY = 11
@@ -595,6 +597,53 @@ def test_a_step_that_failed_after_its_use_of_the_anchor_is_repeated_with_the_sam
         with pytest.raises(ZeroDivisionError):
             gapo_step(logps, anchor)
     assert torch.equal(gapo_step(logps, anchor).anchor_margin, expected)
+
+
+def test_a_ctrl_c_at_any_line_of_a_step_leaves_nothing_behind():
+    """No hook on a layer, no layer replaced; and when it is repeated, the step draws the same noise."""
+    model = tiny_models.build("llama")
+    anchor = GeometricAnchor.from_model(model, rho=RHO, scope=2, direction="gaussian")
+    logps, before = language_logps(model), state(model)
+
+    def traced(frame):
+        file = frame.f_code.co_filename
+        return file in (step.__file__, scope.__file__) or (
+            file == contextlib.__file__ and frame.f_back.f_code is gapo_step.__code__
+        )
+
+    def use(at):
+        """The number of lines of the step and of its contexts; SIGINT comes just before line number `at`."""
+        lines = 0
+
+        def trace(frame, event, argument):
+            nonlocal lines
+            if not traced(frame):
+                return None
+            # Of the step itself no line: the ends of its `with` statements are lines, but no place for a signal.
+            if event == "line" and frame.f_code is not gapo_step.__code__:
+                lines += 1
+                if lines == at:
+                    signal.raise_signal(signal.SIGINT)
+            return trace
+
+        previous = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            gapo_step(logps, anchor)
+        finally:
+            sys.settrace(previous)
+        return lines
+
+    use(at=0)  # what is computed once, and kept
+    lines, counter = use(at=0), anchor.state_dict()
+    assert lines > 60
+    for at in range(1, lines + 1):
+        with pytest.raises(KeyboardInterrupt):
+            use(at)
+        torch.set_grad_enabled(True)  # an interrupt inside torch's own no_grad leaves it off
+        assert anchor.state_dict() == counter, f"line {at} of {lines}"
+        assert not any("forward" in vars(layer) or layer._forward_hooks for layer in model.model.layers), at
+        assert same(model, before), f"line {at} of {lines}"
 
 
 def test_layers_come_back_after_a_failure_at_the_anchor():
