@@ -372,7 +372,8 @@ def _plain(grad: Tensor | None, param: Tensor) -> Tensor | None:
         return None
     if distributed.is_sharded(param):
         if distributed.is_sharded(grad):
-            return grad.redistribute(placements=param.placements).detach().to_local()
+            with torch.no_grad():  # else to_local makes a view, and one that holds on to its base
+                return grad.redistribute(placements=param.placements).to_local()
         raise TypeError("the gradient of a DTensor parameter must be a DTensor, got a plain tensor")
     if grad.layout != torch.strided:
         return grad.to_dense()

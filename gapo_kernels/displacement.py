@@ -45,11 +45,12 @@ class Displacement:
         _check_apart(tensors)
         dense = [torch.empty_like(tensor, device="meta").stride() == tensor.stride() for tensor in tensors]
         groups: dict[tuple, list[perturbation.Move]] = {}
+        free = ownership.exclusive(directions) if ours else [False] * len(params)
         for number, (param, tensor) in enumerate(zip(params, tensors)):
             direction, directions[number] = directions[number], None
             if direction is None:
                 continue
-            exclusive = ours and ownership.alone(ownership.references(direction))
+            exclusive = free[number]
             theta = _flat(tensor) if dense[number] else self._stage(tensor)
             if dense[number] and direction.stride() != tensor.stride():
                 direction, exclusive = torch.empty_like(tensor, dtype=direction.dtype).copy_(direction), True

@@ -81,12 +81,13 @@ def averaged(
         return grads
     present = torch.tensor([grad is not None for grad in grads], dtype=torch.int32, device=params[0].device)
     torch.distributed.all_reduce(present, torch.distributed.ReduceOp.MAX, group=group)
+    free = ownership.exclusive(grads) if ours else [False] * len(params)
     means: list[Tensor | None] = []
     for number, (param, anywhere) in enumerate(zip(params, present.tolist())):
         grad, grads[number] = grads[number], None
         if anywhere and grad is None:
             grad = torch.zeros_like(param, memory_format=torch.contiguous_format)
-        elif anywhere and not (ours and grad.is_contiguous() and ownership.alone(ownership.references(grad))):
+        elif anywhere and not (free[number] and grad.is_contiguous()):
             grad = grad.clone(memory_format=torch.contiguous_format)
         means.append(grad)
     del grad

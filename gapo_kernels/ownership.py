@@ -7,13 +7,32 @@ two parameters may share one gradient: such memory must stay as it is.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 
-def references(tensor: Tensor) -> tuple[int, ...]:
+def exclusive(tensors: Sequence[Tensor | None]) -> list[bool]:
+    """For each tensor of a list, whether nothing but the list refers to its memory.
+
+    Several may be parts of one buffer, as the gradients of FSDP2 are, if they lie apart.
+    """
+    parts: dict[int, list[int]] = {}
+    for number in range(len(tensors)):  # by number: a variable would refer to the tensor, too
+        if tensors[number] is not None:
+            parts.setdefault(tensors[number].untyped_storage()._cdata, []).append(number)
+    found = [False] * len(tensors)
+    for numbers in parts.values():
+        if len(numbers) == 1 or _apart([_span(tensors[number]) for number in numbers]):
+            for number in numbers:
+                found[number] = _alone(_references(tensors[number]), len(numbers))
+    return found
+
+
+def _references(tensor: Tensor) -> tuple[int, ...]:
     """How many refer to the Python object, to the tensor behind it, to its storage, and to the tensor that it views.
 
     Linear layers' gradients come as views, of a tensor that nothing else refers to.
@@ -31,13 +50,25 @@ def references(tensor: Tensor) -> tuple[int, ...]:
 
 
 @lru_cache
-def _references_of_one_variable(is_view: bool) -> tuple[int, ...]:
+def _references_of_a_list(parts: int, views: bool) -> tuple[int, ...]:
+    """What `_references` says of a tensor that only a list refers to, as to each of the other parts of the buffer."""
     with torch.inference_mode(False), torch.no_grad():
-        tensor = torch.empty(4).view(2, 2) if is_view else torch.empty(1)
-        return references(tensor)
+        tensors = list(torch.empty(parts, 1).unbind()) if views else [torch.empty(1)]
+        return _references(tensors[0])
 
 
-def alone(counts: tuple[int, ...]) -> bool:
-    """Whether one local variable, for which `references(variable)` was asked, is all that refers to the memory."""
-    expected = _references_of_one_variable(len(counts) == 5)
-    return bool(counts) and all(found <= few for found, few in zip(counts, expected, strict=True))
+def _alone(counts: tuple[int, ...], parts: int) -> bool:
+    views = len(counts) == 5
+    if not counts or (parts > 1 and not views):
+        return False
+    return all(found <= few for found, few in zip(counts, _references_of_a_list(parts, views), strict=True))
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Its first and last element's places in the storage, the latter plus 1."""
+    reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride())) + 1
+    return tensor.storage_offset(), tensor.storage_offset() + (reach if tensor.numel() else 0)
+
+
+def _apart(spans: list[tuple[int, int]]) -> bool:
+    return all(stop <= start for (_, stop), (start, _) in pairwise(sorted(spans)))

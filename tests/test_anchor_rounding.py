@@ -183,30 +183,45 @@ def before_params(tensors):
 
 def test_an_ordinary_gradient_is_ours():
     param = nn.Parameter(torch.randn(50, 40))
-    (gradient,) = torch.autograd.grad((param @ torch.randn(40, 3)).square().sum(), [param])
-    assert ownership.alone(ownership.references(gradient))
-    other = gradient
-    assert not ownership.alone(ownership.references(gradient))
+    gradients = list(torch.autograd.grad((param @ torch.randn(40, 3)).square().sum(), [param]))
+    assert ownership.exclusive(gradients) == [True]
+    other = gradients[0]
+    assert ownership.exclusive(gradients) == [False]
     del other
-    view = gradient[:1]
-    assert not ownership.alone(ownership.references(gradient))
+    view = gradients[0][:1]
+    assert ownership.exclusive(gradients) == [False]
     del view
-    assert ownership.alone(ownership.references(gradient))
+    assert ownership.exclusive(gradients) == [True]
 
 
 def test_a_linear_layers_gradients_are_views_and_ours():
     layer = nn.Linear(40, 30)
     gradients = list(torch.autograd.grad(layer(torch.randn(2, 5, 40)).square().sum(), list(layer.parameters())))
-    weight, gradients[0] = gradients[0], None
-    assert weight._base is not None
-    counts = ownership.references(weight)
-    assert ownership.alone(counts)
-    base = weight._base  # somebody else's view of the same memory, or its owner
-    counts = ownership.references(weight)
-    assert not ownership.alone(counts)
+    assert gradients[0]._base is not None
+    assert ownership.exclusive(gradients) == [True, True]
+    base = gradients[0]._base  # somebody else's view of the same memory, or its owner
+    assert ownership.exclusive(gradients) == [False, True]
     del base
-    counts = ownership.references(weight)
-    assert ownership.alone(counts)
+    assert ownership.exclusive(gradients) == [True, True]
+
+
+def test_parts_of_one_buffer_are_ours_if_all_of_them_are():
+    parts = [*torch.zeros(30).split(10), None, torch.zeros(4)]
+    assert ownership.exclusive(parts) == [True, True, True, False, True]
+    other = parts[1]
+    assert ownership.exclusive(parts) == [True, False, True, False, True]
+    other = parts[1][:1]
+    assert ownership.exclusive(parts) == [False, False, False, False, True]
+    del other
+    buffer = parts[0]._base
+    assert ownership.exclusive(parts) == [False, False, False, False, True]
+    parts[:3] = [buffer[:10], buffer[10:20], buffer[19:]]
+    del buffer
+    assert ownership.exclusive(parts) == [False, False, False, False, True]
+    parts[2] = None  # the rest lie apart again
+    assert ownership.exclusive(parts) == [True, True, False, False, True]
+    parts[2] = parts[1].detach()
+    assert ownership.exclusive(parts) == [False, False, False, False, True]
 
 
 def test_expanded_and_sparse_gradients():

@@ -11,7 +11,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import tiny_models
 
-from gapo_kernels import GeometricAnchor, fused_linear_gapo_loss, gapo_step, linear_sequence_logps, sequence_logps
+from gapo_kernels import (
+    GeometricAnchor,
+    fused_linear_gapo_loss,
+    gapo_step,
+    linear_sequence_logps,
+    perturbation,
+    sequence_logps,
+)
 
 RANKS, PAIRS, RHO = 2, 4, 0.3
 
@@ -145,6 +152,23 @@ def fsdp(rank, model="llama", steps=2, lr=0.05, checkpointing=False, mesh_shape=
     model = _shard(model, mesh_shape, **({} if reshard == "default" else {"reshard_after_forward": reshard}))
     anchor = GeometricAnchor.from_model(model, rho=RHO, **options)
     return _train(model, anchor, logps_of(model, rank), steps, lr, full)
+
+
+def originals(rank, kind, model, **options):
+    """For each parameter, whether its original weights wait in the memory of its gradient."""
+    model = tiny_models.build(model, torch.bfloat16)
+    model = nn.parallel.DistributedDataParallel(model) if kind == "ddp" else _shard(model, **options)
+    anchor = GeometricAnchor.from_model(model, rho=RHO)
+    found, start = [], perturbation.Perturbation.__init__
+
+    def recording(self, moves, *arguments):
+        found.extend(move.original.data_ptr() == move.direction.data_ptr() for move in moves if move.theta.numel())
+        start(self, moves, *arguments)
+
+    perturbation.Perturbation.__init__ = recording
+    before = [full(p.detach()).clone() for p in anchor.params]
+    gapo_step(logps_of(model, rank), anchor)
+    return found, all(torch.equal(full(p.detach()), b) for p, b in zip(anchor.params, before))
 
 
 def fsdp_accumulates(rank):

@@ -73,6 +73,13 @@ def test_fsdp2(on_two_ranks, options):
     assert_steps_equal(found, options.get("model", "llama"), **rest)
 
 
+@pytest.mark.parametrize("name", tiny_models.NAMES)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_no_third_copy_of_the_weights(on_two_ranks, kind, name):
+    for found, restored in on_two_ranks("originals", kind=kind, model=name):
+        assert len(found) > 20 and all(found) and restored
+
+
 def test_fsdp2_accumulates(on_two_ranks):
     found = on_two_ranks("fsdp_accumulates")
     model = tiny_models.build("llama")
