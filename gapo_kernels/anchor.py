@@ -302,7 +302,8 @@ class GeometricAnchor:
             raise ValueError("the objective must have a graph, got a constant; was it computed under no_grad?")
         if self._sharded is not None:
             return self._sharded.gradients(objective, self.params, retain_graph)
-        return list(torch.autograd.grad(objective, self.params, retain_graph=retain_graph, allow_unused=True))
+        with distributed.no_iteration_of_ddp(objective):
+            return list(torch.autograd.grad(objective, self.params, retain_graph=retain_graph, allow_unused=True))
 
     def _finite_norm(self, move: displacement.Displacement) -> float:
         """||theta * g|| (or ||g||). Its check is the step's one wait for the device; what was left unread of the last

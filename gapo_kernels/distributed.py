@@ -7,6 +7,7 @@ are DTensors whose gradients FSDP averages itself, in a real backward: autograd.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -116,17 +117,37 @@ def _buckets(grads: list[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
-def _leaves(result: Tensor) -> Iterator[Tensor]:
-    """What a backward from `result` would write to the .grad of."""
+def _nodes(result: Tensor) -> Iterator[torch.autograd.graph.Node]:
     seen, ahead = set(), [result.grad_fn]
     while ahead:
         node = ahead.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if hasattr(node, "variable"):
-            yield node.variable
+        yield node
         ahead.extend(following for following, _ in node.next_functions)
+
+
+def _leaves(result: Tensor) -> Iterator[Tensor]:
+    """What a backward from `result` would write to the .grad of."""
+    return (node.variable for node in _nodes(result) if hasattr(node, "variable"))
+
+
+@contextmanager
+def no_iteration_of_ddp(objective: Tensor) -> Iterator[None]:
+    """For a gradient on a graph that is kept. DDP with static_graph=True takes the first backward through its outputs for
+    the first iteration, at whose end it averages every .grad, and the backward of the loss would be left as it is."""
+    waiting = []
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        outputs = [node.ddp_weakref() for node in _nodes(objective) if hasattr(node, "ddp_weakref")]
+        waiting = [ddp for ddp in outputs if ddp.static_graph and not ddp._static_graph_delay_allreduce_enqueued]
+    try:
+        for ddp in waiting:
+            ddp._static_graph_delay_allreduce_enqueued = True
+        yield
+    finally:
+        for ddp in waiting:
+            ddp._static_graph_delay_allreduce_enqueued = False
 
 
 class ShardedModel:

@@ -15,6 +15,7 @@ from gapo_kernels.interrupts import interrupt_held
 # (gemma3n), no router's logits (mixtral). Replaying layers was compared with running them on each of these.
 PLAIN_DECODERS = "bloom cohere falcon gemma2 gemma3_text gpt2 gpt_neox llama mistral olmo2 phi phi3 qwen2 qwen3".split()
 
+DATA_PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 NamedParameters = list[tuple[str, nn.Parameter]]
 
 
@@ -44,8 +45,9 @@ def find(model: nn.Module, scope: str | int) -> Scope:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        model = model.module
+    """Without what makes it data parallel, be that compiled or not."""
+    while isinstance(inner := getattr(model, "_orig_mod", model), DATA_PARALLEL):
+        model = inner.module
     return model
 
 

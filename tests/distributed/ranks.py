@@ -62,7 +62,9 @@ def _train(model, anchor, logps, steps, lr, whole=lambda tensor: tensor):
         out = gapo_step(logps, anchor)
         out.loss.backward()
         gradients = {
-            n.removeprefix("module."): whole(p.grad) for n, p in model.named_parameters() if p.grad is not None
+            n.removeprefix("_orig_mod.").removeprefix("module."): whole(p.grad)
+            for n, p in model.named_parameters()
+            if p.grad is not None
         }
         stats = (anchor.stats.grad_norm, anchor.stats.intended_norm, anchor.stats.changed_fraction)
         found.append((out.gap, out.loss.detach(), {n: g.clone() for n, g in gradients.items()}, stats))
@@ -77,11 +79,15 @@ def full(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def ddp(rank, model="llama", steps=2, lr=0.05, checkpointing=False, **options):
+def ddp(rank, model="llama", steps=2, lr=0.05, checkpointing=False, compiled=False, ddp_options={}, **options):
     model = tiny_models.build(model)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    wrapped = nn.parallel.DistributedDataParallel(model)
+    if compiled == "inside":
+        model.compile(backend="aot_eager")
+    wrapped = nn.parallel.DistributedDataParallel(model, **ddp_options)
+    if compiled == "outside":
+        wrapped = torch.compile(wrapped, backend="aot_eager")
     anchor = GeometricAnchor.from_model(wrapped, rho=RHO, **options)
     return _train(wrapped, anchor, logps_of(wrapped, rank), steps, lr)
 

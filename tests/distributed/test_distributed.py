@@ -43,13 +43,18 @@ DDP = [
     dict(geometry="sam", scope=1),
     dict(direction="gaussian", scope="all"),
     dict(model="gemma2", checkpointing=True),
+    dict(ddp_options=dict(static_graph=True)),
+    dict(ddp_options=dict(find_unused_parameters=True)),
+    dict(compiled="inside"),
+    dict(compiled="outside", scope=1),
 ]
 
 
 @pytest.mark.parametrize("options", DDP, ids=str)
 def test_ddp(on_two_ranks, options):
     found = on_two_ranks("ddp", **options)
-    rest = {key: value for key, value in options.items() if key not in ("model", "checkpointing")}
+    skipped = ("model", "checkpointing", "compiled", "ddp_options")
+    rest = {key: value for key, value in options.items() if key not in skipped}
     assert_steps_equal(found, options.get("model", "llama"), **rest)
 
 
