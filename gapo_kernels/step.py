@@ -68,7 +68,7 @@ def gapo_step(
     validation.check_choice(probe, PROBES, "probe")
     randomness = None if anchor is None else _Randomness(anchor.params[0].device)
     unmoved = UnmovedLayers([] if anchor is None else anchor.unmoved_layers)
-    with unmoved.recorded(), torch._functorch.config.patch(donated_buffer=False):
+    with _kept_buffers(), unmoved.recorded():
         margin, logps, counts = _margin(logps_fn())
     if sft_weight and counts is None:
         raise ValueError("sft_weight needs token counts: logps_fn must return (logps, counts), got logps alone")
@@ -87,7 +87,8 @@ def gapo_step(
                     "draw the same numbers in both runs"
                 )
             objective = None if anchor.direction == "gaussian" else _probe(probe, margin, beta, gamma, valid)
-            with anchor.perturbed(objective, retain_graph=True), torch.no_grad():
+            # A backward of dynamic shapes is compiled when it first runs, which is in the probe.
+            with _kept_buffers(), anchor.perturbed(objective, retain_graph=True), torch.no_grad():
                 with randomness.repeated() if drawn else unmoved.replayed():
                     anchor_margin = _margin(logps_fn())[0]
         return _packed(
@@ -106,6 +107,11 @@ def gapo_step(
         if anchor is not None:  # a step that failed is repeated with the same random numbers
             anchor.load_state_dict(counter)
         raise
+
+
+def _kept_buffers():
+    """Context: what is compiled in it may walk its graph twice."""
+    return torch._functorch.config.patch(donated_buffer=False)
 
 
 def _packed(

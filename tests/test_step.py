@@ -336,6 +336,19 @@ def test_a_compiled_model(model, anchor):
     assert_close(results[1], results[0], 1e-12)
 
 
+def test_a_compiled_model_with_new_shapes(model, anchor):
+    """A backward of dynamic shapes is compiled when it first runs: in the probe."""
+    ids, labels = batch()
+    results = []
+    for used in (model, torch.compile(model, backend="aot_eager")):
+        for cut in (0, 1, 2):  # from the second on, shapes are dynamic
+            model.zero_grad()
+            out = gapo_step(logps_fn(used, ids[:, cut:], labels[:, cut:], plain_logps), anchor)
+            out.loss.backward()
+        results.append([out.loss.detach(), out.anchor_margin, *gradients(model.parameters())])
+    assert_close(results[1], results[0], 1e-12)
+
+
 def test_autocast_around_the_step_does_not_hide_the_anchor():
     # Autocast caches its casts of the weights: the forward at the anchor would read theta's, and the gap would be 0.
     torch.manual_seed(0)
