@@ -7,6 +7,7 @@ RECIPE is a YAML file of settings, or the name of a shipped recipe. Runs as it i
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def main(argv=None):
             return EXIT_INTERRUPTED
     try:
         if arguments.recipe is None and not arguments.print_config:
-            return _refuse(f"expected a YAML file or a recipe, one of {', '.join(settings.recipes())}")
+            raise settings.SettingsError(f"expected a YAML file or a recipe, one of {', '.join(settings.recipes())}")
         values = settings.change({} if arguments.recipe is None else settings.read(arguments.recipe), changes)
         if arguments.print_config:
             print(settings.render(values), end="")
@@ -57,7 +58,7 @@ def _parse_arguments(argv):
         allow_abbrev=False,
     )
     parser.add_argument("recipe", nargs="?", help="a YAML file, or the name of a shipped recipe")
-    parser.add_argument("--print-config", action="store_true", help="print every setting, or every default without a recipe, as YAML, and train nothing")
+    parser.add_argument("--print-config", action="store_true", help="print every setting as YAML, and train nothing")
     return parser.parse_known_args(argv)
 
 
@@ -74,13 +75,13 @@ def run(data_args, model_args, config):
     from .interrupt import SafeStop
     from .settings import SettingsError
 
-    stop = SafeStop()
+    checkpoint, stop = _checkpoint(config), SafeStop()
     try:
         trainer = make_trainer(data_args, model_args, config, callbacks=[stop])
     except (ImportError, NotImplementedError, TypeError, ValueError) as error:
         raise SettingsError(str(error)) from error
     with stop:
-        trainer.train(resume_from_checkpoint=_checkpoint(config))
+        trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
         trainer.save_state()
     if stop.interrupted:
@@ -120,13 +121,29 @@ def make_trainer(data_args, model_args, config, **options):
 
 
 def _checkpoint(config):
+    """The folder to resume from, or None. Raises SettingsError for one that is not there."""
+    from .config import nearest
+    from .settings import SettingsError
+
     wanted = config.resume_from_checkpoint
+    if wanted is None:
+        return None
     if wanted != "last":
+        if not Path(wanted).is_dir():
+            near = nearest(wanted, ["last"])
+            raise SettingsError(f"resume_from_checkpoint must be a checkpoint's folder or 'last', got {wanted!r}{near}")
         return wanted
-    found = Path(config.output_dir).glob("checkpoint-*")
-    # Its state is a checkpoint's last file: without it, the run was killed while it wrote the others.
-    whole = [folder for folder in found if (folder / "trainer_state.json").is_file()]
+    whole = [folder for folder in Path(config.output_dir).glob("checkpoint-*") if _is_whole(folder)]
     return str(max(whole, key=lambda folder: int(folder.name.split("-")[1]))) if whole else None
+
+
+def _is_whole(checkpoint):
+    # Its state is a checkpoint's last file: the run may have been killed while it wrote that or the others.
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -16,6 +16,12 @@ _CHOICES = {
 }
 
 
+def nearest(value, among):
+    """The end of a message about a wrong value: the valid one that it is closest to, or nothing."""
+    found = difflib.get_close_matches(str(value), list(among), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
 @dataclass
 class GAPOConfig(TrainingArguments):
     """Every field of `transformers.TrainingArguments`, and those of GAPO below. Batch sizes count preference pairs.
@@ -94,9 +100,10 @@ class GAPOConfig(TrainingArguments):
             self.scope = int(self.scope)
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                near = difflib.get_close_matches(str(getattr(self, name)), choices, n=1, cutoff=0.5)
-                near = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}{near}")
+                value = getattr(self, name)
+                raise ValueError(
+                    f"{name} must be one of {', '.join(choices)}, got {value!r}{nearest(value, choices)}"
+                )
         self._require("beta", self.beta > 0, "> 0")
         self._require("rho", self.rho >= 0, ">= 0")
         self._require("gamma_beta_ratio", True, "a number")
@@ -113,7 +120,8 @@ class GAPOConfig(TrainingArguments):
                 raise ValueError(f"{name} must have use_reentrant=False: the step walks one graph twice, got True")
         layer = isinstance(self.scope, int) and not isinstance(self.scope, bool) and self.scope >= 0
         if not layer and self.scope not in ("backbone", "all"):
-            raise ValueError(f"scope must be 'backbone', 'all' or the number of a layer, got {self.scope!r}")
+            near = nearest(self.scope, ("backbone", "all"))
+            raise ValueError(f"scope must be 'backbone', 'all' or the number of a layer, got {self.scope!r}{near}")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be False: the collator reads the pairs' own columns, got True")
         if self.label_smoothing_factor:

@@ -6,7 +6,6 @@ a value that is itself a mapping: `--lr_scheduler_kwargs.min_lr=1e-7`.
 
 import copy
 import dataclasses
-import difflib
 import json
 import math
 import re
@@ -17,6 +16,9 @@ from pathlib import Path
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.trainer_pt_utils import AcceleratorConfig
+
+from .config import GAPOConfig, nearest
 
 SHIPPED_MODEL = "smollm2-135m-instruct-offline"
 SHIPPED_DATASET = "gapo-preferences"
@@ -59,8 +61,6 @@ def dataclass_types():
     """The dataclasses of a run, in the order in which `parse` returns them."""
     from trl import ModelConfig
 
-    from .config import GAPOConfig
-
     return DataConfig, ModelConfig, GAPOConfig
 
 
@@ -78,7 +78,7 @@ def read(source):
     path = recipes().get(source, Path(source))
     if not path.is_file():
         raise SettingsError(
-            f"expected a YAML file or the name of a recipe, got {source!r}{_nearest(str(source), recipes())}; "
+            f"expected a YAML file or the name of a recipe, got {source!r}{nearest(source, recipes())}; "
             f"the recipes are {', '.join(recipes())}"
         )
     try:
@@ -135,7 +135,12 @@ def parse(settings):
     actions = {action.dest: action for action in parser._actions}
     unknown = [key for key in settings if key not in actions]
     if unknown:
-        raise SettingsError("\n".join(f"unknown setting {key!r}{_nearest(str(key), actions)}" for key in unknown))
+        raise SettingsError("\n".join(f"unknown setting {key!r}{nearest(key, actions)}" for key in unknown))
+    nested = settings.get("accelerator_config")
+    for key in nested if isinstance(nested, dict) else ():
+        known = [item.name for item in dataclasses.fields(AcceleratorConfig)]
+        if key not in known:
+            raise SettingsError(f"unknown setting 'accelerator_config.{key}'{nearest(key, known)}")
     arguments = []
     defaults = {name: value for kind in dataclass_types() for name, value in _defaults(kind).items()}
     # Not the fields' own types, which the parser rewrites.
@@ -180,7 +185,7 @@ def _check_choice(action, value):
     for one in value if isinstance(value, list) else [value]:
         if str(one) not in choices:
             raise SettingsError(
-                f"{action.dest} must be one of {', '.join(choices)}, got {one!r}{_nearest(str(one), choices)}"
+                f"{action.dest} must be one of {', '.join(choices)}, got {one!r}{nearest(one, choices)}"
             )
 
 
@@ -197,11 +202,6 @@ def _with_numbers(value):
         return [_with_numbers(one) for one in value]
     is_number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
     return float(value) if is_number else value
-
-
-def _nearest(name, among):
-    found = difflib.get_close_matches(name, list(among), n=1, cutoff=0.5)
-    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def render(settings):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from .config import nearest
 from .settings import SHIPPED_DATASET, SHIPPED_MODEL, SettingsError
 
 READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -34,7 +35,8 @@ def load_model(model_args):
         model = AutoModelForCausalLM.from_pretrained(name, **options, **extra)
         return model, AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError, ModuleNotFoundError) as error:
-        raise SettingsError(f"model_name_or_path = {model_args.model_name_or_path!r}: {error}") from error
+        near = nearest(model_args.model_name_or_path, [SHIPPED_MODEL])
+        raise SettingsError(f"model_name_or_path = {model_args.model_name_or_path!r}{near}: {error}") from error
 
 
 def _place(name):
@@ -81,4 +83,5 @@ def _split(data_args, split):
             return datasets.load_from_disk(name)[split]
         return datasets.load_dataset(name, data_args.dataset_config, split=split)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        raise SettingsError(f"dataset_name = {name!r}, split {split!r}: {type(error).__name__}: {error}") from error
+        near = nearest(name, [SHIPPED_DATASET])
+        raise SettingsError(f"dataset_name = {name!r}, split {split!r}{near}: {type(error).__name__}: {error}") from error

@@ -92,6 +92,10 @@ def test_numbers_in_mappings_are_numbers():
         (["smollm2-135m-offlin"], "did you mean 'smollm2-135m-offline'"),
         (["smollm2-135m-offline", "--gama_beta_ratio=1"], "unknown setting 'gama_beta_ratio'; did you mean 'gamma_b"),
         (["smollm2-135m-offline", "--probe=margn"], "probe must be one of loss, margin, got 'margn'; did you mean 'ma"),
+        (["smollm2-135m-offline", "--scope=backbon"], "got 'backbon'; did you mean 'backbone'"),
+        (["smollm2-135m-offline", "--accelerator_config.even_batch=true"], "did you mean 'even_batches'"),
+        (["smollm2-135m-offline", "--model_name_or_path=smollm2-135m-ofline"], "did you mean 'smollm2-135m-instruct-off"),
+        (["smollm2-135m-offline", "--dataset_name=./gapo_preference"], "did you mean 'gapo-preferences'"),
         (["smollm2-135m-offline", "--eval_strategy=step"], "got 'step'; did you mean 'steps'"),
         (
             ["smollm2-135m-offline", "--padding_free=true", "--pad_to_multiple_of=8"],
@@ -104,6 +108,7 @@ def test_numbers_in_mappings_are_numbers():
         (["smollm2-135m-offline", "--dataset_test_split=valid"], "split must be 'train', 'test' or None"),
         (["smollm2-135m-offline", "--model_name_or_path=/no/such/folder"], "model_name_or_path = '/no/such/folder'"),
         (["smollm2-135m-offline", "--dataset_name=/no/such.jsonl"], "dataset_name = '/no/such.jsonl'"),
+        (["smollm2-135m-offline", "--resume_from_checkpoint=lst"], "folder or 'last', got 'lst'; did you mean 'last'"),
         (["smollm2-135m-offline", "--dataset_test_split=null", "--eval_strategy=epoch"], "needs a dataset_test_split"),
     ],
 )

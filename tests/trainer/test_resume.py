@@ -106,6 +106,10 @@ def test_a_checkpoint_without_the_anchors_counter_is_refused(recipe, tmp_path, c
 def test_a_checkpoint_that_was_being_written_is_passed_over(recipe, tmp_path):
     cut = tmp_path / "cut"
     assert cli.main([str(recipe), f"--output_dir={cut}", "--max_steps=4", "--lr_scheduler_type=constant"]) == 0
-    (cut / "checkpoint-4" / "trainer_state.json").unlink()
+    state = cut / "checkpoint-4" / "trainer_state.json"
     config = settings.parse(settings.change(settings.read(str(recipe)), [f"--output_dir={cut}"]))[-1]
+    assert cli._checkpoint(config) == str(cut / "checkpoint-4")
+    state.write_text(state.read_text()[:100])
+    assert cli._checkpoint(config) == str(cut / "checkpoint-2")
+    state.unlink()
     assert cli._checkpoint(config) == str(cut / "checkpoint-2")
