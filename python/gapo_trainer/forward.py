@@ -77,8 +77,8 @@ def check_logps(model, base, padding_free):
     """Compares the log-probs of two short sequences with those of the model's own logits, and packed with padded.
 
     model: what is called, adapters and all; base: the PreTrainedModel. Raises NotImplementedError where they differ:
-    models scale, cap and pack in ways of their own. Weights without values (meta device), and flash attention on a CPU,
-    cannot be checked.
+    models scale, cap and pack in ways of their own. ValueError where a forward in training draws random numbers. Weights
+    without values (meta device), and flash attention on a CPU, cannot be checked.
     """
     device = base.get_input_embeddings().weight.device
     if device.type == "meta" or (device.type == "cpu" and "flash" in str(base.config._attn_implementation)):
@@ -92,7 +92,14 @@ def check_logps(model, base, padding_free):
     try:
         logits = model(input_ids=ids, use_cache=False).logits
         expected = reference.sequence_logps(logits, ids).float()
+        model.train()
+        before = _random_state(device)
         found = model(input_ids=ids, sequence_labels=ids)[0].float()
+        if not torch.equal(before, _random_state(device)):
+            raise ValueError(
+                f"expected a forward that draws no random numbers, got dropout or noise in {type(base).__name__}: set it "
+                "to 0 in model.config; two forwards would differ by more than the anchor"
+            )
         places = torch.arange(5, device=device).repeat(2)[None]
         offsets = torch.tensor([0, 5, 10], dtype=torch.int32, device=device)
         packed = dict(input_ids=ids.view(1, 10), position_ids=places, sequence_labels=ids.flatten(), cu_seqlens=offsets)
@@ -113,6 +120,10 @@ def check_logps(model, base, padding_free):
             f"padding_free expects a model that keeps packed sequences apart by position_ids, log-probs "
             f"{found.tolist()}, got {apart.tolist()} from {type(base).__name__}: pass padding_free=False"
         )
+
+
+def _random_state(device):
+    return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
 
 
 def logit_scale(config):

@@ -72,7 +72,7 @@ def prepare_pairs(pairs, tokenizer, args):
         raise ValueError("expected at least one preference pair, got none")
     first = pairs[0]
     if set(TOKENS) <= first.keys():
-        return pairs
+        return pairs if "index" in first else _numbered(pairs)
     if tokenizer is None:
         raise ValueError("expected a tokenizer as processing_class, for pairs that are not tokenised, got none")
     missing = {"chosen", "rejected"} - first.keys()
@@ -98,6 +98,13 @@ def prepare_pairs(pairs, tokenizer, args):
         )
     _warn_of_cuts(sum(rows["is_truncated"]), len(rows), max_length)
     return rows
+
+
+def _numbered(rows):
+    """Rows that somebody else tokenised, with their positions as the key index."""
+    if isinstance(rows, (list, tuple)):
+        return [{"index": i, **row} for i, row in enumerate(rows)]
+    return rows.add_column("index", list(range(len(rows))))
 
 
 def tokenize_pairs(pairs, tokenizer, max_length, max_prompt_length=None):

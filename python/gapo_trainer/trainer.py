@@ -11,6 +11,7 @@ from transformers.utils import logging
 from gapo_kernels import GeometricAnchor, gapo_objective, gapo_step
 
 from . import metrics
+from .config import GAPOConfig
 from .forward import MARK, check_logps, install
 from .preferences import PreferenceCollator, prepare_pairs
 from .storage import write_json
@@ -62,6 +63,10 @@ class GAPOTrainer(Trainer):
         peft_config=None,
         **kwargs,
     ):
+        if not isinstance(args, GAPOConfig):
+            raise TypeError(f"expected a GAPOConfig as args, got {type(args).__name__}")
+        if not isinstance(model, torch.nn.Module):
+            raise TypeError(f"expected a PreTrainedModel with an output head, got {type(model).__name__}")
         if args.n_gpu > 1:
             # nn.DataParallel would cut the (2B, T) batch between chosen and rejected rows. Trainer resets the number
             # in the same way for models that are spread over several GPUs.
@@ -79,6 +84,11 @@ class GAPOTrainer(Trainer):
                 padding_free=args.padding_free,
             )
         model = _with_adapters(model, peft_config)
+        if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
+            raise ValueError(
+                f"expected adapters on the model's weights, LoRA say, got {type(model.active_peft_config).__name__}: the "
+                "anchor has no weights to move, and virtual tokens have no place in the rows of log-probs"
+            )
         base = model.get_base_model() if is_peft_model(model) else model
         if not isinstance(base, PreTrainedModel) or base.get_output_embeddings() is None:
             raise TypeError(f"expected a PreTrainedModel with an output head, got {type(base).__name__}")
@@ -89,9 +99,13 @@ class GAPOTrainer(Trainer):
             )
         install(base, args.max_logits_bytes)
         _disable_dropout(model)
+        if any(map(_is_reentrant, base.modules())):
+            raise ValueError("gradient checkpointing must have use_reentrant=False: the step walks one graph twice, got True")
         train_dataset, eval_dataset = (
             prepare_pairs(pairs, processing_class, args) for pairs in (train_dataset, eval_dataset)
         )
+        if train_dataset is not None:
+            _check_batch(data_collator([train_dataset[0]]))
         super().__init__(
             model,
             args,
@@ -116,6 +130,7 @@ class GAPOTrainer(Trainer):
                 f"GAPOTrainer runs on one device, with DDP and with FSDP2 (fsdp_version: 2), got "
                 f"{self.accelerator.distributed_type.value}"
             )
+        _refuse_parallelism(self.accelerator.parallelism_config)
         self.anchor = self._make_anchor()
         with self.accelerator.autocast():
             check_logps(self.accelerator.unwrap_model(self.model), base, args.padding_free)
@@ -287,7 +302,12 @@ class GAPOTrainer(Trainer):
 
 
 def _refuse_what_has_no_place(args, options):
+    liger = args.liger_kernel_config or {}
     refused = {
+        "liger_kernel_config.fused_linear_cross_entropy": (
+            args.use_liger_kernel and liger.get("fused_linear_cross_entropy"),
+            "the loss has a fused head of its own",
+        ),
         "neftune_noise_alpha": (args.neftune_noise_alpha, "the anchor's forward would draw other noise"),
         "train_sampling_strategy": (
             args.train_sampling_strategy == "group_by_length",
@@ -303,6 +323,27 @@ def _refuse_what_has_no_place(args, options):
     for name, (is_set, why) in refused.items():
         if is_set:
             raise ValueError(f"{name} is not supported: {why}")
+    if args.use_liger_kernel:  # its head would take the place of ours when training begins
+        args.liger_kernel_config = liger | {"fused_linear_cross_entropy": False}
+
+
+def _check_batch(batch):
+    missing = {"input_ids", "labels", "index", "is_flipped"} - batch.keys()
+    if missing:
+        raise ValueError(
+            f"expected a data_collator that returns input_ids, labels, index, is_flipped, as PreferenceCollator does, got "
+            f"{', '.join(batch)}"
+        )
+
+
+def _refuse_parallelism(config):
+    """config: accelerate's ParallelismConfig, which its launcher may set, or None."""
+    for kind in ("tp", "cp", "sp"):
+        if config is not None and getattr(config, f"{kind}_enabled"):
+            raise NotImplementedError(
+                f"expected processes that are parallel over data alone, got parallelism_config.{kind}_size = "
+                f"{getattr(config, f'{kind}_size')}: the anchor and the log-probs know no other"
+            )
 
 
 def _with_adapters(model, peft_config):
@@ -322,7 +363,13 @@ def _disable_dropout(model):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        # Attention of transformers reads its dropout from a float, not from a module.
-        for name in ("attention_dropout", "dropout"):
-            if isinstance(getattr(module, name, None), float):
+        # Many models of transformers read a probability from a float, not from a module.
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
                 setattr(module, name, 0.0)
+
+
+def _is_reentrant(module):
+    """Whether the module checkpoints its activations in the reentrant way, set past the arguments."""
+    function = getattr(module, "_gradient_checkpointing_func", None)
+    return getattr(module, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get("use_reentrant")

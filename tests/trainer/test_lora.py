@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import made_up_pairs, tiny_model
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from test_trainer import make_trainer
 
 from gapo_trainer.config import GAPOConfig
@@ -54,6 +54,43 @@ def test_an_adapter_on_the_head_is_refused(tokenizer, tmp_path, where):
     config = LoraConfig(**(LORA | {where: ["q_proj", "lm_head"] if where == "target_modules" else ["lm_head"]}))
     with pytest.raises(TypeError, match="LM head has an adapter on it .*Take lm_head out of target_modules"):
         lora_trainer(tokenizer, tmp_path, tiny_model(tie_word_embeddings=False), config)
+
+
+def test_virtual_tokens_are_refused(tokenizer, tmp_path):
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(ValueError, match="adapters on the model's weights, LoRA say, got PromptTuningConfig"):
+        lora_trainer(tokenizer, tmp_path, tiny_model(), config, scope="all")
+
+
+class Quantized(torch.nn.Linear):
+    """A frozen layer that holds eight bits a weight and a scale, and computes with what they stand for."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.scale = linear.weight.detach().abs().max() / 127
+        values = (linear.weight.detach() / self.scale).round().to(torch.int8)
+        self.weight = torch.nn.Parameter(values, requires_grad=False)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype) * self.scale)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_quantised_base_trains_its_adapters(tokenizer, tmp_path, checkpointing):
+    """As QLoRA: the base is integers, the head is not, and neither is touched; float32 adapters under bf16."""
+    torch.manual_seed(0)
+    model = tiny_model(torch.float32)
+    for layer in model.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(layer.self_attn, name, Quantized(getattr(layer.self_attn, name)))
+    settings = dict(learning_rate=1e-2, rho=0.5, logging_steps=1, bf16=True, gradient_checkpointing=checkpointing)
+    trainer = lora_trainer(tokenizer, tmp_path, model, LoraConfig(**LORA), **settings)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    assert sum(tensor.dtype == torch.int8 for tensor in before.values()) == 8
+    trainer.train()
+    changed = {n for n, tensor in trainer.model.state_dict().items() if not torch.equal(tensor, before[n])}
+    assert changed == {name for name in before if "lora_" in name}
+    assert all(entry["gapo/gap"] > 1e-4 for entry in trainer.state.log_history if "loss" in entry)
 
 
 def test_a_config_beside_adapters_is_refused(tokenizer, tmp_path):

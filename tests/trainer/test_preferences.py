@@ -213,3 +213,11 @@ def test_a_call_of_a_tool_is_no_empty_completion(tokenizer):
     tokenizer.chat_template = tokenizer.chat_template.replace("m['content']", "(m['content'] or m['tool_calls'][0])")
     pair = made_up_pairs(1)[0] | {"chosen": [{"role": "assistant", "content": None, "tool_calls": ["w5"]}]}
     assert tokenizer.decode(tokenize_pair(pair, tokenizer, 100)["chosen_ids"]) == "w5 </s>"
+
+
+@pytest.mark.parametrize("kind", [list, Dataset.from_list], ids=["list", "Dataset"])
+def test_rows_that_trl_tokenised_get_their_numbers(tokenizer, kind):
+    rows = [{"prompt_ids": [1], "chosen_ids": [3, i], "rejected_ids": [4]} for i in range(3)]
+    prepared = prepare_pairs(kind(rows), tokenizer, GAPOConfig(use_cpu=True))
+    batch = PreferenceCollator(0)([prepared[2], prepared[0]])
+    assert batch["index"].tolist() == [2, 0] and batch["is_flipped"].tolist() == [False, False]

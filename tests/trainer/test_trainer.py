@@ -5,15 +5,17 @@ import copy
 import pytest
 import torch
 import transformers
+from accelerate.parallelism_config import ParallelismConfig
 from conftest import made_up_pairs, tiny_model
 from transformers import HfArgumentParser, TrainerCallback
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from gapo_kernels import reference
 from gapo_trainer import versions
 from gapo_trainer.config import GAPOConfig
 from gapo_trainer.forward import install
-from gapo_trainer.preferences import IGNORE_INDEX, flip_labels, tokenize_pairs
-from gapo_trainer.trainer import GAPOTrainer
+from gapo_trainer.preferences import IGNORE_INDEX, PreferenceCollator, flip_labels, tokenize_pairs
+from gapo_trainer.trainer import GAPOTrainer, _refuse_parallelism
 
 ABOVE_ZERO = 1e-6
 
@@ -505,5 +507,75 @@ def test_what_is_not_there_says_so(tokenizer, tmp_path):
         make_trainer(tokenizer, tmp_path, odd, padding_free=True)
     with pytest.raises(TypeError, match="output head, got LlamaModel"):
         make_trainer(tokenizer, tmp_path, tiny_model().model)
+    with pytest.raises(TypeError, match="output head, got str"):
+        make_trainer(tokenizer, tmp_path, "gpt2")
+    with pytest.raises(TypeError, match="expected a GAPOConfig as args, got TrainingArguments"):
+        GAPOTrainer(tiny_model(), transformers.TrainingArguments(str(tmp_path), use_cpu=True))
     with pytest.raises(ValueError, match="data_collator or a tokenizer"):
         GAPOTrainer(tiny_model(), GAPOConfig(output_dir=str(tmp_path), use_cpu=True))
+
+
+@pytest.mark.parametrize(
+    "architecture, settings",
+    [
+        ("Starcoder2", {"residual_dropout": 0.5, "embedding_dropout": 0.5, "attention_dropout": 0.5}),
+        ("Bloom", {"hidden_dropout": 0.5, "attention_dropout": 0.5, "n_head": 2}),
+        ("GPTNeoX", {"hidden_dropout": 0.5, "attention_dropout": 0.5}),
+    ],
+)
+def test_dropout_of_other_models_is_off(tokenizer, tmp_path, architecture, settings):
+    trainer = make_trainer(tokenizer, tmp_path, other_model(architecture, **settings), max_steps=1)
+    trainer.train()
+    assert len(trainer.pair_records) == 3
+
+
+def test_noise_that_cannot_be_switched_off_is_refused(tokenizer, tmp_path):
+    model = other_model("Falcon", hidden_dropout=0.5)  # read from the configuration
+    with pytest.raises(ValueError, match="draws no random numbers, got dropout or noise in FalconForCausalLM: set it to 0"):
+        make_trainer(tokenizer, tmp_path, model)
+    model.config.hidden_dropout = 0.0
+    make_trainer(tokenizer, tmp_path, model)
+
+
+def test_reentrant_checkpointing_of_the_model_is_refused(tokenizer, tmp_path):
+    model = tiny_model()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.raises(ValueError, match="must have use_reentrant=False"):
+        make_trainer(tokenizer, tmp_path, model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    trainer = make_trainer(tokenizer, tmp_path, model, max_steps=1)
+    trainer.train()
+    plain = make_trainer(tokenizer, tmp_path, max_steps=1)
+    plain.train()
+    assert trainer.pair_records == plain.pair_records
+
+
+def test_ligers_head_does_not_replace_ours(tokenizer, tmp_path, monkeypatch):
+    """Liger's kernels take their places when training begins; stood in for here, for they need a GPU."""
+
+    def apply(model, config):
+        assert config["rope"] is False
+        if config.get("fused_linear_cross_entropy", True):
+            model.forward = lambda *args, **kwargs: pytest.fail("the head is Liger's")
+
+    monkeypatch.setattr("transformers.trainer.apply_liger_kernel", apply)
+    settings = dict(use_liger_kernel=True, max_steps=1)
+    make_trainer(tokenizer, tmp_path, liger_kernel_config={"rope": False}, **settings).train()
+    with pytest.raises(ValueError, match="fused_linear_cross_entropy is not supported: the loss has a fused head"):
+        make_trainer(tokenizer, tmp_path, liger_kernel_config={"fused_linear_cross_entropy": True}, **settings)
+
+
+@pytest.mark.parametrize("kind", ["tp", "cp", "sp"])
+def test_parallelism_other_than_of_data_is_refused(kind):
+    _refuse_parallelism(None)
+    _refuse_parallelism(ParallelismConfig(dp_shard_size=2))
+    with pytest.raises(NotImplementedError, match=f"parallelism_config.{kind}_size = 2"):
+        _refuse_parallelism(ParallelismConfig(**{f"{kind}_size": 2}))
+
+
+def test_a_collator_that_leaves_out_what_is_read_is_refused(tokenizer, tmp_path):
+    config = GAPOConfig(output_dir=str(tmp_path), use_cpu=True)
+    options = dict(train_dataset=made_up_pairs(3), processing_class=tokenizer)
+    with pytest.raises(ValueError, match="data_collator that returns input_ids, labels, index, is_flipped, .* got .*mask"):
+        GAPOTrainer(tiny_model(), config, data_collator=DataCollatorForPreference(0), **options)
+    GAPOTrainer(tiny_model(), config, data_collator=PreferenceCollator(0), **options)
