@@ -109,9 +109,18 @@ def gapo_step(
         raise
 
 
-def _kept_buffers():
-    """Context: what is compiled in it may walk its graph twice."""
-    return torch._functorch.config.patch(donated_buffer=False)
+@contextmanager
+def _kept_buffers() -> Iterator[None]:
+    """What is compiled in here keeps its buffers, so that its graph may be walked twice.
+
+    Set by hand: config.patch makes a ContextVar in each call, and the thread's context never lets go of one.
+    """
+    config = torch._functorch.config
+    before, config.donated_buffer = config.donated_buffer, False
+    try:
+        yield
+    finally:
+        config.donated_buffer = before
 
 
 def _packed(
