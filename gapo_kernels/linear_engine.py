@@ -232,8 +232,10 @@ def logps(
 ) -> LogpsResults:
     """Log-probs, and what any number of backwards need: d hidden but for a scale, and the logits if d weight needs them."""
     operands, kept = Operands(hidden, rows, head), rows.index.shape[0]
-    buffer, logits_kept = Buffer(head, kept, max_logits_bytes), None
-    vocabulary = head.weight.shape[0]
+    # Statistics alone take few rows at a time: a graph that waits for its backward may keep the rest of the budget
+    # (gapo_step's does, while the anchor is measured).
+    buffer = (Buffer if any(needs) else _small_buffer)(head, kept, max_logits_bytes)
+    vocabulary, logits_kept = head.weight.shape[0], None
     if keep and (needs[1] or needs[2]) and kept + _least_tile(kept) <= buffer.limit:
         logits_kept = torch.empty(kept, vocabulary, dtype=head.buffer_dtype, device=hidden.device)
         buffer = _beside_kept(head, kept, max_logits_bytes)
@@ -271,13 +273,17 @@ def _unit_dtype(head: Head) -> torch.dtype:
 
 
 def _least_tile(kept: int) -> int:
-    """Rows of the buffer that the gradient is made in beside kept logits: fewer would make the GEMMs slow."""
+    """Rows of a buffer beside kept logits, this call's or another's: fewer would make the GEMMs slow."""
     return min(kept, max(256, kept // 8))
 
 
+def _small_buffer(head: Head, kept: int, max_logits_bytes: int) -> Buffer:
+    rows = _least_tile(kept)
+    return Buffer(head, rows, min(max_logits_bytes, rows * head.row_bytes))
+
+
 def _beside_kept(head: Head, kept: int, max_logits_bytes: int) -> Buffer:
-    left = max_logits_bytes - kept * head.row_bytes
-    return Buffer(head, _least_tile(kept), min(left, _least_tile(kept) * head.row_bytes))
+    return _small_buffer(head, kept, max_logits_bytes - kept * head.row_bytes)
 
 
 def logps_gradients(
