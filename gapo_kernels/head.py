@@ -154,7 +154,7 @@ def _rows_apart(logits: Tensor) -> Tensor:
 
 
 class WeightGradient:
-    """gradient^T @ hidden and the bias's sums over all tiles: in float32 for 16-bit weights, rounded once."""
+    """gradient^T @ hidden and the bias's sums over all tiles: in float32 for 16-bit weights."""
 
     def __init__(self, head: Head, weight: bool, bias: bool, one_tile: bool) -> None:
         self._wanted, self._like = (weight, bias), head.weight
@@ -182,13 +182,13 @@ class WeightGradient:
             _addmm_float32_(self.weight, gradient.t(), hidden)
 
     def results(self) -> tuple[Tensor | None, Tensor | None]:
-        """Of the weight's dtype; zeros if there was no tile."""
-        weight, bias = self.weight, self.bias
-        if self._wanted[0]:
-            weight = torch.zeros_like(self._like) if weight is None else weight.to(self._like.dtype)
-        if self._wanted[1]:
-            bias = self._like.new_zeros(self._like.shape[0]) if bias is None else bias.to(self._like.dtype)
-        return weight, bias
+        """Yet to be rounded, unless an only tile's GEMM did; zeros if there was no tile."""
+        dtype = torch.promote_types(self._like.dtype, torch.float32)
+        if self._wanted[0] and self.weight is None:
+            self.weight = torch.zeros_like(self._like, dtype=dtype)
+        if self._wanted[1] and self.bias is None:
+            self.bias = self._like.new_zeros(self._like.shape[0], dtype=dtype)
+        return self.weight, self.bias
 
 
 @lru_cache

@@ -80,7 +80,8 @@ def linear_loss_forward(
     needs: list[bool],
     backend: str,
 ) -> list[Tensor]:
-    """PairResults' ten fields, then per row (all of them) the shift and total, then d hidden, d weight, d bias."""
+    """PairResults' ten fields, then per row (all of them) the shift and total, then d hidden, d weight, d bias: of
+    16-bit operands in float32, so that they are rounded once, after the upstream gradient is folded in."""
     _check_labels(labels, weight, cu_seqlens, shift, ignore_index, group_name)
     rows = linear_engine.find_rows(labels, cu_seqlens, shift, ignore_index, in_pairs=True)
     head = _head(weight, bias, softcap, logit_scale, group_name, backend)
@@ -123,7 +124,7 @@ def _(hidden, weight, labels, anchor_hidden, anchor_weight, anchor_margin, bias,
         hidden.new_empty(pairs, dtype=torch.bool),
         hidden.new_empty(2 * pairs, dtype=dtype),
         *(hidden.new_empty(labels.numel(), dtype=dtype) for _ in range(2)),
-        *(like.new_empty(like.shape if needed else 0) for like, needed in zip(gradients, needs)),
+        *(like.new_empty(like.shape, dtype=dtype) if n else hidden.new_empty(0) for like, n in zip(gradients, needs)),
     ]
 
 
@@ -264,14 +265,14 @@ class _LinearLoss(torch.autograd.Function):
         ctx.save_for_backward(
             hidden, weight, bias, labels, cu_seqlens, coefficients, row_shift, row_total, *(gradients * ctx.compiled)
         )
-        ctx.options = (*head_options, *layout)
+        ctx.options, ctx.dtype = (*head_options, *layout), hidden.dtype
         ctx.needs, ctx.backend = needs, backend
         return tuple(fields)
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
         if ctx.compiled:
-            gradients = [None if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors[8:]]
+            gradients = [None if g is None else (g * grad_loss).to(ctx.dtype) for g in ctx.saved_tensors[8:]]
             return (*gradients, *[None] * 8)
         if torch.is_grad_enabled():
             _once_differentiable()
@@ -296,11 +297,18 @@ class _LinearLoss(torch.autograd.Function):
                 ctx.backend,
             )
             gradients = [g if needed else None for g, needed in zip(results, ctx.needs)]
-        elif grad_loss.device.type != "cpu" or grad_loss.item() != 1:
-            for gradient in gradients:
-                if gradient is not None:
-                    gradient.mul_(grad_loss)
+        else:
+            for i, gradient in enumerate(gradients):
+                gradients[i] = None if gradient is None else _scaled(gradient, grad_loss, ctx.dtype)
         return (*gradients, *[None] * 8)
+
+
+def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * scale, rounded to dtype; over the gradient where that is its own."""
+    if scale.device.type == "cpu":  # a GPU's would have to be waited for
+        return (gradient if scale.item() == 1 else gradient.mul_(scale)).to(dtype)
+    out = gradient if gradient.dtype == dtype else gradient.new_empty(gradient.shape, dtype=dtype)
+    return torch.mul(gradient, scale, out=out)
 
 
 class _LinearLogps(torch.autograd.Function):
@@ -450,7 +458,8 @@ def fused_linear_gapo_loss(
     Rows that predict nothing are left out before any GEMM. Whole pairs at a time share one buffer of logits, and their
     gradients are made there in the forward, if they will be needed: four GEMMs in all, policy and anchor logits,
     d hidden, d weight. Only a pair that exceeds the budget by itself has its logits computed again, and not even that
-    with a frozen weight. With reduction="none", and in float16, the gradients are made in the backward instead.
+    with a frozen weight. bfloat16's gradients wait in float32 until the backward: the upstream gradient is folded in, and
+    they are rounded once. With reduction="none", and in float16, the gradients are made in the backward instead.
 
     Args:
         hidden: (2B, T, H) floating, the last hidden states, rows 0..B-1 of the chosen completions, rows B..2B-1 of the

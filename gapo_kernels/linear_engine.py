@@ -91,11 +91,12 @@ class Operands(NamedTuple):
 
 
 class Gradients:
-    """d hidden, d weight and d bias, as they are needed, tile by tile."""
+    """d hidden, d weight and d bias, as they are needed, tile by tile; 16-bit operands' in float32."""
 
     def __init__(self, operands: Operands, needs: Sequence[bool], one_tile: bool) -> None:
         self._operands, self._needs = operands, needs
-        self.hidden = _zero_rows(operands.hidden) if needs[0] else None  # (all rows, H)
+        dtype = cpu.accumulation_dtype(operands.hidden)
+        self.hidden = _zero_rows(operands.hidden, dtype) if needs[0] else None  # (all rows, H)
         self._head = WeightGradient(operands.head, needs[1], needs[2], one_tile)
 
     def add(self, tile: slice, logits: Tensor, statistics: Statistics, scale: Tensor) -> None:
@@ -115,8 +116,8 @@ class Gradients:
         return (self.hidden, *self._head.results())
 
 
-def _zero_rows(hidden: Tensor) -> Tensor:
-    return hidden.new_zeros(hidden.shape[:-1].numel(), hidden.shape[-1])
+def _zero_rows(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    return hidden.new_zeros(hidden.shape[:-1].numel(), hidden.shape[-1], dtype=dtype)
 
 
 def _statistics(operands: Operands, tile: slice, buffer: Buffer) -> tuple[Tensor, Statistics]:
@@ -132,7 +133,8 @@ class LossResults(NamedTuple):
     fields: PairResults
     shift: Tensor  # (K,)
     total: Tensor  # (K,)
-    gradients: tuple[Tensor | None, Tensor | None, Tensor | None]  # of the loss with reduction="mean"
+    # Of the loss with reduction="mean", and not rounded: the upstream gradient is to be folded in before.
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def loss(
@@ -151,7 +153,7 @@ def loss(
     anchor = None if anchor_hidden is None else Operands(anchor_hidden, rows, anchor_head)
     pairs, kept = rows.counts.shape[0] // 2, rows.index.shape[0]
     buffer = Buffer(head, kept, max_logits_bytes)
-    gradients = Gradients(operands, needs, one_tile=kept <= buffer.limit)
+    gradients = Gradients(operands, needs, one_tile=False)
     every: list[Statistics] = []
     sums = torch.zeros(2 * pairs, dtype=torch.float64, device=hidden.device)
     anchor_sums = torch.zeros_like(sums)
@@ -313,8 +315,8 @@ def logps_gradients(
         else:
             statistics = Statistics(shift[tile], total[tile], total[tile])
         gradients.add(tile, tile_logits, statistics, row_scale[tile])
-    hidden_gradient, *others = gradients.results()
+    found = [None if gradient is None else gradient.to(hidden.dtype) for gradient in gradients.results()]
     if needs[0] and unit is not None:
-        hidden_gradient = _zero_rows(hidden)
-        hidden_gradient[rows.index] = _scaled(unit, row_scale).to(hidden.dtype)
-    return (hidden_gradient, *others)
+        found[0] = _zero_rows(hidden, hidden.dtype)
+        found[0][rows.index] = _scaled(unit, row_scale).to(hidden.dtype)
+    return tuple(found)
