@@ -33,6 +33,7 @@ class VocabularyShard(NamedTuple):
     group: torch.distributed.ProcessGroup
     start: int  # the first token whose row of the weight is on this rank
     largest: int  # rows of the largest shard: all ranks must cut their tiles alike
+    vocabulary: int  # rows of all of them
 
 
 class Head(NamedTuple):
@@ -51,6 +52,11 @@ class Head(NamedTuple):
     @property
     def _casts(self) -> bool:
         return self.weight.device.type == "cpu" and self.weight.dtype in HALF
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens, on all ranks."""
+        return self.weight.shape[0] if self.shard is None else self.shard.vocabulary
 
     @property
     def row_bytes(self) -> int:
@@ -82,10 +88,12 @@ class Head(NamedTuple):
         if self.shard is None:
             return Statistics(shift, total, logps)
         own = logits.gather(1, shard_labels[:, None]).squeeze(1).to(shift.dtype).masked_fill(elsewhere, 0)
+        own.masked_fill_((labels < 0) | (labels >= self.vocabulary), torch.nan)  # no rank's: as the launchers have it
         return self._combined(shift, total, own)
 
     def _combined(self, shift: Tensor, total: Tensor, label_logit: Tensor) -> Statistics:
-        # Finite where the maximum is not: a shard whose logits are all -inf takes no part.
+        # A shard whose logits are all -inf takes no part: its sum is 0 (exp(-inf - -inf) made it NaN), its maximum finite.
+        total = total.masked_fill(shift == -torch.inf, 0)
         largest = (shift + total.log()).nan_to_num(nan=torch.inf, neginf=torch.finfo(shift.dtype).min)
         torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=self.shard.group)
         sums = torch.stack([total * (shift - largest).exp(), label_logit])

@@ -25,22 +25,12 @@ def _shard(weight: Tensor, group_name: str | None) -> VocabularyShard | None:
     if group_name is None:
         return None
     group = torch.distributed.distributed_c10d._resolve_process_group(group_name)
-    sizes = _shard_sizes(weight, group)
-    return VocabularyShard(group, sum(sizes[: torch.distributed.get_rank(group)]), max(sizes))
-
-
-def _shard_sizes(weight: Tensor, group: torch.distributed.ProcessGroup) -> list[int]:
-    sizes = torch.zeros(torch.distributed.get_world_size(group), dtype=torch.int64, device=weight.device)
-    sizes[torch.distributed.get_rank(group)] = weight.shape[0]
+    rank, ranks = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+    sizes = torch.zeros(ranks, dtype=torch.int64, device=weight.device)
+    sizes[rank] = weight.shape[0]
     torch.distributed.all_reduce(sizes, group=group)
-    return sizes.tolist()
-
-
-def _check_labels(labels, weight, cu_seqlens, shift, ignore_index, group_name) -> None:
-    vocabulary = weight.shape[0]
-    if group_name is not None:
-        vocabulary = sum(_shard_sizes(weight, torch.distributed.distributed_c10d._resolve_process_group(group_name)))
-    validation.check_values(labels, vocabulary, cu_seqlens, shift, ignore_index)
+    sizes = sizes.tolist()
+    return VocabularyShard(group, sum(sizes[:rank]), max(sizes), sum(sizes))
 
 
 def _all_rows(values: Tensor, rows: linear_engine.Rows, count: int) -> Tensor:
@@ -82,9 +72,9 @@ def linear_loss_forward(
 ) -> list[Tensor]:
     """PairResults' ten fields, then per row (all of them) the shift and total, then d hidden, d weight, d bias: of
     16-bit operands in float32, so that they are rounded once, after the upstream gradient is folded in."""
-    _check_labels(labels, weight, cu_seqlens, shift, ignore_index, group_name)
-    rows = linear_engine.find_rows(labels, cu_seqlens, shift, ignore_index, in_pairs=True)
     head = _head(weight, bias, softcap, logit_scale, group_name, backend)
+    validation.check_values(labels, head.vocabulary, cu_seqlens, shift, ignore_index)
+    rows = linear_engine.find_rows(labels, cu_seqlens, shift, ignore_index, in_pairs=True)
     with ops.on(hidden.device), torch.autocast(hidden.device.type, enabled=False):
         results = linear_engine.loss(
             hidden.detach(),
@@ -147,9 +137,9 @@ def linear_logps_forward(
     backend: str,
 ) -> list[Tensor]:
     """s (S,), counts (S,), per row (all of them) the shift, the total and d hidden at scale 1; kept logits (K, V)."""
-    _check_labels(labels, weight, cu_seqlens, shift, ignore_index, group_name)
-    rows = linear_engine.find_rows(labels, cu_seqlens, shift, ignore_index, in_pairs=False)
     head = _head(weight, bias, softcap, logit_scale, group_name, backend)
+    validation.check_values(labels, head.vocabulary, cu_seqlens, shift, ignore_index)
+    rows = linear_engine.find_rows(labels, cu_seqlens, shift, ignore_index, in_pairs=False)
     with ops.on(hidden.device), torch.autocast(hidden.device.type, enabled=False):
         results = linear_engine.logps(hidden.detach(), rows, head, max_logits_bytes, needs, keep)
     logps = sequence_means(results.sums, rows.counts, length_normalized).to(cpu.accumulation_dtype(hidden), copy=True)

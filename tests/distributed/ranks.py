@@ -18,6 +18,7 @@ from gapo_kernels import (
     linear_sequence_logps,
     perturbation,
     sequence_logps,
+    validation,
 )
 
 RANKS, PAIRS, RHO = 2, 4, 0.3
@@ -270,14 +271,18 @@ def fsdp_leaf_outside(rank):
     return untouched, scale.grad.item() != 0, out.gap.abs().max().item()
 
 
-def vocabulary_parallel(rank, sizes, dtype="float64", loss_options={}, **options):
-    """Loss and log-probs with the head's rows sharded over the ranks: (fields, gradients) of each."""
+def vocabulary_parallel(rank, sizes, dtype="float64", loss_options={}, masked=0, **options):
+    """Loss and log-probs with the head's rows sharded over the ranks: (fields, gradients) of each.
+
+    `masked`: that many tokens at the end of the vocabulary are masked out, as those that only pad it are.
+    """
     torch.manual_seed(0)
     dtype = getattr(torch, dtype)
     vocabulary, width, length = sum(sizes), 5, 6
     hidden, anchor = (torch.randn(2 * PAIRS, length, width, dtype=torch.float64).to(dtype) for _ in range(2))
     weight, bias = torch.randn(vocabulary, width).to(dtype), torch.randn(vocabulary).to(dtype)
-    labels = torch.randint(vocabulary, (2 * PAIRS, length))
+    bias[vocabulary - masked :] = -torch.inf
+    labels = torch.randint(vocabulary - masked, (2 * PAIRS, length))
     labels[:, 0], labels[1] = -100, -100  # one empty completion
     mine = slice(0, vocabulary)
     if rank is not None:
@@ -321,8 +326,37 @@ def vocabulary_parallel_dtensor(rank):
 
 
 def vocabulary_parallel_label_out_of_range(rank):
-    hidden, weight = torch.randn(2, 3, 4), torch.randn(5, 4)
+    """The error, and the losses of two pairs on a device whose labels are not looked at."""
+    hidden, weight, labels = torch.randn(4, 3, 4), torch.randn(5, 4), torch.ones(4, 3, dtype=torch.int64)
+    options = dict(vocab_parallel_group=distributed.group.WORLD, reduction="none")
+    labels[1, 2] = 10
     try:
-        linear_sequence_logps(hidden, weight, torch.full((2, 3), 10), vocab_parallel_group=distributed.group.WORLD)
+        fused_linear_gapo_loss(hidden, weight, labels, **options)
+        message = "accepted"
     except ValueError as error:
-        return str(error)
+        message = str(error)
+    validation.check_values = lambda *arguments: None
+    losses = []
+    for label in (10, -7):
+        labels[1, 2] = label
+        losses.append(fused_linear_gapo_loss(hidden, weight, labels, **options).loss)
+    return message, losses
+
+
+def vocabulary_parallel_collectives(rank):
+    """The shapes of what is all-reduced for the log-probs of 2 * 5 tokens, without and with gradients."""
+    hidden, weight, labels = torch.randn(2, 6, 4), torch.randn(5, 4), torch.ones(2, 6, dtype=torch.int64)
+    shapes, all_reduce = [], distributed.all_reduce
+
+    def counted(tensor, *args, **options):
+        shapes[-1].append(tuple(tensor.shape))
+        return all_reduce(tensor, *args, **options)
+
+    torch.distributed.all_reduce = counted
+    for needed in (False, True):
+        shapes.append([])
+        hidden.requires_grad_(needed)
+        logps = linear_sequence_logps(hidden, weight, labels, vocab_parallel_group=distributed.group.WORLD)
+    shapes.append([])
+    logps.sum().backward()
+    return shapes
