@@ -9,6 +9,7 @@ With a process group the vocabulary is sharded over its ranks: a row's maximum a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from types import ModuleType
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CAST_BYTES = 16 * 2**20  # of the weight, cast at a time
+CAST_BYTES = 16 * 2**20  # of the weight, or of the logits' gradient, cast at a time
 SOFTCAP_BYTES = 8 * 2**20  # of the logits, kept at a time for softcap's derivative
 HALF = (torch.float16, torch.bfloat16)
 
@@ -184,10 +185,8 @@ class WeightGradient:
                 self.weight = gradient.t() @ hidden
             else:
                 self.weight.addmm_(gradient.t(), hidden)
-        elif self.weight is None:
-            self.weight = _mm_float32(gradient.t(), hidden)
         else:
-            _addmm_float32_(self.weight, gradient.t(), hidden)
+            self.weight = _added_float32(self.weight, gradient.t(), hidden)
 
     def results(self) -> tuple[Tensor | None, Tensor | None]:
         """Yet to be rounded, unless an only tile's GEMM did; zeros if there was no tile."""
@@ -200,24 +199,34 @@ class WeightGradient:
 
 
 @lru_cache
-def _gemm_to_float32(device: torch.device) -> bool:
-    """Whether a GEMM of 16-bit operands may give a float32 result."""
+def _gives_float32(gemm: Callable[..., Tensor], device: torch.device) -> bool:
+    """Whether torch.mm, or torch.addmm to a float32 total (from torch 2.10 on), has 16-bit operands and a float32 result."""
     one = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
+    total = [one.float()] if gemm is torch.addmm else []
     try:
-        torch.addmm(one.float(), one, one, out_dtype=torch.float32)
+        gemm(*total, one, one, out_dtype=torch.float32)
     except (RuntimeError, TypeError, NotImplementedError):
         return False
     return True
 
 
 def _mm_float32(one: Tensor, other: Tensor) -> Tensor:
-    if _gemm_to_float32(one.device):
+    if _gives_float32(torch.mm, one.device):
         return torch.mm(one, other, out_dtype=torch.float32)
     return (one @ other).float()
 
 
-def _addmm_float32_(total: Tensor, one: Tensor, other: Tensor) -> None:
-    if _gemm_to_float32(total.device):
-        torch.addmm(total, one, other, out_dtype=torch.float32, out=total)
-    else:
-        total.add_(one @ other)
+def _added_float32(total: Tensor | None, one: Tensor, other: Tensor) -> Tensor:
+    """total + one @ other, over the total, nothing of it rounded to the operands' 16 bits."""
+    if total is None and _gives_float32(torch.mm, one.device):
+        return _mm_float32(one, other)
+    if total is None:
+        total = one.new_zeros(one.shape[0], other.shape[1], dtype=torch.float32)
+    if _gives_float32(torch.addmm, one.device):
+        return torch.addmm(total, one, other, out_dtype=torch.float32, out=total)
+    if _gives_float32(torch.mm, one.device):
+        return total.add_(_mm_float32(one, other))
+    rows, other = max(1, CAST_BYTES // max(1, 4 * one.shape[1])), other.float()
+    for part, of_one in zip(total.split(rows), one.split(rows)):
+        part.addmm_(of_one.float(), other)
+    return total

@@ -10,12 +10,14 @@ from torch import nn
 
 from gapo_kernels import (
     GeometricAnchor,
+    cpu,
     fused_linear_gapo_loss,
     gapo_step,
     linear_engine,
     linear_sequence_logps,
     reference,
 )
+from gapo_kernels import head as lm_head
 
 VOCABULARY, WIDTH, LENGTH, PAIRS = 37, 5, 6, 3
 ROW = VOCABULARY * 8  # bytes of a row of float64 logits
@@ -303,6 +305,38 @@ def test_half_precision_is_as_close_as_a_float32_accumulated_eager_path(dtype, b
         error, allowed = ((g.double() - true).norm() / true.norm() for g in (ours, theirs))
         assert error <= 1.2 * allowed, (error, allowed)
     torch.testing.assert_close(found[0].gap, eager[0].gap, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("available", ["neither", "mm", "addmm"])
+def test_d_weight_accumulates_in_float32_whatever_torchs_gemms_can(available, monkeypatch):
+    """GEMMs of 16-bit operands into float32: torch 2.9 has mm for CUDA, 2.10 addmm to a float32 total, too, CPUs none."""
+    mm, addmm = torch.mm, torch.addmm
+
+    def mm_to_float32(one, other, *, out_dtype=None):
+        if out_dtype is not None and available == "neither":
+            raise NotImplementedError
+        return mm(one, other) if out_dtype is None else mm(one.to(out_dtype), other.to(out_dtype))
+
+    def addmm_to_float32(total, one, other, *, out_dtype=None, out=None):
+        if out_dtype is not None and available != "addmm":
+            raise RuntimeError("self and mat2 must have the same dtype")
+        return addmm(total, one.to(total.dtype), other.to(total.dtype), **({} if out is None else {"out": out}))
+
+    monkeypatch.setattr(torch, "mm", mm_to_float32)
+    monkeypatch.setattr(torch, "addmm", addmm_to_float32)
+    monkeypatch.setattr(lm_head, "_gives_float32", lm_head._gives_float32.__wrapped__)
+    monkeypatch.setattr(lm_head.Head, "_casts", False)  # as on a GPU
+    monkeypatch.setattr(lm_head, "CAST_BYTES", 20 * 4 * 4)  # two slices of the vocabulary
+    generator = torch.Generator().manual_seed(0)
+    tiles = [[torch.randn(4, n, generator=generator).bfloat16() for n in (VOCABULARY, WIDTH)] for _ in range(20)]
+    weight = torch.zeros(VOCABULARY, WIDTH, dtype=torch.bfloat16)
+    head = lm_head.Head(weight, None, None, 1.0, cpu)
+    gradient = lm_head.WeightGradient(head, weight=True, bias=False, one_tile=False)
+    for tile in tiles:
+        gradient.add(*tile)
+    found, _ = gradient.results()
+    exact = sum(one.double().t() @ other.double() for one, other in tiles)
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-6 * exact.abs().max().item())
 
 
 def test_a_float16_loss_scale_reaches_the_gradients_before_they_are_rounded():
