@@ -134,10 +134,11 @@ def check_head(weight: Tensor, hidden: Tensor, name: str) -> None:
             f"{name} is a DTensor, got placements {weight.placements}: pass {name}.full_tensor(); or, if it is sharded by "
             "rows of the vocabulary over one mesh dimension, that dimension's group as vocab_parallel_group"
         )
-    if weight.is_quantized or not weight.is_floating_point() or hasattr(weight, "quant_state"):
-        raise TypeError(
-            f"{name} must be a floating-point tensor, got {describe(weight)}: dequantise a quantised head first"
-        )
+    # torchao's tensors are wrapped ones of a floating-point dtype; so is a collective's result under way, which is plain.
+    wrapped = hasattr(weight, "__tensor_flatten__") and not hasattr(weight, "trigger_wait")
+    if weight.is_quantized or not weight.is_floating_point() or hasattr(weight, "quant_state") or wrapped:
+        got = type(weight).__name__ if wrapped else describe(weight)
+        raise TypeError(f"{name} must be a floating-point tensor, got {got}: dequantise a quantised head first")
     if weight.dtype != hidden.dtype:
         raise TypeError(f"{name} must have hidden's dtype, {hidden.dtype}, got {weight.dtype}")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:

@@ -455,11 +455,39 @@ class OfMesh(torch.Tensor):
     device_mesh, placements = "a mesh", "(Shard(0),)"
 
 
+class Quantised(torch.Tensor):
+    """As torchao's: a floating-point tensor to all appearances, around integers and a scale."""
+
+    @staticmethod
+    def __new__(cls, integers, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, integers.shape, dtype=scale.dtype)
+
+    def __init__(self, integers, scale):
+        self.integers, self.scale = integers, scale
+
+    def __repr__(self):
+        return "Quantised"
+
+    def __tensor_flatten__(self):
+        return ["integers", "scale"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].integers, args[0].scale)
+        raise NotImplementedError(function)
+
+
 @pytest.mark.parametrize(
     "change, error, message",
     [
         (dict(weight=nn.Linear(WIDTH, VOCABULARY)), TypeError, r"got the module Linear; pass its .weight.* adapter"),
         (dict(weight=torch.zeros(VOCABULARY, WIDTH, dtype=torch.int8)), TypeError, "dequantise a quantised head"),
+        (
+            dict(weight=Quantised(torch.zeros(VOCABULARY, WIDTH, dtype=torch.int8), torch.ones((), dtype=torch.double))),
+            TypeError,
+            "must be a floating-point tensor, got Quantised: dequantise a quantised head",
+        ),
         (dict(weight=torch.zeros(VOCABULARY, WIDTH).as_subclass(OfMesh)), TypeError, r"full_tensor\(\)"),
         (dict(weight=torch.zeros(VOCABULARY, WIDTH)), TypeError, "weight must have hidden's dtype, torch.float64, got"),
         (dict(weight=torch.zeros(VOCABULARY, 4).double()), ValueError, r"\(V, H\) with H = 5, got \(37, 4\)"),
