@@ -72,11 +72,11 @@ report: $(READY)
 
 # At most 8 minutes, in .venv, or where there is none, in PYTHON's own environment if it has what is needed.
 bench-gpu:
-	@python=$(BIN)/python; \
-	if ! test -f $(READY); then \
-		if $(PYTHON) -c "import torch, triton, pytest" 2>/dev/null; then python=$(PYTHON); else $(MAKE) $(PEERS); fi; \
-	fi; \
-	$$python -m bench.gpu $(BENCH)
+	@if test -f $(READY) || ! $(PYTHON) -c "import torch, triton, pytest" 2>/dev/null; then \
+		$(MAKE) $(PEERS) && $(BIN)/python -m bench.gpu $(BENCH); \
+	else \
+		$(PYTHON) -m bench.gpu $(BENCH); \
+	fi
 
 clean:
 	rm -rf $(VENV) .venv-oldest build dist *.egg-info

@@ -73,22 +73,25 @@ def cases(where: torch.device, quick: bool = False) -> list[Case]:
         return [tiny, Case(1, None, 576, 49152, F32, None, "smollm2", frozenset())]
     if where.type == "cpu":
         base = Case(1, 128, 576, 16384, F32, 0.5, peers=UNCOMPILED, importance=2, seconds=4)
-        return [
+        wanted = [
             Case(4, 256, 576, 49152, F32, 0.5),
             Case(4, 256, 576, 49152, F32, 0.0, importance=1, seconds=50),
             Case(1, 256, 576, 49152, F32, 0.0, importance=1, seconds=25),
             Case(4, None, 576, 49152, F32, None, "smollm2", UNCOMPILED, 1, seconds=15),
             *harness.sweep(base, length=[64, 256], ignored=[0.0, 0.9], pairs=[2, 4]),
         ]
-    base = Case(2, 1024, 4096, 128256, BF16, 0.5, peers=GPU_PEERS, importance=1, seconds=6)
-    return [
-        replace(base, ignored=0.0, peers=GPU_PEERS | {"compiled"}, importance=0),
-        replace(base, ignored=0.0, length=4096, importance=0),
-        replace(base, length=4096),
-        replace(base, ignored=0.0, pairs=4, vocabulary=151936),  # the shape of the measurements that TRL published
-        Case(16, None, 576, 49152, BF16, None, "smollm2", GPU_PEERS, 1, seconds=6),
-        *(replace(one, importance=2) for one in harness.sweep(base, ignored=[0.9], pairs=[1, 4], length=[256])),
-    ]
+    else:
+        base = Case(2, 1024, 4096, 128256, BF16, 0.5, peers=GPU_PEERS, importance=1, seconds=6)
+        wanted = [
+            replace(base, ignored=0.0, peers=GPU_PEERS | {"compiled"}, importance=0),
+            replace(base, ignored=0.0, length=4096, importance=0),
+            base,
+            replace(base, length=4096),
+            replace(base, ignored=0.0, pairs=4, vocabulary=151936),  # the shape of the measurements that TRL published
+            Case(16, None, 576, 49152, BF16, None, "smollm2", GPU_PEERS, 1, seconds=6),
+            *(replace(one, importance=2) for one in harness.sweep(base, ignored=[0.9], pairs=[1, 4], length=[256])),
+        ]
+    return harness.distinct(wanted)
 
 
 def make_batch(case: Case, where: torch.device, quick: bool) -> Batch:

@@ -65,7 +65,7 @@ def cases(where: torch.device, quick: bool = False) -> list[Case]:
         return [tiny, replace(tiny, dtype=BF16), Case(1, None, 49152, F32, None, "smollm2", SELECTIVE)]
     if where.type == "cpu":
         base = Case(2, 128, 32000, F32, 0.5, peers=SELECTIVE, importance=2, seconds=3)
-        return [
+        wanted = [
             Case(2, 256, 32000, F32, 0.0),
             Case(2, 256, 32000, F32, 0.5),
             Case(2, 256, 32000, BF16, 0.5),
@@ -80,23 +80,25 @@ def cases(where: torch.device, quick: bool = False) -> list[Case]:
                 dtype=[BF16],
             ),
         ]
-    base = Case(4, 1024, 32000, BF16, 0.5, peers=SELECTIVE, importance=2, seconds=3)
-    return [
-        Case(4, 1024, 128256, BF16, 0.0),
-        Case(4, 1024, 151936, BF16, 0.0),
-        Case(4, 1024, 128256, BF16, 0.5, peers=SELECTIVE, importance=1, seconds=8),
-        Case(4, 1024, 50257, BF16, 0.0, peers=SELECTIVE, importance=1, seconds=8),
-        Case(4, 1024, 128256, F32, 0.0, peers=SELECTIVE, importance=1, seconds=8),
-        Case(16, None, 49152, BF16, None, "smollm2", SELECTIVE, 1, seconds=8),
-        *harness.sweep(
-            base,
-            vocabulary=[4096, 50257, 128256, 262144],
-            length=[256, 4096],
-            ignored=[0.0, 0.9],
-            pairs=[1, 16],
-            dtype=[F32, F16],
-        ),
-    ]
+    else:
+        base = Case(4, 1024, 32000, BF16, 0.5, peers=SELECTIVE, importance=2, seconds=3)
+        wanted = [
+            Case(4, 1024, 128256, BF16, 0.0),
+            Case(4, 1024, 151936, BF16, 0.0),
+            Case(4, 1024, 128256, BF16, 0.5, peers=SELECTIVE, importance=1, seconds=8),
+            Case(4, 1024, 50257, BF16, 0.0, peers=SELECTIVE, importance=1, seconds=8),
+            Case(4, 1024, 128256, F32, 0.0, peers=SELECTIVE, importance=1, seconds=8),
+            Case(16, None, 49152, BF16, None, "smollm2", SELECTIVE, 1, seconds=8),
+            *harness.sweep(
+                base,
+                vocabulary=[4096, 50257, 128256, 262144],
+                length=[256, 4096],
+                ignored=[0.0, 0.9],
+                pairs=[1, 16],
+                dtype=[F32, F16],
+            ),
+        ]
+    return harness.distinct(wanted)
 
 
 def make_batch(case: Case, where: torch.device, quick: bool) -> Batch:

@@ -127,6 +127,7 @@ def measure(session: Session, end: float, rounds: int | None, quick: bool) -> No
         left = end - time.monotonic()
         if left < LAST_START:
             session.found["left_out"][name] = "no time was left"
+            session.save()
             continue
         torch._dynamo.reset()
         try:

@@ -89,6 +89,11 @@ def sweep(base: Any, **values: list) -> list:
     return [base, *(replace(base, **{name: value}) for name, others in values.items() for value in others)]
 
 
+def distinct(cases: Iterable[Any]) -> list:
+    """Without those whose name an earlier one has."""
+    return list({str(case): case for case in reversed(list(cases))}.values())[::-1]
+
+
 class Unavailable(Exception):
     """What a case needs is not on this machine; the message says what."""
 

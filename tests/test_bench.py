@@ -1,0 +1,304 @@
+"""The benchmarks' own machinery: what is measured, checked and written. No test looks at how long anything took."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # for `bench`, which is never installed
+
+from bench import bench_anchor, bench_linear, bench_logits, gpu, harness, peers
+
+CPU = torch.device("cpu")
+STATISTICS = {"median_ms", "quartile_1_ms", "quartile_3_ms", "min_ms", "max_ms"}
+
+
+def run_gpu(*arguments):
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'python'}"}
+    environment.pop("TRITON_INTERPRET", None)
+    return subprocess.run(
+        [sys.executable, "-m", "bench.gpu", *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+
+
+def test_one_command_measures_every_suite_and_writes_it(tmp_path):
+    pytest.importorskip("transformers")
+    done = run_gpu("--device", "cpu", "--quick", "--output", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = tmp_path.glob("gpu-*.json")
+    content = json.loads(file.read_text())
+    assert content["finished"] and not content["failed"] and set(content["tuning"]) == {"absent"}
+    assert {"device", "commit", "versions"} <= content["environment"].keys()
+    cases = content["cases"]
+    # Of the real pairs' cases may be missing what needs a package; the others run with torch and transformers alone.
+    assert len(cases) + len(content["left_out"]) == len(gpu.in_order(CPU, quick=True))
+    assert {case["suite"] for case in cases} == {"logits", "linear", "anchor", "step"}
+    for case in cases:
+        ours = case["times"]["ours"]
+        assert all(set(times) == STATISTICS for times in case["times"].values())
+        assert 0 < ours["min_ms"] <= ours["quartile_1_ms"] <= ours["median_ms"] <= ours["quartile_3_ms"] <= ours["max_ms"]
+        floors = {case["floor"]["name"]} if case["floor"] else set()
+        assert set(case["ratios"]) | {"ours"} == set(case["times"]) - floors - {"three exponentials"}
+        assert case["ratios"].keys() == case["ratio_spread"].keys()
+        assert case["floor"] is None or 0 < case["floor"]["fraction"]
+        (peaks,) = (value for key, value in case.items() if key.startswith("peak"))
+        assert set(peaks) == {"ours", *case["ratios"]}
+        assert not case["absent"].keys() & case["times"].keys()
+        assert case["versions"]["torch"]
+    with file.with_suffix(".csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    found = {(row["suite"], row["name"], row["contender"]): row for row in rows}
+    assert len(found) == len(rows) == sum(len(case["times"]) + len(case.get("parts", {})) for case in cases)
+    for case in cases:
+        for name, times in case["times"].items():
+            row = found[case["suite"], case["name"], name]
+            assert float(row["median_ms"]) == times["median_ms"]
+            assert row["dtype"] == case["params"]["dtype"] and row["commit"] and row["device"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    "arguments, message", [([], "torch.cuda.is_available() is False"), (["--device", "cpu"], "measured by `make bench`")]
+)
+def test_without_a_gpu_it_says_so(arguments, message):
+    pytest.importorskip("triton")
+    done = run_gpu(*arguments)
+    assert done.returncode == 2 and message in done.stderr
+
+
+def result_of(name):
+    times = {"ours": [1.0, 2.0], "peer": [2.0, 8.0]}
+    return harness.result("suite", name, {"dtype": "float32"}, times, {"copy": 0.5}, peak_mib={"ours": 1.0}, absent={})
+
+
+@pytest.fixture
+def session(tmp_path, monkeypatch):
+    session = gpu.Session(CPU, tmp_path)
+
+    def run(measure, names=("first", "second", "third"), seconds=60.0):
+        module = SimpleNamespace(
+            SUITE="suite",
+            ROUNDS=1,
+            measure=measure,
+            cases=lambda where, quick: [Named(name, number) for number, name in enumerate(names)],
+        )
+        monkeypatch.setattr(gpu, "SUITES", (module,))
+        gpu.measure(session, time.monotonic() + seconds, None, False)
+        (file,) = tmp_path.glob("*.json")
+        return json.loads(file.read_text())
+
+    return run
+
+
+class Named(str):
+    def __new__(cls, name, importance):
+        case = super().__new__(cls, name)
+        case.importance, case.seconds = importance, 1.0
+        return case
+
+
+def test_what_fails_or_cannot_run_is_named_and_the_rest_is_measured(session):
+    def measure(case, *args, **options):
+        if case == "first":
+            raise harness.Unavailable("it needs a package")
+        if case == "second":
+            raise ValueError("no")
+        return result_of(case)
+
+    content = session(measure)
+    assert content["left_out"] == {"suite: first": "it needs a package"}
+    assert content["failed"] == {"suite: second": "ValueError: no"}
+    assert [case["name"] for case in content["cases"]] == ["third"] and not content["finished"]
+
+
+def test_nothing_is_lost_by_an_interruption(session, tmp_path):
+    def measure(case, *args, **options):
+        if case == "second":
+            raise KeyboardInterrupt
+        return result_of(case)
+
+    with pytest.raises(KeyboardInterrupt):
+        session(measure)
+    (file,) = tmp_path.glob("*.json")
+    assert [case["name"] for case in json.loads(file.read_text())["cases"]] == ["first"]
+
+
+def test_the_clock_stops_a_case_and_leaves_out_the_rest(session, monkeypatch):
+    monkeypatch.setattr(gpu, "LAST_START", 0.1)
+
+    def measure(case, *args, **options):
+        if case == "second":
+            try:
+                time.sleep(60)
+            except Exception:  # a peer that catches everything does not catch the clock
+                pass
+        return result_of(case)
+
+    content = session(measure, seconds=1.0)
+    assert [case["name"] for case in content["cases"]] == ["first"]
+    assert content["left_out"]["suite: second"].startswith("not done in the")
+    assert content["left_out"]["suite: third"] == "no time was left"
+
+
+def test_cases_run_in_order_of_importance():
+    for where in (CPU, torch.device("cuda")):
+        order = [case.importance for _, case in gpu.in_order(where, quick=False)]
+        assert order == sorted(order) and order[0] == 0 and order[-1] > 0
+        names = [(module.SUITE, str(case)) for module, case in gpu.in_order(where, quick=False)]
+        assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("inner, outer, rings", [(0.05, 60.0, "inner"), (60.0, 0.05, "outer"), (0.05, 0.1, "both")])
+def test_deadlines_inside_of_deadlines(inner, outer, rings):
+    rang = []
+    try:
+        with harness.deadline(outer):
+            try:
+                with harness.deadline(inner):
+                    time.sleep(1)
+            except harness.OutOfTime:
+                rang.append("inner")
+            if rings != "inner":
+                time.sleep(1)
+    except harness.OutOfTime:
+        rang.append("outer")
+    assert rang == {"inner": ["inner"], "outer": ["inner", "outer"], "both": ["inner", "outer"]}[rings]
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize(
+    "text, counts",
+    [
+        ("..F\n3 failed, 10 passed, 1 skipped, 2 errors in 3.21s", dict(failed=3, passed=10, skipped=1, error=2)),
+        ("....s..F.  [ 40%]\n..E.\nsome warning", dict(passed=10, skipped=1, failed=1, error=1)),
+        ("", {}),
+    ],
+)
+def test_counts_of_a_run_of_tests_that_ended_and_of_one_that_did_not(text, counts):
+    assert gpu.counts_in(text) == counts
+
+
+def test_a_run_of_tests_that_takes_too_long_is_stopped(tmp_path):
+    file = tmp_path / "test_slow.py"
+    file.write_text("import time\ndef test_quick(): pass\ndef test_slow(): time.sleep(300)\n")
+    found = gpu.run_tests(["-c", os.devnull, str(file)], 5.0)
+    assert not found["complete"] and not found["failures"] and found["seconds"] < 100
+
+
+def test_turns_copies_and_what_is_done_around_a_call():
+    log = []
+
+    def contender(name):
+        return harness.Contender(
+            lambda prepared: log.append((name, prepared)),
+            prepare=lambda inputs: f"{inputs}'",
+            restore=lambda inputs: log.append(("restored", inputs)),
+        )
+
+    contenders = {name: contender(name) for name in ("one", "other")}
+    times = harness.interleaved(contenders, ["a", "b", "c"], CPU, rounds=2, warmup=1)
+    calls = [entry for entry in log if entry[0] != "restored"]
+    # An untimed and a timed call each, in turns; every call takes the next copy, and is followed by its restoration.
+    assert [name for name, _ in calls] == 3 * ["one", "one", "other", "other"]
+    assert [prepared for _, prepared in calls] == 4 * ["a'", "b'", "c'"]
+    assert [entry[1] + "'" for entry in log if entry[0] == "restored"] == [prepared for _, prepared in calls]
+    assert all(len(seconds) == 2 for seconds in times.values())
+
+
+def test_rounds_end_with_the_time_but_not_below_the_least():
+    contenders = {"one": harness.Contender(lambda _: time.sleep(0.01))}
+
+    def count(**options):
+        return len(harness.interleaved(contenders, [None], CPU, 50, **options)["one"])
+
+    assert count(seconds=0.0, least=4) == 4
+    assert count(seconds=60.0) == 50
+
+
+def test_ratios_and_their_spread():
+    ours, peer = [1.0, 1.0, 2.0, 2.0, 4.0, 4.0], [2.0, 2.0, 5.0, 5.0, 8.0, 8.0]
+    assert harness.ratio(peer, ours)["median"] == 2.0
+    assert harness.ratio_spread(peer, ours) == pytest.approx((2.5 - 2.0) / 2.0)
+    assert harness.ratio_spread(ours[:2], peer[:2]) is None
+    floor = harness.floor(ours, {"small": 0.1, "timed": [0.5, 0.5, 1.0, 1.0, 2.0, 2.0]})
+    assert floor == {"name": "timed", "ms": 1000.0, "fraction": 0.5, "spread": 0.0}
+
+
+def logits_batch():
+    case = bench_logits.Case(2, 6, 31, torch.float32, 0.5)
+    return bench_logits.make_batch(case, CPU, quick=True)
+
+
+def check(own, others, batch):
+    expected = peers.Expected(*bench_logits.reference_of(batch), 1e-5, 1e-5)
+    return peers.checked(own, others, batch, [batch.logits], expected, CPU, part=lambda gradient: gradient[:, -2])
+
+
+def test_a_peer_that_computes_something_else_is_not_measured():
+    batch = logits_batch()
+
+    def unavailable():
+        raise ImportError("no such package")
+
+    right = peers.eager_from_logits(bench_logits.GAMMA, sliced=False)
+    others = {
+        "right": lambda: right,
+        "wrong-loss": lambda: peers.eager_from_logits(bench_logits.GAMMA + 0.1, sliced=False),
+        "wrong-gradient": lambda: lambda batch: right(batch) + 1e-3 * (batch.logits[:, -2] - batch.logits[:, -2].detach()).sum(),
+        "missing": unavailable,
+    }
+    found = check({"ours": bench_logits.ours}, others, batch)
+    assert set(found.losses) == set(found.peaks) == set(found.errors) == {"ours", "right"}
+    assert found.absent["wrong-loss"].startswith("AssertionError: its loss is off by")
+    assert found.absent["wrong-gradient"].startswith("AssertionError") and "its gradient by" in found.absent["wrong-gradient"]
+    assert found.absent["missing"] == "ImportError: no such package"
+    assert batch.logits.grad is None
+    with pytest.raises(AssertionError, match="its loss is off by"):
+        check({"ours": others["wrong-loss"]()}, {}, batch)
+
+
+def test_the_linear_reference_is_the_mean_over_pairs():
+    """Put together a pair at a time; against one call of the eager peer on the whole batch."""
+    batch = bench_linear.make_batch(bench_linear.Case(3, 6, 16, 61, torch.float32, 0.5), CPU, quick=True)
+    total, gradients = bench_linear.reference_of(batch)
+    loss = peers.eager_from_hidden(bench_linear.GAMMA)(batch)
+    assert total == pytest.approx(loss.item(), rel=1e-5)
+    for found, exact in zip(gradients, torch.autograd.grad(loss, [batch.hidden, batch.weight])):
+        torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-7)
+        assert exact.abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("kind", bench_anchor.KINDS, ids=str)
+@pytest.mark.parametrize("fault", ["norm", "exchange", "restore"])
+def test_passes_that_are_wrong_are_not_measured(kind, fault):
+    case = bench_anchor.Case("tiny", *kind, "norm")
+    weights = bench_anchor.Weights(case, CPU)
+    contender = bench_anchor.Eager(weights)
+    right = getattr(contender, fault)
+
+    def wrong(_=None):
+        result = right()
+        if fault == "norm":
+            return 1.1 * result
+        for theta in weights.thetas[-1:]:
+            theta.mul_(1.1)
+
+    setattr(contender, fault, wrong)
+    with pytest.raises(AssertionError, match={"norm": "norm", "exchange": "another place", "restore": "restore"}[fault]):
+        bench_anchor.check("eager", contender, weights)
+
+
+def test_shapes_of_the_models():
+    """As their own configurations have them: 134 515 008 and 1 235 814 400 parameters."""
+    sizes = {name: sum(torch.Size(shape).numel() for shape in bench_anchor.shapes_of(name)) for name in bench_anchor.SHAPES}
+    assert sizes["SmolLM2-135M"] == 134_515_008 and sizes["Llama-1B"] == 1_235_814_400
