@@ -38,8 +38,9 @@ SECONDS = 450.0
 TEST_SHARE = 0.3  # of the time, at most
 LAST_START = 5.0  # seconds: no case begins with less time left
 QUICK_FOLDER = harness.ROOT / "runs" / "bench"  # git ignores it
-# (pytest's arguments): first what only a GPU can show, then every test of the kernels, compiled.
-TESTS = (["tests/test_gpu.py"], ["tests", "--ignore=tests/compile", "--ignore=tests/trainer", "-m", "kernels", "-k", "triton"])
+# First what only a GPU can show, then every test of the kernels, compiled.
+ELSEWHERE = ["--ignore=tests/compile", "--ignore=tests/distributed", "--ignore=tests/fuzz", "--ignore=tests/trainer"]
+TESTS = (["tests/test_gpu.py"], ["tests", *ELSEWHERE, "-m", "kernels", "-k", "triton"])
 
 
 class Session:
@@ -106,10 +107,12 @@ def tune(where: torch.device, quick: bool) -> dict[str, Any]:
     """Finds the launch parameters for this GPU, which the cases then use; kept in a folder of this process alone."""
     if where.type == "cpu":
         return {"absent": "a CPU has none"}
-    from gapo_kernels.kernels import tuning
-
+    try:
+        from gapo_kernels.kernels import tuning
+    except ImportError as error:
+        return {"absent": str(error)}
     os.environ["GAPO_KERNELS_AUTOTUNE"] = "1"
-    return tuning.tune(where, scratch_bytes=2**22 if quick else 2**28)
+    return tuning.tune(where, scratch_bytes=2**22 if quick else 2**30)  # the latter as in a large batch
 
 
 # ---- cases ----
@@ -184,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bench.gpu: {reason}", file=sys.stderr)
         return 2
 
-    where = torch.device(options.device)
+    where = torch.device(options.device, torch.cuda.current_device()) if options.device == "cuda" else torch.device("cpu")
     session = Session(where, options.output or (QUICK_FOLDER if options.quick else harness.RESULTS))
     print(f"{harness.device_name(where)}, at most {options.seconds:.0f} s", flush=True)
     if options.quick:
