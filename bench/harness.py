@@ -22,6 +22,7 @@ Each bench_*.py has `cases(device, quick)` and `measure(case, rounds, ...)`, whi
 from __future__ import annotations
 
 import csv
+import ctypes
 import gc
 import importlib.metadata
 import io
@@ -56,6 +57,7 @@ PACKAGES = ("torch", "triton", "liger-kernel", "trl", "cut-cross-entropy", "tran
 REPEATS = 3  # the thirds of a run whose ratios are compared
 # A call this long finds nothing of what it left in the caches one call ago: it is not run untimed before each timing.
 LONG_CALL = 0.25
+LIBC = ctypes.CDLL(None)
 HOST_LEAD_CYCLES = 2_000_000  # about a millisecond
 MIB = 2**20
 
@@ -91,7 +93,10 @@ def sweep(base: Any, **values: list) -> list:
 
 def distinct(cases: Iterable[Any]) -> list:
     """Without those whose name an earlier one has."""
-    return list({str(case): case for case in reversed(list(cases))}.values())[::-1]
+    first: dict[str, Any] = {}
+    for case in cases:
+        first.setdefault(str(case), case)
+    return list(first.values())
 
 
 class Unavailable(Exception):
@@ -306,6 +311,8 @@ def peak_bytes(function: Callable[[], object], where: torch.device) -> int | Non
         function()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    if hasattr(LIBC, "malloc_trim"):
+        LIBC.malloc_trim(0)  # what glibc keeps of earlier calls would hide what this one takes
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts over from what is resident now
         before = _status("VmRSS")

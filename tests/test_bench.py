@@ -149,6 +149,13 @@ def test_the_clock_stops_a_case_and_leaves_out_the_rest(session, monkeypatch):
     assert content["left_out"]["suite: third"] == "no time was left"
 
 
+def test_of_cases_with_one_name_the_first_stays_where_it_is():
+    assert [(case, case.importance) for case in harness.distinct([Named("b", 0), Named("a", 1), Named("b", 2)])] == [
+        ("b", 0),
+        ("a", 1),
+    ]
+
+
 def test_cases_run_in_order_of_importance():
     for where in (CPU, torch.device("cuda")):
         order = [case.importance for _, case in gpu.in_order(where, quick=False)]
@@ -232,6 +239,18 @@ def test_ratios_and_their_spread():
     assert harness.ratio_spread(ours[:2], peer[:2]) is None
     floor = harness.floor(ours, {"small": 0.1, "timed": [0.5, 0.5, 1.0, 1.0, 2.0, 2.0]})
     assert floor == {"name": "timed", "ms": 1000.0, "fraction": 0.5, "spread": 0.0}
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_the_peak_of_a_call_is_what_it_takes_at_its_worst_moment():
+    size = 2**24
+
+    def call():  # from the heap, which keeps what is freed: the second call must not find it there
+        return [torch.ones(2**12, dtype=torch.uint8) for _ in range(size // 2**12)] and None
+
+    for _ in range(2):
+        peak = harness.peak_bytes(call, CPU)
+        assert size * 0.9 < peak < size * 1.6
 
 
 def logits_batch():
