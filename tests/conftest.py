@@ -46,15 +46,17 @@ def backend(request, monkeypatch):
     part.
     """
     name, _, tiles = request.param.partition("-")
-    if tiles:
-        from gapo_kernels.kernels import config
+    if not tiles:
+        yield name
+        return
+    from gapo_kernels.kernels import config
 
-        monkeypatch.setitem(config.FORWARD, "BLOCK", 128)
-        monkeypatch.setitem(config.BACKWARD, "BLOCK", 128)
-        monkeypatch.setitem(config.PAIRS, "ROWS", 4)
-        # Two or three splits of the rows in these tests, on the one processor that the interpreter has.
-        monkeypatch.setattr(config, "PROGRAMS_PER_PROCESSOR", 100)
-    return name
+    monkeypatch.setitem(config.PAIRS, "ROWS", 4)
+    # Two or three splits of the rows in these tests, on the one processor that the interpreter has.
+    monkeypatch.setattr(config, "PROGRAMS_PER_PROCESSOR", 100)
+    small = {"BLOCK": 128, "num_warps": 4}
+    with config.forced(statistics=small, gradient=small):
+        yield name
 
 
 @pytest.fixture

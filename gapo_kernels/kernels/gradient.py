@@ -132,7 +132,8 @@ def logps_backward(
     rows, vocabulary = labels.numel(), logits.shape[-1]
     if rows == 0:
         return gradient
-    splits, chunk = config.split_row(logits.device, rows, vocabulary, config.BACKWARD["BLOCK"])
+    parameters = config.launch("gradient", logits.device, logits.dtype)
+    splits, chunk = config.split_row(logits.device, rows, vocabulary, parameters["BLOCK"])
     same_alignment = (
         row_strides(logits) == row_strides(gradient) and (logits.data_ptr() - gradient.data_ptr()) % 16 == 0
     )
@@ -154,7 +155,6 @@ def logps_backward(
         PACKED=cu_seqlens is not None,
         SAME_ALIGNMENT=same_alignment,
         VEC=config.vector_width(logits),
-        **config.BACKWARD,
-        **config.OPTIONS,
+        **parameters,
     )
     return gradient

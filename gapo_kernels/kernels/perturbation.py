@@ -25,10 +25,6 @@ from gapo_kernels import philox
 from gapo_kernels.kernels import config
 from gapo_kernels.perturbation import Move, accumulation_dtype
 
-# 128 threads hold 16 bytes each of a group's 1024 bfloat16 elements. Compiled for sm_90 by Triton 3.9: 31, 93 and 56
-# registers in bfloat16, 26 instructions a weight in the exchange, of about 75 that bandwidth leaves time for.
-LAUNCH = {"num_warps": 4}
-
 GROUP = tl.constexpr(philox.LANES)
 PAIR = tl.constexpr(2 * philox.LANES)
 TILE = tl.constexpr(philox.TILE)
@@ -313,12 +309,13 @@ class _Launch:
 
     def __init__(self, move: Move, aligned: bool, first: int) -> None:
         self.theta, self.direction, self.grid = move.theta.dtype, move.direction.dtype, move.grid
-        self.accumulation = accumulation_dtype(move)
+        self.accumulation, self._device = accumulation_dtype(move), move.theta.device
         self.aligned, self.first, self.tiles = aligned, first, 0
 
     @property
     def layout(self) -> dict[str, object]:
-        return {"ALIGNED": self.aligned, "VEC": 16 // self.theta.itemsize, **LAUNCH, **config.OPTIONS}
+        parameters = config.launch("perturbation", self._device, self.theta)
+        return {"ALIGNED": self.aligned, "VEC": 16 // self.theta.itemsize, **parameters}
 
 
 class Perturbation:

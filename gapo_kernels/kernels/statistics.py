@@ -123,7 +123,8 @@ def launch_statistics(
     """part_max and part_sum (planes, splits, R), of which only predicting rows are written, and the zero ticket."""
     planes = 1 if anchor_logits is None else 2
     rows, vocabulary = labels.numel(), logits.shape[-1]
-    splits, chunk = config.split_row(logits.device, rows * planes, vocabulary, config.FORWARD["BLOCK"])
+    parameters = config.launch("statistics", logits.device, logits.dtype)
+    splits, chunk = config.split_row(logits.device, rows * planes, vocabulary, parameters["BLOCK"])
     dtype = torch.promote_types(logits.dtype, torch.float32)
     part_max = torch.empty(planes, splits, rows, dtype=dtype, device=logits.device)
     part_sum = torch.empty_like(part_max)
@@ -148,8 +149,7 @@ def launch_statistics(
         SHIFT=int(shift),
         PACKED=cu_seqlens is not None,
         VEC=config.vector_width(logits),
-        **config.FORWARD,
-        **config.OPTIONS,
+        **parameters,
     )
     return part_max, part_sum, ticket
 

@@ -1,7 +1,11 @@
-"""Compiles kernels for GPUs that are not there, through the JIT's own specialisation of the launchers' arguments."""
+"""Compiles kernels for GPUs that are not there, through the JIT's own specialisation of the launchers' arguments, and
+reads what came out: registers, spills, loops.
+"""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -15,12 +19,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from gapo_kernels import kernels
+from gapo_kernels.kernels import config
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
 }
+BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 class _Driver:
@@ -40,112 +50,140 @@ class _Driver:
 
 
 @contextmanager
-def _active_driver(target: GPUTarget):
-    manager = triton.runtime.driver
+def as_if_on(target: str):
+    """Triton compiles for `target`, and the launchers take its parameters."""
+    manager, architecture = triton.runtime.driver, config.architecture
     before = manager._active
-    manager.set_active(_Driver(target))
+    manager.set_active(_Driver(TARGETS[target]))
+    config.architecture = lambda device: target
+    config.forget()
     try:
         yield
     finally:
         manager._active = before
+        config.architecture = architecture
+        config.forget()
 
 
-def compile_launches(launch: Callable[[], object], target: GPUTarget) -> dict[str, object]:
+def compile_launches(launch: Callable[[], object], target: str) -> dict[str, object]:
     """Kernel name -> compiled kernel, for every kernel that `launch` would have started on `target`."""
     compiled = {}
     run = JITFunction.run
 
     def warm_up(self, *args, grid, warmup, **kwargs):
+        self.device_caches.clear()  # of compiled code, per device number and arguments: the target is not among them
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        self.device_caches.clear()
         compiled[self.fn.__name__] = kernel
         return kernel
 
-    for function in _jit_functions():  # compiled code is cached per function, device number and arguments
-        function.device_caches.clear()
     JITFunction.run = warm_up
     try:
-        with _active_driver(target):
+        with as_if_on(target):
             launch()
     finally:
         JITFunction.run = run
-        for function in _jit_functions():
-            function.device_caches.clear()
     return compiled
 
 
-def _jit_functions() -> list[JITFunction]:
-    from gapo_kernels.kernels import gradient, pairs, perturbation, statistics
+def jit_functions() -> dict[str, JITFunction]:
+    """Of the whole library, by name: kernels end in _kernel, the others are inlined into them."""
+    modules = [importlib.import_module(f"{kernels.__name__}.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
+    found = [value for module in modules for value in vars(module).values() if isinstance(value, JITFunction)]
+    return {function.fn.__name__: function for function in found}
 
-    modules = (gradient, pairs, perturbation, statistics)
-    return [value for module in modules for value in vars(module).values() if isinstance(value, JITFunction)]
+
+class Artefact(NamedTuple):
+    """What is read from a compiled kernel."""
+
+    hash: str  # of the source, the target and all that the JIT specialised on
+    num_warps: int
+    resources: dict[str, int]  # REG, STACK, LOCAL, ... of CUDA; vgpr_count, vgpr_spill_count, ... of AMD
+    instructions: list[str]  # empty if not asked for: disassembling takes longer than compiling
+    loops: list[list[str]]  # the instructions of each innermost loop
+    ttgir: str
+
+    @property
+    def hot_loop(self) -> list[str]:
+        """The loop over whole tiles: the longest one."""
+        return max(self.loops, key=len, default=[])
 
 
-def resources(kernel: object) -> dict[str, int]:
-    """REG, STACK, SHARED, ... of a CUDA kernel, as its binary states them."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+def read(kernel: object, target: str, disassemble: bool = True) -> Artefact:
+    if target.startswith("gfx"):
+        code = kernel.asm["amdgcn"]
+        found, listing = amd_resources(code), parse_amdgcn(code)
+    else:
+        code = _cuobjdump(kernel.asm["cubin"], "-res-usage", *(["-sass"] if disassemble else []))
+        found, listing = cuda_resources(code), parse_sass(code)
+    return Artefact(kernel.hash, kernel.metadata.num_warps, found, *listing, kernel.asm["ttgir"])
+
+
+def _cuobjdump(cubin: bytes, *options: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+        file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
-    return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+        command = [BINARIES / "cuobjdump", *options, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def disassembler_found() -> bool:
-    return shutil.which(str(Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm")) is not None
+    return shutil.which(str(BINARIES / "nvdisasm")) is not None
 
 
-def amd_resources(kernel: object) -> dict[str, int]:
-    """Spills and registers of a HIP kernel, from its assembly's metadata."""
+def cuda_resources(listing: str) -> dict[str, int]:
+    """REG, STACK, SHARED, ... as the binary states them."""
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", listing)}
+
+
+def amd_resources(amdgcn: str) -> dict[str, int]:
+    """Spills and registers, from the assembly's metadata."""
     names = ("vgpr_spill_count", "sgpr_spill_count", "vgpr_count", "private_segment_fixed_size")
-    return {name: int(re.search(rf"\.{name}:\s*(\d+)", kernel.asm["amdgcn"]).group(1)) for name in names}
+    return {name: int(re.search(rf"\.{name}:\s*(\d+)", amdgcn).group(1)) for name in names}
 
 
 class Listing(NamedTuple):
-    """A kernel's machine code as Triton lists it."""
-
     instructions: list[str]
-    labels: dict[str, int]  # label -> the instruction that follows it
+    loops: list[list[str]]
 
 
-def parse_sass(sass: str) -> Listing:
-    instructions: list[str] = []
-    labels: dict[str, int] = {}
-    for line in map(str.strip, sass.splitlines()):
-        if line.startswith("Function:"):
-            continue
-        if label := re.fullmatch(r"\.?(L\w+):", line):
-            labels[label.group(1)] = len(instructions)
-        elif line:
-            # "15:-:-:-:5\t@P0 BRA LBB1;": the scheduler's control bits, then the instruction
-            instructions.append(line.split("\t")[-1].rstrip(";").strip())
-    return Listing(instructions, labels)
-
-
-def loops(sass: str) -> list[list[str]]:
-    """The instructions of each innermost loop, outer loops and the self-branch behind every kernel's end left out.
-
-    A loop is what lies between a branch back and its target, which the listing gives as a label or, for branches on a
-    uniform predicate (sm_100), as an address: instructions are 16 bytes long.
+def parse_sass(listing: str) -> Listing:
+    """Instructions, and of them each innermost loop: what lies between a branch back and its target. Outer loops are left
+    out, and the branch to itself behind every kernel's end.
     """
-    instructions, labels = parse_sass(sass)
+    lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", listing, re.MULTILINE)
+    place = {int(address, 16): number for number, (address, _) in enumerate(lines)}
+    instructions = [instruction for _, instruction in lines]
     spans: list[tuple[int, int]] = []
     for number, instruction in enumerate(instructions):
-        branch = re.search(r"\bBRA[.\w]*\s.*?(?:(0x[0-9a-f]+)|`?\(?\.?(L\w+)\)?)$", instruction)
-        if not branch:
-            continue
-        address, label = branch.groups()
-        target = int(address, 16) // 16 if address else labels[label]
-        if target < number:
+        branch = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)$", instruction)
+        if branch and (target := place[int(branch.group(1), 16)]) < number:
             spans.append((target, number))
     innermost = [span for span in spans if not any(span != o and span[0] <= o[0] and o[1] <= span[1] for o in spans)]
-    return [instructions[start : stop + 1] for start, stop in innermost]
+    return Listing(instructions, [instructions[start : stop + 1] for start, stop in innermost])
 
 
-def hot_loop(kernel: object) -> list[str]:
-    """The loop over whole tiles: the longest innermost one."""
-    return max(loops(kernel.asm["sass"]), key=len, default=[])
+def parse_amdgcn(assembly: str) -> Listing:
+    """The same of AMD's assembly, in which LLVM marks the loops: branches back there may also be a layout's whim."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    heads: list[str] = []
+    label = ""
+    for line in assembly.splitlines():
+        if found := re.match(r"\.(LBB\w+):", line):
+            label = found.group(1)
+            labels[label] = len(instructions)
+        if "This Inner Loop Header" in line:
+            heads.append(label)
+        if found := re.match(r"\t([a-z]\w+.*?)\s*(?:;.*)?$", line):  # directives begin with a dot
+            instructions.append(found.group(1))
+    loops = []
+    for head in heads:
+        ends = [i for i, text in enumerate(instructions) if re.fullmatch(rf"s_c?branch\w* \.{head}", text)]
+        loops.append(instructions[labels[head] : max(ends) + 1])
+    return Listing(instructions, loops)
 
 
-def count(instructions: list[str], opcode: str) -> int:
-    """How many instructions are `opcode`, with any further suffix: LDG.E.128 also counts LDG.E.128.CONSTANT."""
-    return sum(re.match(rf"(?:@!?U?P\w+\s+)?{re.escape(opcode)}(?![\w])", i) is not None for i in instructions)
+def count(instructions: list[str], pattern: str) -> int:
+    """How many instructions' opcodes begin with `pattern`, a regular expression, and a whole word of it."""
+    return sum(re.match(rf"(?:@!?U?P\w+\s+)?(?:{pattern})(?!\w)", i) is not None for i in instructions)

@@ -1,0 +1,165 @@
+"""What no kernel of the library may do, and what those that stream may cost; each complaint names what it counted."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import NamedTuple
+
+from artefacts import Artefact, count
+from gapo_kernels import philox
+
+
+class Dialect(NamedTuple):
+    """How an instruction set says it: regular expressions for opcodes."""
+
+    threads: int  # of a warp
+    registers: str
+    spills: tuple[str, ...]  # resources that must be 0
+    spill: str
+    load: str
+    wide_load: str  # of 16 bytes
+    store: str
+    wide_store: str
+    across: str  # steps across threads
+    exp2: str
+
+
+CUDA = Dialect(
+    threads=32,
+    registers="REG",
+    spills=("STACK", "LOCAL"),
+    spill="LDL|STL",
+    load="LDG",
+    wide_load=r"LDG\.E\.128",
+    store="STG",
+    wide_store=r"STG\.E\.128",
+    across="SHFL|BAR|LDS|LDSM|STS|STSM|LDGSTS|REDUX",
+    exp2=r"MUFU\.EX2",
+)
+AMD = Dialect(
+    threads=64,
+    registers="vgpr_count",
+    spills=("vgpr_spill_count", "private_segment_fixed_size"),  # scalars spill into vector registers' lanes: no memory
+    spill=r"scratch_\w+",
+    load=r"(?:global|buffer|flat)_load\w*",
+    wide_load="(?:global|buffer)_load_dwordx4",
+    store=r"(?:global|buffer|flat)_store\w*",
+    wide_store="(?:global|buffer)_store_dwordx4",
+    across=r"ds_\w+|s_barrier|\w+_dpp|v_permlane\w+",
+    exp2=r"v_exp_f32\w*",
+)
+
+
+def dialect(target: str) -> Dialect:
+    return AMD if target.startswith("gfx") else CUDA
+
+
+# Registers of a thread. 64 leave room for 1024 threads on a multiprocessor, or for all that AMD's can hold; 144 for the 12
+# warps that the exchange, with four or eight 16-byte loads in flight in each thread, needs.
+REGISTERS = {
+    "statistics_kernel": {"REG": 64, "vgpr_count": 64},
+    "gradient_kernel": {"REG": 64, "vgpr_count": 64},
+    "norm_kernel": {"REG": 64, "vgpr_count": 64},
+    "exchange_kernel": {"REG": 144, "vgpr_count": 128},
+    "restore_kernel": {"REG": 96, "vgpr_count": 64},
+    "pairs_kernel": {"REG": 96, "vgpr_count": 128},
+    "logps_kernel": {"REG": 96, "vgpr_count": 128},
+}
+# Instructions for each element in the hot loop. config.TABLE has what they are; bandwidth leaves room for twice as many and
+# more. The ceilings show what crept in, with any release of Triton.
+INSTRUCTIONS = {"statistics_kernel": 8.5, "gradient_kernel": 14, "norm_kernel": 8, "exchange_kernel": 36}
+# A gradient that begins elsewhere in 16 bytes than its logits is stored element by element, on CUDA after a detour through
+# shared memory, which takes registers and instructions of its own.
+STAGED_REGISTERS, STAGED_INSTRUCTIONS = {"REG": 96, "vgpr_count": 128}, 24
+# Bytes that a thread may put on the stack where nothing is asked of the speed. The perturbation of unaligned weights has an
+# address for each access, of which Triton 3.6 spills two; float64, for gradcheck, has 24 (sm_80) and 36 (AMD) in the loss.
+UNALIGNED_SPILLS, FLOAT64_SPILLS = 16, 48
+
+
+class Stream(NamedTuple):
+    """What a hot loop does in one iteration, in each thread."""
+
+    elements: int
+    loads: int  # of 16 bytes
+    stores: int | None  # of 16 bytes; None: however it likes
+    exponentials: int
+    ceiling: float  # instructions for each element
+
+
+def stream(name: str, artefact: Artefact, target: str, itemsize: int, block: int, staged: bool = False) -> Stream | None:
+    """Of a kernel of the library. `block`: elements of a row in flight per program."""
+    ceiling = STAGED_INSTRUCTIONS if staged else INSTRUCTIONS.get(name)
+    if ceiling is None:
+        return None
+    threads = dialect(target).threads * artefact.num_warps
+    if name in ("norm_kernel", "exchange_kernel"):  # of theta and the direction; asam
+        elements = 2 * philox.LANES // threads
+        accesses = 2 * elements * itemsize // 16
+        return Stream(elements, accesses, accesses if name == "exchange_kernel" else 0, 0, ceiling)
+    elements = block // threads
+    accesses = elements * itemsize // 16
+    if name == "statistics_kernel":
+        return Stream(elements, accesses, 0, elements, ceiling)
+    return Stream(elements, accesses, None if staged else accesses, elements, ceiling)
+
+
+def instructions_per_element(artefact: Artefact, expected: Stream) -> float:
+    return len(artefact.hot_loop) / expected.elements
+
+
+def loop_problems(artefact: Artefact, target: str, expected: Stream) -> list[str]:
+    """What is wrong with the hot loop."""
+    code, loop = dialect(target), artefact.hot_loop
+    problems = []
+    accesses = [("loads", code.load, code.wide_load, expected.loads)]
+    if expected.stores is not None:
+        accesses.append(("stores", code.store, code.wide_store, expected.stores))
+    for what, any_width, wide, wanted in accesses:
+        found, found_wide = count(loop, any_width), count(loop, wide)
+        if not found == found_wide == wanted:
+            problems.append(f"{found} {what} in the hot loop, {found_wide} of them 16 bytes, {wanted} expected")
+    unwanted = code.spill if expected.stores is None else f"{code.spill}|{code.across}"
+    opcodes = Counter(re.sub(r"^@\S+ ", "", i).split()[0] for i in loop if count([i], unwanted))
+    problems += [f"{found} {opcode} in the hot loop" for opcode, found in opcodes.items()]
+    if (found := count(loop, code.exp2)) < expected.exponentials:
+        problems.append(f"{found} exponentials in the hot loop, {expected.exponentials} expected")
+    if (each := instructions_per_element(artefact, expected)) > expected.ceiling:
+        problems.append(f"{each:.1f} instructions for each element in the hot loop, ceiling {expected.ceiling}")
+    return problems
+
+
+def whole_tile_problems(artefact: Artefact, target: str, itemsize: int) -> list[str]:
+    """restore_kernel has its whole tile in hand at once."""
+    code = dialect(target)
+    wanted = philox.TILE * itemsize // (16 * code.threads * artefact.num_warps)
+    unmasked = [instruction for instruction in artefact.instructions if not instruction.startswith("@")]
+    found = {"loads": count(unmasked, code.wide_load), "stores": count(unmasked, code.wide_store)}
+    return [f"{n} {what} of 16 bytes, {wanted} expected" for what, n in found.items() if n < wanted]
+
+
+def spill_problems(artefact: Artefact, target: str, allowed: int = 0) -> list[str]:
+    code = dialect(target)
+    problems = [f"{n} {artefact.resources[n]} (spilled)" for n in code.spills if artefact.resources[n] > allowed]
+    if found := 0 if allowed else count(artefact.instructions, code.spill):
+        problems.append(f"{found} instructions that spill")
+    return problems
+
+
+def register_problems(artefact: Artefact, target: str, ceilings: dict[str, int]) -> list[str]:
+    name = dialect(target).registers
+    found, ceiling = artefact.resources[name], ceilings[name]
+    return [f"{found} registers, ceiling {ceiling}"] if found > ceiling else []
+
+
+def problems(
+    name: str, artefact: Artefact, target: str, itemsize: int, block: int | None = None, staged: bool = False
+) -> list[str]:
+    """All that is wrong with a kernel of the library on memory of its dtype's alignment."""
+    found = spill_problems(artefact, target)
+    found += register_problems(artefact, target, STAGED_REGISTERS if staged else REGISTERS[name])
+    if expected := stream(name, artefact, target, itemsize, block, staged):
+        found += loop_problems(artefact, target, expected)
+    if name == "restore_kernel":
+        found += whole_tile_problems(artefact, target, itemsize)
+    return found

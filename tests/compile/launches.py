@@ -1,0 +1,185 @@
+"""What the gate compiles: every launcher, on memory that nobody touches, in all that the JIT specialises on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+import artefacts
+from gapo_kernels import kernels
+from gapo_kernels.head import Head
+from gapo_kernels.kernels import perturbation
+from gapo_kernels.perturbation import Move
+
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+DTYPES = {"float32": F32, "bfloat16": BF16, "float16": F16, "float64": F64}
+Launch = Callable[[], object]
+
+
+def loss_path(
+    dtype, pairs=2, length=3, vocabulary=50257, offset=0, large=False, inplace=False, packed=False, others=False
+) -> Launch:
+    """`large`: logits in more than 2 GiB of storage. `others`: the other branch of everything that is compiled in."""
+    sequences = 2 * pairs
+    rows = sequences * length
+    storage = torch.empty(2**31 // dtype.itemsize + 1 if large else offset + rows * vocabulary, dtype=dtype)
+    logits = storage[offset : offset + rows * vocabulary].view(sequences, length, vocabulary)
+    labels = torch.zeros(sequences, length, dtype=torch.int64)
+    cu_seqlens = None
+    if packed:
+        logits, labels = logits.flatten(0, 1), labels.flatten()
+        cu_seqlens = torch.arange(0, rows + 1, length, dtype=torch.int32)
+    anchor, margin = (None, torch.zeros(pairs)) if others else (logits, None)
+    scalars = (2.0, 0.5, 0.1, "hinge" if others else "sigmoid", not others, 0.2, not others, -100)
+
+    def launch():
+        _, row_max, row_sum = kernels.loss_forward(
+            logits, labels, anchor, margin, cu_seqlens, *scalars, "none" if others else "mean"
+        )
+        kernels.logps_forward(logits, labels, cu_seqlens, not others, not others, -100)
+        kernels.logps_backward(
+            torch.zeros(sequences), logits, labels, cu_seqlens, row_max, row_sum, not others, -100, inplace=inplace
+        )
+
+    return launch
+
+
+def linear_path(dtype, rows=3, vocabulary=50257, first=1) -> Launch:
+    """The head on a tile of rows that begins within kept logits, at an odd multiple of an odd vocabulary."""
+    head = Head(torch.empty(vocabulary, 1, dtype=dtype), None, None, 1.0, kernels)
+    logits = torch.empty(first + rows, vocabulary, dtype=dtype)[first:]
+    labels = torch.zeros(rows, dtype=torch.int64)
+
+    def launch():
+        statistics = head.statistics(logits, labels)
+        head.differentiate_(logits, labels, statistics.shift, statistics.total, torch.ones(rows))
+
+    return launch
+
+
+def perturbation_path(
+    theta_dtype, direction_dtype, grid, geometry="asam", stochastic=True, n=3 * 8192 + 17, offset=0, seed=5, step=2, moves=1
+) -> Launch:
+    def tensor(dtype):
+        return torch.empty(offset + n, dtype=dtype)[offset:]
+
+    def launch():
+        subject = perturbation.Perturbation(
+            [Move(tensor(theta_dtype), tensor(direction_dtype), tensor(theta_dtype), grid, i, 0) for i in range(moves)],
+            geometry,
+            stochastic,
+        )
+        subject.squared_norm()
+        subject.exchange(0.1, seed, step)
+        subject.restore()
+
+    return launch
+
+
+# An odd vocabulary on an aligned base is the ordinary case (GPT-2's); then what the JIT specialises on: pointers that
+# are not aligned, storage beyond 2 GiB (AMD addresses less by buffer and 32-bit offset, more by pointer), and every
+# compiled-in choice the other way round.
+ORDINARY, UNALIGNED = "ordinary", "unaligned base"
+LOSS_CASES = {
+    ORDINARY: dict(),
+    UNALIGNED: dict(offset=3),
+    "beyond 2 GiB": dict(large=True, inplace=True),
+    "packed, hinge, summed, given margin": dict(packed=True, others=True),
+}
+# Sizes that the JIT could make constants of, or take for divisible by 16. They must compile to the first case's binaries.
+LOSS_SIZES = {
+    "B = 1, T = 1": dict(pairs=1, length=1),
+    "V = 128256": dict(pairs=8, length=16, vocabulary=128256),
+    "V = 1": dict(vocabulary=1),
+}
+
+# (theta, direction, grid), options.
+PERTURBATION_CASES = {
+    "float32": ((F32, F32, F32), dict()),
+    "bfloat16": ((BF16, BF16, BF16), dict()),
+    "float16": ((F16, F16, F16), dict()),
+    "float32 on bfloat16": ((F32, F32, BF16), dict()),
+}
+# Held only to what no kernel may do.
+PERTURBATION_OTHERS = {
+    "float64": ((F64, F64, F64), dict()),
+    "float32 on float16": ((F32, F32, F16), dict()),
+    "float32 gradients": ((BF16, F32, BF16), dict()),
+    "bfloat16 gradients": ((F32, BF16, BF16), dict()),
+    "wider grid": ((BF16, BF16, F32), dict()),
+    "sam": ((BF16, BF16, BF16), dict(geometry="sam")),
+    "nearest": ((BF16, BF16, BF16), dict(stochastic=False)),
+    "unaligned": ((BF16, BF16, BF16), dict(offset=1)),
+}
+# A new seed, step, number or size of parameters must not compile again.
+PERTURBATION_SIZES = {
+    "zeros": dict(seed=0, step=0),
+    "ones": dict(seed=1, step=1),
+    "all bits": dict(seed=2**64 - 1, step=2**32 - 1),
+    "2^31, 16": dict(seed=2**31, step=16),
+    "one weight": dict(seed=2**63 + 2**32, n=1),
+    "two whole parameters": dict(n=16 * 8192, moves=2),
+    "16 small parameters": dict(n=5, moves=16),
+}
+
+class Job(NamedTuple):
+    """What one process compiles at a time."""
+
+    group: str  # of JOBS
+    target: str
+    what: str  # a dtype, or one of the perturbation's cases
+
+    def __str__(self) -> str:
+        return "-".join(self)
+
+
+# The two for which every case is compiled in every dtype. Elsewhere all cases are in bfloat16, and all dtypes in the first.
+EXHAUSTIVE = {"sm_90", "gfx942"}
+
+
+def loss_launches(target: str, what: str) -> dict[str, Launch]:
+    dtype, cases = DTYPES[what], LOSS_CASES
+    if dtype == F64 or dtype != BF16 and target not in EXHAUSTIVE:
+        cases = {ORDINARY: LOSS_CASES[ORDINARY]}
+    return {case: loss_path(dtype, **options) for case, options in (cases | LOSS_SIZES).items()}
+
+
+def linear_launches(target: str, what: str) -> dict[str, Launch]:
+    return {"a tile of kept logits": linear_path(DTYPES[what])}
+
+
+def perturbation_launches(target: str, what: str) -> dict[str, Launch]:
+    dtypes, options = (PERTURBATION_CASES | PERTURBATION_OTHERS)[what]
+    sizes = PERTURBATION_SIZES if what == "bfloat16" else {}
+    return {case: perturbation_path(*dtypes, **options, **size) for case, size in ({ORDINARY: {}} | sizes).items()}
+
+
+GROUPS = {
+    "loss": loss_launches,
+    "linear": linear_launches,
+    "perturbation": perturbation_launches,
+}
+JOBS = [
+    *(Job("loss", target, what) for target in artefacts.TARGETS for what in DTYPES),
+    *(Job("linear", target, what) for target in artefacts.TARGETS for what in ("bfloat16", "float32")),
+    *(Job("perturbation", target, what) for target in artefacts.TARGETS for what in PERTURBATION_CASES),
+    *(Job("perturbation", target, what) for target in artefacts.TARGETS for what in PERTURBATION_OTHERS),
+]
+# Whose instructions are looked at. The second launch of the forward takes microseconds.
+STREAMING = {"statistics_kernel", "gradient_kernel", "norm_kernel", "exchange_kernel", "restore_kernel"}
+
+
+def compile_job(job: Job) -> dict[str, dict[str, artefacts.Artefact]]:
+    """Case -> kernel -> what came out."""
+    seen: dict[str, artefacts.Artefact] = {}
+    result = {}
+    for case, launch in GROUPS[job.group](job.target, job.what).items():
+        compiled = artefacts.compile_launches(launch, job.target)
+        for name, kernel in compiled.items():
+            if kernel.hash not in seen:
+                streaming = name in STREAMING and job.what not in ("float64", *PERTURBATION_OTHERS)
+                seen[kernel.hash] = artefacts.read(kernel, job.target, disassemble=streaming)
+        result[case] = {name: seen[kernel.hash] for name, kernel in compiled.items()}
+    return result

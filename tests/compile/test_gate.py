@@ -1,0 +1,307 @@
+"""The compile gate: what the compilers make of every kernel, for GPUs that are not there.
+
+No spills; loads and stores of 16 bytes, and no step across threads, in the loops that stream; registers and instructions
+within bounds; one binary for all sizes. The launchers' arguments go through the JIT's own specialisation; only the launch
+is left out. A failure names the kernel, the target, the dtype, the case, and what was counted.
+"""
+
+import os
+import sys
+
+import pytest
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("Triton's interpreter replaces its compiler: run in a plain process", allow_module_level=True)
+pytest.importorskip("triton", reason="nothing to compile without Triton")
+if sys.platform != "linux":
+    pytest.skip("Triton's compilers come with it on Linux only", allow_module_level=True)
+
+import re
+
+import torch
+import triton
+import triton.language as tl
+
+import artefacts
+import gate
+from gapo_kernels.kernels import config, perturbation, statistics
+from launches import (
+    BF16,
+    DTYPES,
+    F32,
+    JOBS,
+    LOSS_SIZES,
+    ORDINARY,
+    PERTURBATION_CASES,
+    PERTURBATION_OTHERS,
+    PERTURBATION_SIZES,
+    UNALIGNED,
+    loss_path,
+    perturbation_path,
+)
+
+pytestmark = pytest.mark.skipif(not artefacts.disassembler_found(), reason="this Triton has no nvdisasm")
+
+LOSS_KERNELS = {"statistics_kernel", "pairs_kernel", "logps_kernel", "gradient_kernel"}
+LINEAR_KERNELS = LOSS_KERNELS - {"pairs_kernel"}
+PERTURBATION_KERNELS = {"norm_kernel", "exchange_kernel", "restore_kernel"}
+# What config.TABLE calls the kernels that it has evidence of.
+TABLE_NAMES = {"statistics_kernel": "statistics", "gradient_kernel": "gradient", "exchange_kernel": "perturbation"}
+
+
+def jobs(*groups, what=None):
+    chosen = [job for job in JOBS if job.group in groups and (what is None or job.what in what)]
+    return pytest.mark.parametrize("job", chosen, ids=str)
+
+
+def block_of(name, target, dtype):
+    return config.entry(TABLE_NAMES[name], target, dtype).block if name in TABLE_NAMES else None
+
+
+def complain(job, case, name, problems):
+    return [f"{name} for {job.target} in {job.what}, {case}: {problem}" for problem in problems]
+
+
+def test_every_kernel_is_here():
+    kernels = {name for name in artefacts.jit_functions() if name.endswith("_kernel")}
+    assert kernels == LOSS_KERNELS | PERTURBATION_KERNELS
+
+
+@jobs("loss", "linear")
+def test_logits_kernels(job, compiled):
+    dtype, found = DTYPES[job.what], []
+    for case, kernels in compiled.items():
+        assert kernels.keys() == (LINEAR_KERNELS if job.group == "linear" else LOSS_KERNELS)
+        if case in LOSS_SIZES:  # a new batch, length, vocabulary or stride must not compile again
+            assert {n: a.hash for n, a in kernels.items()} == {n: a.hash for n, a in compiled[ORDINARY].items()}, case
+            continue
+        for name, artefact in kernels.items():
+            if dtype == torch.float64:  # for gradcheck: nothing is asked of its speed
+                problems = gate.spill_problems(artefact, job.target, gate.FLOAT64_SPILLS)
+            else:
+                staged = name == "gradient_kernel" and case == UNALIGNED
+                block = block_of(name, job.target, dtype)
+                problems = gate.problems(name, artefact, job.target, dtype.itemsize, block, staged)
+            found += complain(job, case, name, problems)
+    assert not found, "\n".join(found)
+
+
+@jobs("perturbation", what=PERTURBATION_CASES)
+def test_perturbation_kernels(job, compiled):
+    found = []
+    for case, kernels in compiled.items():
+        assert kernels.keys() == PERTURBATION_KERNELS
+        if case in PERTURBATION_SIZES:  # a new seed, step, number or size of parameters must not compile again
+            assert {n: a.hash for n, a in kernels.items()} == {n: a.hash for n, a in compiled[ORDINARY].items()}, case
+            continue
+        (theta, *_), _ = PERTURBATION_CASES[job.what]
+        for name, artefact in kernels.items():
+            found += complain(job, case, name, gate.problems(name, artefact, job.target, theta.itemsize))
+    assert not found, "\n".join(found)
+
+
+@jobs("perturbation", what=PERTURBATION_OTHERS)
+def test_other_perturbation_kernels(job, compiled):
+    allowed = gate.UNALIGNED_SPILLS if job.what == "unaligned" else 0
+    assert compiled[ORDINARY].keys() == PERTURBATION_KERNELS
+    found = []
+    for name, artefact in compiled[ORDINARY].items():
+        found += complain(job, ORDINARY, name, gate.spill_problems(artefact, job.target, allowed))
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.skipif(not triton.__version__.startswith("3.9."), reason="the evidence is Triton 3.9's")
+@jobs("loss", "perturbation", what=("bfloat16", "float32"))
+def test_the_evidence_is_what_is_compiled(job, compiled):
+    """config.TABLE's registers and instructions, so that neither kernels nor choices change without them."""
+    dtype = DTYPES[job.what]
+    for name in compiled[ORDINARY].keys() & TABLE_NAMES.keys():
+        artefact, entry = compiled[ORDINARY][name], config.entry(TABLE_NAMES[name], job.target, dtype)
+        expected = gate.stream(name, artefact, job.target, dtype.itemsize, entry.block)
+        found = gate.instructions_per_element(artefact, expected)
+        assert artefact.num_warps == entry.num_warps
+        registers = artefact.resources[gate.dialect(job.target).registers]
+        assert registers == entry.registers, f"{name} for {job.target}"
+        assert abs(found - entry.instructions) <= 0.051, f"{name} for {job.target}: {found:.2f} instructions"
+
+
+@jobs("perturbation", what=[*PERTURBATION_CASES, "unaligned"])
+def test_a_thread_stores_what_it_loaded(job, compiled):
+    """`original` may lie over `direction`: no thread may store there what another has still to load."""
+    ir = compiled[ORDINARY]["exchange_kernel"].ttgir
+    accesses = [line for line in ir.splitlines() if re.search(r"\b(?:tt|amdg)\.\w*(load|store)\b.*tensor<", line)]
+    layouts = {layout for line in accesses for layout in re.findall(r"(#\w+)>(?!>)", line)}
+    assert len(accesses) >= 16 and len(layouts) == 1, (len(accesses), layouts)
+    assert "convert_layout" not in ir
+
+
+def test_one_launch_per_pass():
+    """However many parameters there are, of one combination of dtypes and alignment."""
+    launched = []
+
+    class Counted:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            launched.append(grid)
+            return lambda *args, **kwargs: None
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in PERTURBATION_KERNELS:
+            patch.setattr(perturbation, name, Counted(getattr(perturbation, name)))
+        perturbation_path(BF16, BF16, BF16, n=8193, moves=7)()
+    assert launched == [(14,)] * 3
+
+
+# The gate itself: a kernel that is wrong in a known way is caught, and for that. ----------------------------------------
+
+
+def compile_one(launch, name, target="sm_90"):
+    return artefacts.read(artefacts.compile_launches(launch, target)[name], target)
+
+
+def assert_said(complaints, problems):
+    for complaint in complaints:
+        assert any(complaint in problem for problem in problems), (complaint, problems)
+
+
+def test_spills_and_too_many_registers_are_caught():
+    """The library's own forward, with too much in each thread's hands."""
+    with config.forced(statistics={"BLOCK": 32768, "num_warps": 4}):
+        artefact = compile_one(loss_path(F32), "statistics_kernel")
+    problems = gate.problems("statistics_kernel", artefact, "sm_90", 4, 32768)
+    assert_said(["registers, ceiling 64", "STACK", "instructions that spill", "LDL in the hot loop"], problems)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_narrow_accesses_of_the_library_are_caught(target):
+    """More warps than a group of weights has 16 bytes for."""
+    with config.forced(perturbation={"num_warps": 8}):
+        artefact = compile_one(perturbation_path(BF16, BF16, BF16), "exchange_kernel", target)
+    problems = gate.problems("exchange_kernel", artefact, target, 2)
+    assert_said(["loads in the hot loop, 0 of them 16 bytes", "stores in the hot loop, 0 of them 16 bytes"], problems)
+
+
+def test_too_few_wide_accesses_in_a_whole_tile_are_caught():
+    with config.forced(perturbation={"num_warps": 8}):
+        artefact = compile_one(perturbation_path(BF16, BF16, BF16), "restore_kernel")
+    complaints = ["0 loads of 16 bytes, 4 expected", "0 stores of 16 bytes, 4 expected"]
+    assert_said(complaints, gate.problems("restore_kernel", artefact, "sm_90", 2))
+
+
+def test_a_size_that_is_specialised_is_caught(monkeypatch):
+    """Batches of 1 have a binary of their own if the JIT is let."""
+    sizes = [loss_path(BF16, pairs=1, length=1), loss_path(BF16)]
+    monkeypatch.setattr(statistics, "statistics_kernel", triton.jit(statistics.statistics_kernel.fn))
+    assert len({compile_one(size, "statistics_kernel", "gfx942").hash for size in sizes}) == 2
+
+
+@triton.jit
+def masked_everywhere(x, out, size, BLOCK: tl.constexpr):
+    """What not to do: a mask on every element in the loop, and a maximum across the block."""
+    m = -1e30
+    s = 0.0
+    for i in range(0, size, BLOCK):
+        o = i + tl.arange(0, BLOCK)
+        b_x = tl.load(x + o, mask=o < size, other=-float("inf")).to(tl.float32)
+        b_new = tl.maximum(m, tl.max(b_x, 0))
+        s = s * tl.exp(m - b_new) + tl.sum(tl.exp(b_x - b_new), 0)
+        m = b_new
+    tl.store(out, m + tl.log(s))
+
+
+@triton.jit
+def pipelined(x, out, size, BLOCK: tl.constexpr):
+    """What not to do: the loop's loads staged through shared memory, and no exponential at all."""
+    b_sum = tl.zeros([BLOCK], tl.float32)
+    for i in tl.range(0, size, BLOCK, num_stages=3):
+        b_sum += tl.load(x + i + tl.arange(0, BLOCK)).to(tl.float32)
+    tl.store(out, tl.sum(b_sum, 0))
+
+
+# A kernel, and what must be said of it.
+@pytest.mark.parametrize(
+    "bad, target, complaints",
+    [
+        (
+            masked_everywhere,
+            "sm_90",
+            ["loads in the hot loop, 0 of them 16 bytes, 4 expected", "SHFL", "BAR", "instructions for each element"],
+        ),
+        (
+            masked_everywhere,
+            "gfx942",
+            ["loads in the hot loop, 0 of them 16 bytes, 2 expected", "_dpp in the", "s_barrier in the", "ds_read"],
+        ),
+        (pipelined, "sm_90", ["0 loads in the hot loop", "LDS", "LDGSTS", "BAR", "0 exponentials in the hot loop, 32"]),
+    ],
+)
+def test_bad_kernels_are_caught(bad, target, complaints):
+    def launch():
+        x, out = torch.zeros(50257, dtype=torch.bfloat16), torch.zeros(1)
+        bad[(1,)](x, out, 50257, BLOCK=4096, num_warps=4, **config.OPTIONS)
+
+    artefact = compile_one(launch, bad.__name__, target)
+    expected = gate.stream("statistics_kernel", artefact, target, 2, 4096)
+    assert_said(complaints, gate.loop_problems(artefact, target, expected))
+
+
+def test_loops_are_found():
+    """Innermost ones; forward branches and the one to itself after the end left out."""
+    listing = """		Function : example
+        /*0000*/                   MOV R1, c[0x0][0x28] ;           /* 0x00000a0000017a02 */
+                                                                    /* 0x000fc40000000f00 */
+        /*0010*/                   IADD3 R2, R2, 0x1, RZ ;          /* 0x0000000000027805 */
+        /*0020*/                   LDG.E.128 R4, [R2.64] ;          /* 0x0000000000027805 */
+        /*0030*/               @P1 BRA 0x50 ;                       /* 0x0000006000001947 */
+        /*0040*/                   MUFU.EX2 R4, R4 ;                /* 0x0000006000001947 */
+        /*0050*/              @!P0 BRA 0x20 ;                       /* 0x0000006000001947 */
+        /*0060*/               @P2 BRA 0x10 ;                       /* 0x0000006000001947 */
+        /*0070*/                   STG.E.128 [R2.64], R4 ;          /* 0x0000006000001947 */
+        /*0080*/                   LDG.E.U16 R4, [R2.64] ;          /* 0x0000006000001947 */
+        /*0090*/                   BRA.U !UP0, 0x80 ;               /* 0x0000006000001947 */
+        /*00a0*/                   EXIT ;                           /* 0x000000000000794d */
+        /*00b0*/                   BRA 0xb0;                        /* 0xfffffff000007947 */
+"""
+    first, second = artefacts.parse_sass(listing).loops
+    assert first == ["LDG.E.128 R4, [R2.64]", "@P1 BRA 0x50", "MUFU.EX2 R4, R4", "@!P0 BRA 0x20"]
+    assert second == ["LDG.E.U16 R4, [R2.64]", "BRA.U !UP0, 0x80"]
+    load, wide = gate.CUDA.load, gate.CUDA.wide_load
+    assert artefacts.count(first, load) == artefacts.count(first, wide) == 1
+    assert artefacts.count(second, load) == 1 and artefacts.count(second, wide) == 0
+    assert artefacts.count(first, "BRA") == 2 and artefacts.count(first, "MUFU") == 1
+
+
+def test_loops_of_amd_are_found():
+    """By LLVM's mark: a branch back may also belong to a block that was laid out later."""
+    listing = """.LBB0_1:
+\ts_mov_b32 s0, 0
+.LBB0_2:                                ; %.lr.ph
+                                        ; =>This Inner Loop Header: Depth=1
+\t.loc\t1 90 5 is_stmt 1                ; statistics.py:90:5
+\tbuffer_load_dwordx4 v[12:15], v10, s[4:7], 0 offen
+\ts_cbranch_scc0 .LBB0_3
+\tv_exp_f32_e32 v1, v1
+.LBB0_3:
+\ts_cbranch_scc1 .LBB0_2
+\tglobal_load_ushort v1, v[2:3], off
+\ts_branch .LBB0_1
+"""
+    ((load, *_, last),) = artefacts.parse_amdgcn(listing).loops
+    assert load == "buffer_load_dwordx4 v[12:15], v10, s[4:7], 0 offen" and last == "s_cbranch_scc1 .LBB0_2"
+    instructions = artefacts.parse_amdgcn(listing).instructions
+    assert len(instructions) == 7 and artefacts.count(instructions, gate.AMD.exp2) == 1
+    assert artefacts.count(instructions, gate.AMD.load) == 2 and artefacts.count(instructions, gate.AMD.wide_load) == 1
+
+
+@jobs("linear", what=["bfloat16"])
+def test_every_loop_of_the_source_is_found(job, compiled):
+    """gradient_kernel has three: over the tiles, over the zeros of a row that predicts nothing, and for packed rows the
+    search for a row's sequence; statistics_kernel the first and the last."""
+    (kernels,) = compiled.values()
+    code = gate.dialect(job.target)
+    tiles = [loop for loop in kernels["gradient_kernel"].loops if artefacts.count(loop, code.store)]
+    tiles, zeros = sorted(tiles, key=len, reverse=True)
+    assert artefacts.count(tiles, code.load) and not artefacts.count(zeros, code.load)
+    assert len(kernels["gradient_kernel"].loops) == 3 and len(kernels["statistics_kernel"].loops) == 2
