@@ -14,7 +14,7 @@ INTERNAL = {"demo.py", "__init__.py"}
 
 def messages(folder):
     """(file, line, text with FIELD for what is filled in) of every `raise Error(...)` and `warnings.warn(...)`."""
-    for file in sorted((ROOT / folder).glob("*.py")):
+    for file in sorted((ROOT / folder).rglob("*.py")):
         if file.name in INTERNAL:
             continue
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

@@ -132,3 +132,32 @@ def test_same_bits_beside_other_work(batch):
         with torch.cuda.stream(other):
             torch.randn(2048, 2048, device="cuda") @ torch.randn(2048, 2048, device="cuda")
         assert_same(run_loss(big, "triton", anchor_logits=big.anchor_logits), first, tolerance=0)
+
+
+def test_autotuning(batch, tmp_path, monkeypatch):
+    """Measured once; the results are those of the choice, with the same bits; CUDA's random numbers stay as they are."""
+    from gapo_kernels.kernels import config, tuning
+
+    def run():
+        return run_loss(batch, "triton", anchor_logits=batch.anchor_logits)
+
+    device, state = batch.logits.device, torch.cuda.get_rng_state()
+    monkeypatch.setenv("GAPO_KERNELS_CACHE_DIR", str(tmp_path))
+    config.forget()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setenv("GAPO_KERNELS_AUTOTUNE", "1")
+            found = run()
+            choices = dict(tuning._known(tuning.cache_file(device), device))
+            patch.setattr(tuning, "_median", None)
+            assert_same(run(), found, tolerance=0)
+        assert choices.keys() == {"statistics float32", "gradient float32"}
+        assert all(time > 0 for choice in choices.values() for _, time in choice["milliseconds"])
+        assert torch.equal(torch.cuda.get_rng_state(), state)
+        with config.forced(**{name.split()[0]: choice["parameters"] for name, choice in choices.items()}):
+            assert_same(run(), found, tolerance=0)
+        tuned = tuning.tune(device, [torch.bfloat16], ["perturbation"], scratch_bytes=2**24)
+        candidates = tuning.candidates("perturbation", config.architecture(device), torch.bfloat16)
+        assert tuned["perturbation bfloat16"]["parameters"] in candidates
+    finally:
+        config.forget()

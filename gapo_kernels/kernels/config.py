@@ -5,11 +5,12 @@ The kernels are bound by bandwidth. What a choice has to give is bytes in flight
 elements in each thread cost registers, and so programs that run side by side; fewer leave each load alone.
 
 A kernel gives the same bits on every run with the same parameters. Others add up in another order: the last bits of
-log-probs and norms may then differ, between architectures and dtypes.
+log-probs and norms may then differ, between architectures and dtypes as after tuning (tuning.py).
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -89,7 +90,7 @@ def launch(kernel: str, device: torch.device, dtype: torch.dtype) -> dict[str, o
 
 @contextmanager
 def forced(**parameters: dict[str, int]) -> Iterator[None]:
-    """Kernels are launched with these, whatever the table says: forced(statistics={"BLOCK": ..., ...})."""
+    """Kernels are launched with these, whatever the table and tuning say: forced(statistics={"BLOCK": ..., ...})."""
     before = dict(_forced)
     _forced.update(parameters)
     try:
@@ -101,7 +102,12 @@ def forced(**parameters: dict[str, int]) -> Iterator[None]:
 
 @lru_cache(maxsize=None)
 def _chosen(kernel: str, device: torch.device, dtype: torch.dtype) -> dict[str, object]:
-    return {**entry(kernel, architecture(device), dtype).parameters, **OPTIONS}
+    parameters = None
+    if os.environ.get("GAPO_KERNELS_AUTOTUNE") == "1":
+        from gapo_kernels.kernels import tuning
+
+        parameters = tuning.tuned(kernel, device, dtype)
+    return {**(parameters or entry(kernel, architecture(device), dtype).parameters), **OPTIONS}
 
 
 def forget() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ import torch
 import artefacts
 from gapo_kernels import kernels
 from gapo_kernels.head import Head
-from gapo_kernels.kernels import perturbation
+from gapo_kernels.kernels import config, perturbation, tuning
 from gapo_kernels.perturbation import Move
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -124,6 +125,12 @@ PERTURBATION_SIZES = {
     "16 small parameters": dict(n=5, moves=16),
 }
 
+def candidates(target: str, what: str) -> dict[str, tuple[str, dict[str, int]]]:
+    """Case -> (kernel of config.TABLE, parameters)."""
+    every = {kernel: tuning.candidates(kernel, target, DTYPES[what]) for kernel in config.TABLE}
+    return {f"{kernel} with {parameters}": (kernel, parameters) for kernel in every for parameters in every[kernel]}
+
+
 class Job(NamedTuple):
     """What one process compiles at a time."""
 
@@ -156,16 +163,29 @@ def perturbation_launches(target: str, what: str) -> dict[str, Launch]:
     return {case: perturbation_path(*dtypes, **options, **size) for case, size in ({ORDINARY: {}} | sizes).items()}
 
 
+def candidate_launches(target: str, what: str) -> dict[str, Launch]:
+    """What tuning times."""
+
+    def launch(kernel, parameters):
+        with config.forced(**{kernel: parameters}):
+            tuning.workload(kernel, torch.device("cpu"), DTYPES[what], scratch_bytes=1)()
+
+    every = candidates(target, what)
+    return {case: partial(launch, kernel, parameters) for case, (kernel, parameters) in every.items()}
+
+
 GROUPS = {
     "loss": loss_launches,
     "linear": linear_launches,
     "perturbation": perturbation_launches,
+    "candidates": candidate_launches,
 }
 JOBS = [
     *(Job("loss", target, what) for target in artefacts.TARGETS for what in DTYPES),
     *(Job("linear", target, what) for target in artefacts.TARGETS for what in ("bfloat16", "float32")),
     *(Job("perturbation", target, what) for target in artefacts.TARGETS for what in PERTURBATION_CASES),
     *(Job("perturbation", target, what) for target in artefacts.TARGETS for what in PERTURBATION_OTHERS),
+    *(Job("candidates", target, "bfloat16") for target in EXHAUSTIVE),
 ]
 # Whose instructions are looked at. The second launch of the forward takes microseconds.
 STREAMING = {"statistics_kernel", "gradient_kernel", "norm_kernel", "exchange_kernel", "restore_kernel"}

@@ -24,7 +24,7 @@ import triton.language as tl
 
 import artefacts
 import gate
-from gapo_kernels.kernels import config, perturbation, statistics
+from gapo_kernels.kernels import config, perturbation, statistics, tuning
 from launches import (
     BF16,
     DTYPES,
@@ -36,6 +36,8 @@ from launches import (
     PERTURBATION_OTHERS,
     PERTURBATION_SIZES,
     UNALIGNED,
+    candidates,
+    linear_path,
     loss_path,
     perturbation_path,
 )
@@ -125,6 +127,22 @@ def test_the_evidence_is_what_is_compiled(job, compiled):
         assert abs(found - entry.instructions) <= 0.051, f"{name} for {job.target}: {found:.2f} instructions"
 
 
+@jobs("candidates")
+def test_candidates_of_tuning(job, compiled):
+    """What tuning may choose spills nothing either, and moves 16 bytes at a time; only registers may be more."""
+    dtype, every, found = DTYPES[job.what], candidates(job.target, job.what), []
+    assert compiled.keys() == every.keys() and len(every) >= 11
+    for case, kernels in compiled.items():
+        _, parameters = every[case]
+        for name, artefact in kernels.items():
+            assert artefact.num_warps == parameters["num_warps"]
+            expected = gate.stream(name, artefact, job.target, dtype.itemsize, parameters.get("BLOCK"))
+            problems = gate.spill_problems(artefact, job.target)
+            problems += gate.loop_problems(artefact, job.target, expected) if expected else []
+            found += complain(job, case, name, problems)
+    assert not found, "\n".join(found)
+
+
 @jobs("perturbation", what=[*PERTURBATION_CASES, "unaligned"])
 def test_a_thread_stores_what_it_loaded(job, compiled):
     """`original` may lie over `direction`: no thread may store there what another has still to load."""
@@ -133,6 +151,21 @@ def test_a_thread_stores_what_it_loaded(job, compiled):
     layouts = {layout for line in accesses for layout in re.findall(r"(#\w+)>(?!>)", line)}
     assert len(accesses) >= 16 and len(layouts) == 1, (len(accesses), layouts)
     assert "convert_layout" not in ir
+
+
+def test_what_was_tuned_is_compiled(tmp_path, monkeypatch):
+    """The file's choice for an architecture reaches the compiler; another architecture's launches are as they were."""
+    chosen = {"BLOCK": 8192, "num_warps": 8}
+    monkeypatch.setenv("GAPO_KERNELS_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tuning, "workload", lambda *arguments: lambda: None)
+    with artefacts.as_if_on("sm_90"):
+        cpu, measure = torch.device("cpu"), lambda run: float(config._forced["statistics"] != chosen)
+        tuning.tune(cpu, [BF16], ["statistics"], measure=measure)
+    monkeypatch.setenv("GAPO_KERNELS_AUTOTUNE", "1")
+    for target, expected in (("sm_90", chosen), ("sm_80", config.entry("statistics", "sm_80", BF16).parameters)):
+        artefact = compile_one(linear_path(BF16), "statistics_kernel", target)
+        assert artefact.num_warps == expected["num_warps"]
+        assert f"tensor<{expected['BLOCK'] // 8}x8xbf16" in artefact.ttgir
 
 
 def test_one_launch_per_pass():
