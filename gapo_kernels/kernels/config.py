@@ -1,8 +1,9 @@
 """Launch parameters: the one place where they are chosen, with the evidence.
 
-The kernels are bound by bandwidth. What a choice has to give is bytes in flight, enough to cover the memory's latency
-(about 25 KB on each multiprocessor of an H100, 45 on a B200), at few instructions an element and without spills: more
-elements in each thread cost registers, and so programs that run side by side; fewer leave each load alone.
+The kernels are bound by bandwidth. What a choice has to give is bytes in flight, enough to cover the memory's latency (of
+about 1 us: 25 KB on each multiprocessor of an H100, 54 on a B200, 31 on an MI355X), at few instructions an element and
+without spills. More elements in each thread cost registers, and so programs that run side by side; fewer leave each load
+alone. The choices below keep 40 to 144 KB in flight.
 
 A kernel gives the same bits on every run with the same parameters. Others add up in another order: the last bits of
 log-probs and norms may then differ, between architectures and dtypes as after tuning (tuning.py).

@@ -19,7 +19,8 @@ def pytest_collection_finish(session):
     import launches  # imports Triton, which a machine may lack: there are no jobs then
 
     # Not forked: torch's threads may hold locks.
-    _pools.append(ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("spawn")))
+    workers = min(8, len(os.sched_getaffinity(0)))
+    _pools.append(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
     _futures.update((job, _pools[0].submit(launches.compile_job, job)) for job in jobs)
 
 
