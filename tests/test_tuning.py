@@ -4,19 +4,21 @@ Times are made up here: there is nothing to measure without a GPU (test_gpu.py m
 """
 
 import json
+import os
 import warnings
 
 import pytest
 import torch
 
 from batches import in_float64, make_batch, run_loss
-from conftest import GPU, INTERPRETED
 
 pytest.importorskip("triton", reason="launch parameters are Triton's")
 
 from gapo_kernels.kernels import config, gradient, statistics, tuning
 
-DEVICE = torch.device("cuda" if GPU else "cpu")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+GPU = not INTERPRETED and torch.cuda.is_available()
+DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 OTHER = {"BLOCK": 8192, "num_warps": 8}  # a candidate, and no architecture's choice
 WORKLOAD = tuning.workload
@@ -301,6 +303,15 @@ def test_no_memory_to_tune(timed, monkeypatch):
     with pytest.warns(UserWarning, match="no memory to tune statistics bfloat16, which runs untuned: out of memory"):
         assert launched() == table()
     assert launched() == table()  # not tried again
+
+
+def test_tuning_in_time_for_later_launches(monkeypatch):
+    """`tune` after a launch of the same process: the next one takes the new choice."""
+    monkeypatch.setenv("GAPO_KERNELS_AUTOTUNE", "1")
+    monkeypatch.setattr(tuning, "_can_time", lambda device: False)
+    assert launched() == table()
+    tuning.tune(DEVICE, [BF16], measure=favour(OTHER))
+    assert launched() == OTHER
 
 
 @pytest.mark.skipif(GPU, reason="a GPU can")
