@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gapo_kernels import ownership
+from gapo_kernels.interrupts import interrupt_held
 
 BUCKET_BYTES = 32 * 2**20
 # What marks a parameter that is not whole, by attribute: their classes are slow to import and may be missing.
@@ -158,7 +159,7 @@ class ShardedModel:
 
         self._modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self.reshard()
-        self._params = [param for param in model.parameters() if param.requires_grad]
+        self._params = list(model.parameters())  # those that are frozen now may not be so later
 
     def reshard(self) -> None:
         """Drops the gathered parameters: what was gathered before a change of the shards is stale after it."""
@@ -183,14 +184,21 @@ class ShardedModel:
                 "averaged over the ranks; leave gradient synchronisation on in GAPO steps"
             )
         aside = [leaf.grad for leaf in leaves]
-        try:
-            for leaf in leaves:
-                leaf.grad = None
-            objective.backward(retain_graph=retain_graph)
-            return [param.grad for param in params]
-        finally:
-            for leaf, grad in zip(leaves, aside):
-                leaf.grad = grad
+        contexts = {module._get_fsdp_state()._state_ctx for module in self._modules}
+        last = {context: context.is_last_backward for context in contexts}
+        with interrupt_held():  # between two lines of the way back it would lose the .grad of some
+            try:
+                for context in contexts:
+                    context.is_last_backward = True  # else its reductions may still be under way
+                for leaf in leaves:
+                    leaf.grad = None
+                objective.backward(retain_graph=retain_graph)
+                return [param.grad for param in params]
+            finally:
+                for leaf, grad in zip(leaves, aside):
+                    leaf.grad = grad
+                for context in contexts:
+                    context.is_last_backward = last[context]
 
     def _groups(self) -> Iterator:
         for module in self._modules:

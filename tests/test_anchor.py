@@ -844,3 +844,76 @@ def test_sharded_parameters_that_are_refused(one_rank_group):
 def test_one_rank_alone_averages_nothing(one_rank_group, params, anchor):
     assert_usable(anchor)
     assert_usable(GeometricAnchor(params, process_group=one_rank_group))
+
+
+@pytest.fixture
+def sharded(one_rank_group):
+    """Two layers under fully_shard, the lower one frozen, and an anchor over them."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].requires_grad_(False)
+    fully_shard(model[1], mesh=init_device_mesh("cpu", (1,)))
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    return model, GeometricAnchor.from_model(model, scope="all", rho=0.5)
+
+
+def test_the_sharded_probe_leaves_alone_what_was_unfrozen_later(sharded):
+    model, anchor = sharded
+    model[0].requires_grad_(True)
+    objective = model(torch.randn(3, 4)).square().sum()
+    with anchor.perturbed(objective):
+        pass
+    assert all(p.grad is None for p in model.parameters())
+    objective.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_the_sharded_probe_is_complete_before_it_is_read(sharded):
+    """Also where set_is_last_backward(False) lets a micro-batch's reductions go on after its backward."""
+    model, anchor = sharded
+    context, seen = model._get_fsdp_state()._state_ctx, []
+    output = model(torch.randn(3, 4))
+    output.register_hook(lambda _: seen.append(context.is_last_backward))
+    model.set_is_last_backward(False)
+    with anchor.perturbed(output.square().sum()):
+        pass
+    assert seen == [True] and context.is_last_backward is False
+
+
+def test_a_ctrl_c_at_any_line_of_the_sharded_probe_loses_no_gradient(sharded):
+    model, anchor = sharded
+    objective = model(torch.randn(3, 4)).square().sum()
+    objective.backward(retain_graph=True)
+    kept = [p.grad for p in model.parameters()]
+    assert any(grad is not None for grad in kept)
+
+    def use(at):
+        lines = 0
+
+        def trace(frame, event, argument):
+            nonlocal lines
+            if frame.f_code.co_name != "gradients":
+                return None
+            if event == "line":
+                lines += 1
+                if lines == at:
+                    signal.raise_signal(signal.SIGINT)
+            return trace
+
+        previous = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            with anchor.perturbed(objective):
+                pass
+        finally:
+            sys.settrace(previous)
+        return lines
+
+    lines = use(at=0)
+    assert lines > 15
+    for at in range(1, lines + 1):
+        with pytest.raises(KeyboardInterrupt):
+            use(at)
+        assert all(p.grad is grad for p, grad in zip(model.parameters(), kept)), f"line {at} of {lines}"
