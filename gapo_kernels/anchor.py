@@ -186,8 +186,7 @@ class GeometricAnchor:
         Autograd is not told of the move, so a graph built before the context stays usable after it. Nothing is
         written to `.grad`. A Ctrl-C inside waits until the weights are back; a second one does not wait, and they are
         put back all the same. The original weights wait in the memory of the objective's gradients: beyond those
-        nothing of the model's size is held (with `grads` one copy of the parameters that move; with noise, which is
-        float32, one of those that are not).
+        nothing of the model's size is held (with `grads` or noise one copy of the parameters that move).
 
         Args:
             objective: scalar with a graph; theta~ is uphill of it. Not used by direction="gaussian".

@@ -110,11 +110,12 @@ class _Copy:
 
 
 def noise(params: Sequence[nn.Parameter], step: int, seed: int) -> list[Tensor]:
-    """Standard normal noise for every parameter (shard), a function of (seed, step) and its place alone."""
+    """Standard normal noise for every parameter (shard), a function of (seed, step) and its place alone. Of the parameter's
+    dtype, as gradients are: so its memory may take the original weights."""
     drawn = []
     for number, param in enumerate(params):
         tensor = distributed.local(param)
-        values = torch.empty(tensor.numel(), dtype=torch.float32, device=tensor.device)
+        values = torch.empty(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
         for start in range(0, values.numel(), perturbation.CHUNK):
             chunk = values[start : start + perturbation.CHUNK]
             place = (start, chunk.numel(), number, distributed.shard_number(param))
