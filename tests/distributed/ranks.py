@@ -51,9 +51,17 @@ def logps_of(model, rank=None):
     return lambda: sequence_logps(model(input_ids=ids).logits, labels)
 
 
-def one_process(model, anchor, steps=1, lr=0.0):
-    """What the joined batch gives on one process: per step (gap, loss, gradients by name)."""
-    return _train(model, anchor, logps_of(model), steps, lr)
+def one_process(model, anchor, steps=1, lr=0.0, compute_dtype=None):
+    """What the joined batch gives on one process: per step (gap, loss, gradients by name, statistics)."""
+    logps = logps_of(model)
+    if compute_dtype is not None:  # as MixedPrecisionPolicy has it: every parameter is cast
+        ids, labels = batch()
+
+        def logps():
+            cast = {name: param.to(compute_dtype) for name, param in model.named_parameters()}
+            return sequence_logps(torch.func.functional_call(model, cast, kwargs=dict(input_ids=ids)).logits, labels)
+
+    return _train(model, anchor, logps, steps, lr)
 
 
 def _train(model, anchor, logps, steps, lr, whole=lambda tensor: tensor):
@@ -152,11 +160,27 @@ def _shard(model, mesh_shape=None, **options):
     return fully_shard(model, mesh=mesh, **options)
 
 
-def fsdp(rank, model="llama", steps=2, lr=0.05, checkpointing=False, mesh_shape=None, reshard="default", **options):
-    model = tiny_models.build(model)
+def fsdp(
+    rank,
+    model="llama",
+    steps=2,
+    lr=0.05,
+    checkpointing=False,
+    mesh_shape=None,
+    reshard="default",
+    dtype=torch.float64,
+    policy=None,
+    **options,
+):
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    model = tiny_models.build(model, dtype)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    model = _shard(model, mesh_shape, **({} if reshard == "default" else {"reshard_after_forward": reshard}))
+    sharding = {} if reshard == "default" else {"reshard_after_forward": reshard}
+    if policy is not None:
+        sharding["mp_policy"] = MixedPrecisionPolicy(**policy)
+    model = _shard(model, mesh_shape, **sharding)
     anchor = GeometricAnchor.from_model(model, rho=RHO, **options)
     return _train(model, anchor, logps_of(model, rank), steps, lr, full)
 

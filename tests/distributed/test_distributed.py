@@ -21,12 +21,15 @@ def on_two_ranks(tmp_path):
     return start
 
 
-def assert_steps_equal(found, name, steps=2, lr=0.05, **options):
+def assert_steps_equal(
+    found, name, steps=2, lr=0.05, dtype=torch.float64, compute_dtype=None, tolerance=1e-12, **options
+):
     """Gaps of each rank's own pairs, loss as the ranks' mean, gradients and statistics alike on both."""
-    model = tiny_models.build(name)
-    expected = ranks.one_process(model, GeometricAnchor.from_model(model, rho=ranks.RHO, **options), steps, lr)
+    model = tiny_models.build(name, dtype)
+    anchor = GeometricAnchor.from_model(model, rho=ranks.RHO, compute_dtype=compute_dtype, **options)
+    expected = ranks.one_process(model, anchor, steps, lr, compute_dtype)
     # transformers computes gemma2's norms in float32, whose last bits depend on the shape of the batch
-    exact = dict(atol=1e-6 if name == "gemma2" else 1e-12, rtol=0)
+    exact = dict(atol=max(tolerance, 1e-6) if name == "gemma2" else tolerance, rtol=0)
     for first, second, (gap, loss, gradients, stats) in zip(*found, expected, strict=True):
         torch.testing.assert_close(torch.cat([first[0], second[0]]), gap, **exact)
         torch.testing.assert_close((first[1] + second[1]) / 2, loss, **exact)
@@ -76,6 +79,20 @@ def test_fsdp2(on_two_ranks, options):
     skipped = ("model", "checkpointing", "mesh_shape", "reshard")
     rest = {key: value for key, value in options.items() if key not in skipped}
     assert_steps_equal(found, options.get("model", "llama"), **rest)
+
+
+@pytest.mark.parametrize(
+    "masters, computed, tolerance",
+    [(torch.float64, torch.float32, 1e-5), (torch.float32, torch.bfloat16, 0.05)],
+    ids=str,
+)
+@pytest.mark.parametrize("reshard", [True, False])
+def test_fsdp2_mixed_precision(on_two_ranks, masters, computed, tolerance, reshard):
+    """To nearest, for under FSDP2 the random bits depend on the shards."""
+    policy = dict(param_dtype=computed, reduce_dtype=masters)
+    found = on_two_ranks("fsdp", dtype=masters, policy=policy, rounding="nearest", reshard=reshard)
+    same = dict(dtype=masters, compute_dtype=computed, rounding="nearest")
+    assert_steps_equal(found, "llama", tolerance=tolerance, **same)
 
 
 @pytest.mark.parametrize("name", tiny_models.NAMES)
