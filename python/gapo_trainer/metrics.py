@@ -12,8 +12,9 @@ def table(out, inputs):
     return torch.stack([column.double() for column in (*(getattr(out, name) for name in FIELDS), *marks)], 1)
 
 
-def means(rows, beta, *, anchor):
-    """dict of TRL's names, and with an anchor of gapo/ names, over the pairs of a table (N, 9) that are valid."""
+def means(rows, beta, *, anchor, split=False):
+    """dict of TRL's names, and with an anchor of gapo/ names, over the pairs of a table (N, 9) that are valid. split: gap
+    and weight also of clean and flipped pairs apart."""
     columns = dict(zip(FIELDS + MARKS, rows.t()))
     valid, flipped = columns["valid"].bool(), columns["is_flipped"].bool()
     if not valid.any():
@@ -30,7 +31,7 @@ def means(rows, beta, *, anchor):
     groups = {"": valid}
     if anchor:
         values |= {f"gapo/{name}": columns[name] for name in ("gap", "weight", "anchor_margin")}
-        if flipped.any():
+        if split:
             groups |= {"_clean": valid & ~flipped, "_flipped": valid & flipped}
     return {
         name + suffix: column[group].mean().item()

@@ -114,6 +114,13 @@ def tokenize_pairs(pairs, tokenizer, max_length, max_prompt_length=None):
     return rows
 
 
+def has_flips(rows):
+    """Whether a pair among rows of `prepare_pairs` is marked; False for None."""
+    if rows is None or isinstance(rows, (list, tuple)):
+        return any(row.get("is_flipped") for row in rows or ())
+    return "is_flipped" in rows.column_names and any(rows["is_flipped"])  # one column: rows would be decoded whole
+
+
 def _warn_of_cuts(cut, count, max_length):
     if cut:
         logger.warning(f"{cut} of {count} pairs are longer than max_length = {max_length} tokens and were cut")

@@ -10,6 +10,7 @@ from gapo_trainer.preferences import (
     IGNORE_INDEX,
     PreferenceCollator,
     flip_labels,
+    has_flips,
     load_preferences,
     prepare_pairs,
     tokenize_pair,
@@ -221,3 +222,9 @@ def test_rows_that_trl_tokenised_get_their_numbers(tokenizer, kind):
     prepared = prepare_pairs(kind(rows), tokenizer, GAPOConfig(use_cpu=True))
     batch = PreferenceCollator(0)([prepared[2], prepared[0]])
     assert batch["index"].tolist() == [2, 0] and batch["is_flipped"].tolist() == [False, False]
+
+
+@pytest.mark.parametrize("kind", [list, Dataset.from_list], ids=["list", "Dataset"])
+def test_flips_are_found(kind):
+    assert has_flips(kind([{"is_flipped": False}, {"is_flipped": True}]))
+    assert not has_flips(kind([{"is_flipped": False}])) and not has_flips(kind([{"index": 0}])) and not has_flips(None)
