@@ -97,6 +97,8 @@ class GAPOTrainer(Trainer):
                 f"padding_free expects attention that keeps packed sequences apart, one of {', '.join(PACKED_ATTENTION)}, "
                 f"got attn_implementation = {base.config._attn_implementation!r}"
             )
+        if isinstance(train_dataset, dict):
+            raise TypeError(f"expected one dataset to train on, got {type(train_dataset).__name__} of {', '.join(train_dataset)}")
         install(base, args.max_logits_bytes)
         _disable_dropout(model)
         if any(map(_is_reentrant, base.modules())):

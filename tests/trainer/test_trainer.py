@@ -520,6 +520,10 @@ def test_what_is_not_there_says_so(tokenizer, tmp_path):
         make_trainer(tokenizer, tmp_path, tiny_model().model)
     with pytest.raises(TypeError, match="output head, got str"):
         make_trainer(tokenizer, tmp_path, "gpt2")
+    with pytest.raises(TypeError, match="expected one dataset to train on, got dict of train, test"):
+        config = GAPOConfig(output_dir=str(tmp_path), use_cpu=True)
+        pairs = {"train": made_up_pairs(3), "test": made_up_pairs(3)}
+        GAPOTrainer(tiny_model(), config, train_dataset=pairs, processing_class=tokenizer)
     with pytest.raises(TypeError, match="expected a GAPOConfig as args, got TrainingArguments"):
         GAPOTrainer(tiny_model(), transformers.TrainingArguments(str(tmp_path), use_cpu=True))
     with pytest.raises(ValueError, match="data_collator or a tokenizer"):
