@@ -13,11 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # for `bench`, which is never installed
-
 from bench import bench_anchor, bench_linear, bench_logits, gpu, harness, peers
 
+ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 STATISTICS = {"median_ms", "quartile_1_ms", "quartile_3_ms", "min_ms", "max_ms"}
 
