@@ -1,5 +1,6 @@
 """Defects that a review found, each held where it happened."""
 
+import contextvars
 import subprocess
 import sys
 
@@ -8,7 +9,16 @@ import torch
 
 import gapo_kernels
 from batches import make_batch
-from gapo_kernels import cpu, fused_gapo_loss, fused_linear_gapo_loss, gapo_objective, reference, sequence_logps
+from gapo_kernels import (
+    GeometricAnchor,
+    cpu,
+    fused_gapo_loss,
+    fused_linear_gapo_loss,
+    gapo_objective,
+    gapo_step,
+    reference,
+    sequence_logps,
+)
 
 
 @pytest.mark.parametrize("call", [fused_gapo_loss, sequence_logps])
@@ -135,6 +145,17 @@ def test_flags_and_huge_numbers_are_refused_by_name():
         ):
             with pytest.raises(error, match=message):
                 module.fused_gapo_loss(batch.logits, batch.labels, backend=backend, **options)
+
+
+def test_a_step_leaves_nothing_in_the_threads_context():
+    """Each call set a ContextVar of its own, which the context keeps for as long as the thread lives."""
+    param = torch.nn.Parameter(torch.randn(4, 3))
+    anchor = GeometricAnchor([param], rho=0.1)
+    held = []
+    for _ in range(4):
+        gapo_step(lambda: param.sum(1), anchor).loss.backward()
+        held.append(len(contextvars.copy_context()))
+    assert held[3] == held[0]
 
 
 THREADS = """
