@@ -66,7 +66,7 @@ def gapo_step(
     """
     validation.check_hyperparameters(beta, gamma, label_smoothing, loss_type, sft_weight=sft_weight)
     validation.check_choice(probe, PROBES, "probe")
-    randomness = None if anchor is None else _Randomness(anchor.params[0].device)
+    randomness = None if anchor is None else _Randomness({param.device for param in anchor.params})
     unmoved = UnmovedLayers([] if anchor is None else anchor.unmoved_layers)
     with _kept_buffers(), unmoved.recorded():
         margin, logps, counts = _margin(logps_fn())
@@ -163,22 +163,20 @@ def _margin(result: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Ten
 
 
 class _Randomness:
-    """Torch's random states on the CPU and on the device of the weights, as they were when this was made."""
+    """Torch's random states on the CPU and on the devices of the weights, as they were when this was made."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._module = None if device.type == "cpu" else torch.get_device_module(device)
-        self._device = device
+    def __init__(self, devices: set[torch.device]) -> None:
+        self._devices = [(torch.get_device_module(device), device) for device in devices if device.type != "cpu"]
         self._before = self._states()
 
     def _states(self) -> list[Tensor]:
         """On the host: reading them waits for no device."""
-        own = [] if self._module is None else [self._module.get_rng_state(self._device)]
-        return [torch.get_rng_state(), *own]
+        return [torch.get_rng_state(), *(module.get_rng_state(device) for module, device in self._devices)]
 
     def _set(self, states: list[Tensor]) -> None:
         torch.set_rng_state(states[0])
-        for state in states[1:]:
-            self._module.set_rng_state(state, self._device)
+        for (module, device), state in zip(self._devices, states[1:], strict=True):
+            module.set_rng_state(state, device)
 
     def drawn(self) -> bool:
         return not all(map(torch.equal, self._before, self._states()))

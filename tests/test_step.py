@@ -823,6 +823,33 @@ def test_allowed_dropout_draws_the_same_masks_again(dropout_model):
     assert (first.gap != 0).all()
 
 
+class Accelerators:
+    """Stands in for torch.cuda: a random state for each device."""
+
+    def __init__(self):
+        self.states = {torch.device("cuda", number): torch.zeros(2) for number in range(2)}
+
+    def get_rng_state(self, device):
+        return self.states[device].clone()
+
+    def set_rng_state(self, state, device):
+        self.states[device] = state.clone()
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_dropout_is_seen_on_every_device_of_the_weights(monkeypatch, number):
+    accelerators = Accelerators()
+    monkeypatch.setattr(torch, "get_device_module", lambda device: accelerators)
+    randomness = step._Randomness({torch.device("cpu"), *accelerators.states})
+    assert not randomness.drawn()
+    state = accelerators.states[torch.device("cuda", number)]
+    state += 1
+    assert randomness.drawn()
+    with randomness.repeated():
+        assert not any(state.any() for state in accelerators.states.values())
+    assert (accelerators.states[torch.device("cuda", number)] == 1).all()
+
+
 # ---- What is refused ----
 
 
