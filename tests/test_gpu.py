@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from batches import assert_same, in_float64, make_batch, run_logps, run_loss
-from gapo_kernels import fused_gapo_loss, sequence_logps
+from gapo_kernels import fused_gapo_loss, fused_linear_gapo_loss, linear_sequence_logps, reference, sequence_logps
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter runs on CPU tensors", allow_module_level=True)
@@ -97,6 +97,36 @@ def test_label_out_of_range(batch, monkeypatch):
     monkeypatch.setenv("GAPO_KERNELS_DEBUG", "1")
     with pytest.raises(ValueError, match=r"labels must be in \[0, 5003\).*got 5003 at row 1, position 1"):
         run_loss(wrong, "triton")
+
+
+@pytest.mark.parametrize("budget", [2**20, 2**30])
+def test_d_weight_of_a_bfloat16_head_is_as_close_as_an_eager_path(budget):
+    torch.manual_seed(0)
+    hidden, anchor = (torch.randn(8, 65, 64, device="cuda").bfloat16() for _ in range(2))
+    weight, labels = torch.randn(5003, 64, device="cuda").bfloat16() * 0.3, torch.randint(5003, (8, 65), device="cuda")
+
+    def d_weight(function, dtype, **options):
+        leaf = weight.to(dtype).requires_grad_()
+        out = function(hidden.to(dtype), leaf, labels, anchor_hidden=anchor.to(dtype), **options)
+        return torch.autograd.grad(out.loss, leaf)[0].double()
+
+    def eager(hidden, weight, labels, anchor_hidden):
+        logits, anchor_logits = ((h @ weight.t()).float() for h in (hidden, anchor_hidden))
+        return reference.fused_gapo_loss(logits, labels, anchor_logits=anchor_logits.detach())
+
+    truth = d_weight(reference.fused_linear_gapo_loss, torch.float64)
+    error = (d_weight(fused_linear_gapo_loss, torch.bfloat16, max_logits_bytes=budget) - truth).norm()
+    assert 0 < error <= 1.2 * (d_weight(eager, torch.bfloat16) - truth).norm()
+
+
+def test_label_out_of_range_of_a_head():
+    hidden, weight = torch.randn(4, 5, 16, device="cuda"), torch.randn(37, 16, device="cuda")
+    labels = torch.randint(37, (4, 5), device="cuda")
+    labels[1, 2] = 37
+    for budget in (1, 2**30):
+        out = fused_linear_gapo_loss(hidden, weight, labels, reduction="none", max_logits_bytes=budget)
+        logps = linear_sequence_logps(hidden, weight, labels, max_logits_bytes=budget)
+        assert out.loss.isnan().tolist() == [False, True] and logps.isnan().tolist() == [False, True, False, False]
 
 
 @pytest.mark.parametrize("inplace", [False, True])

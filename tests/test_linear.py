@@ -32,12 +32,12 @@ HEADS = {
 FIELDS = reference.GAPOOutput._fields
 
 
-def problem(pairs=PAIRS, dtype=torch.float64, bias=False, empty=(), packed=False, seed=0):
+def problem(pairs=PAIRS, dtype=torch.float64, bias=False, empty=(), packed=False, seed=0, device="cpu"):
     """hidden, weight, bias, labels, the anchor's hidden states, cu_seqlens"""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype).requires_grad_()
 
     hidden, weight, b = normal(2 * pairs, LENGTH, WIDTH), normal(VOCABULARY, WIDTH), normal(VOCABULARY)
     labels = torch.randint(VOCABULARY, (2 * pairs, LENGTH), generator=generator)
@@ -45,10 +45,11 @@ def problem(pairs=PAIRS, dtype=torch.float64, bias=False, empty=(), packed=False
         labels[row, : row % 3] = -100
     labels[1 % (2 * pairs), 4] = -100
     labels[list(empty)] = -100
+    labels = labels.to(device)
     anchor = (hidden + 0.1 * normal(*hidden.shape)).detach()
     cu_seqlens = None
     if packed:
-        cu_seqlens = torch.arange(2 * pairs + 1, dtype=torch.int32) * LENGTH
+        cu_seqlens = torch.arange(2 * pairs + 1, dtype=torch.int32, device=device) * LENGTH
         hidden = hidden.detach().flatten(0, 1).requires_grad_()
         labels, anchor = labels.flatten(), anchor.flatten(0, 1)
     return hidden, weight, b if bias else None, labels, anchor, cu_seqlens
@@ -61,7 +62,7 @@ def run(function, hidden, weight, bias, labels, frozen=(), upstream=1.0, **optio
         if leaf is not None and name in frozen:
             leaf.requires_grad_(False)
     out = function(leaves[0], leaves[1], labels, bias=leaves[2], **options)
-    value = out.loss.sum() if isinstance(out, tuple) else (out * torch.linspace(-1, 2, len(out), dtype=out.dtype)).sum()
+    value = out.loss.sum() if isinstance(out, tuple) else (out * torch.linspace(-1, 2, len(out)).to(out)).sum()
     if value.requires_grad:
         (value * upstream).backward()
     return out, [None if leaf is None else leaf.grad for leaf in leaves]
@@ -83,9 +84,9 @@ def assert_equal(found, expected, tolerance=1e-10):
 @pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize("frozen", [(), ("weight", "bias"), ("hidden",), ("hidden", "weight", "bias")], ids=str)
-def test_loss_fields_and_gradients(budget, head, frozen, backend):
+def test_loss_fields_and_gradients(budget, head, frozen, backend, device):
     head = dict(head)
-    hidden, weight, bias, labels, anchor, _ = problem(bias=head.pop("bias", False))
+    hidden, weight, bias, labels, anchor, _ = problem(bias=head.pop("bias", False), device=device)
     options = dict(head, anchor_hidden=anchor, frozen=frozen, sft_weight=0.3, label_smoothing=0.1)
     expected = run(reference.fused_linear_gapo_loss, hidden, weight, bias, labels, **options)
     found = run(
@@ -136,9 +137,9 @@ def test_other_anchors(anchors):
 @pytest.mark.parametrize("budget", [ROW, 4 * ROW, 2**30])
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize("frozen", [(), ("weight", "bias"), ("hidden",)], ids=str)
-def test_logps_with_arbitrary_upstream_gradients(budget, head, frozen, backend):
+def test_logps_with_arbitrary_upstream_gradients(budget, head, frozen, backend, device):
     head = dict(head)
-    hidden, weight, bias, labels, _, _ = problem(bias=head.pop("bias", False), empty=(2,))
+    hidden, weight, bias, labels, _, _ = problem(bias=head.pop("bias", False), empty=(2,), device=device)
     hidden, labels = hidden[:5], labels[:5]  # any number of sequences
     expected, wanted = run(reference.linear_sequence_logps, hidden, weight, bias, labels, frozen=frozen, **head)
     found, got = run(
@@ -305,6 +306,25 @@ def test_half_precision_is_as_close_as_a_float32_accumulated_eager_path(dtype, b
         error, allowed = ((g.double() - true).norm() / true.norm() for g in (ours, theirs))
         assert error <= 1.2 * allowed, (error, allowed)
     torch.testing.assert_close(found[0].gap, eager[0].gap, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("budget", [8 * VOCABULARY * 2, 2**30])
+@pytest.mark.parametrize("upstream", [1.0, 1 / 3])
+def test_d_weight_of_16_bit_logits_is_as_close_as_an_eager_path(budget, upstream, monkeypatch):
+    """The buffer as it is on a GPU, with the CPU's GEMMs."""
+    monkeypatch.setattr(lm_head.Head, "_casts", False)
+    exact = [t if t is None else t.double() for t in problem(pairs=24, dtype=torch.bfloat16, bias=True)[:3]]
+    hidden, weight, bias, labels, anchor, _ = problem(pairs=24, dtype=torch.bfloat16, bias=True)
+
+    def eager(hidden, weight, labels, bias, anchor_hidden):
+        logits, anchor_logits = (nn.functional.linear(h, weight, bias).float() for h in (hidden, anchor_hidden))
+        return reference.fused_gapo_loss(logits, labels, anchor_logits=anchor_logits.detach())
+
+    truth = run(reference.fused_linear_gapo_loss, *exact, labels, anchor_hidden=anchor.double(), upstream=upstream)
+    head, options = (hidden, weight, bias, labels), dict(anchor_hidden=anchor, upstream=upstream)
+    found = run(fused_linear_gapo_loss, *head, max_logits_bytes=budget, **options)
+    error, allowed = ((r[1][1].double() - truth[1][1]).norm() for r in (found, run(eager, *head, **options)))
+    assert 0 < error <= 1.2 * allowed, (error, allowed)
 
 
 @pytest.mark.parametrize("available", ["neither", "mm", "addmm"])
