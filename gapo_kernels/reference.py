@@ -17,6 +17,24 @@ from gapo_kernels.outputs import GAPOOutput
 __all__ = ["fused_gapo_loss", "fused_linear_gapo_loss", "gapo_objective", "linear_sequence_logps", "sequence_logps"]
 
 
+def _rows(
+    labels: Tensor, cu_seqlens: Tensor | None, shift: bool, ignore_index: int, in_pairs: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The rows' targets, which of them each sequence has (S, rows) bool, how many each predicts (S,) int64, and which
+    rows have a gradient, shaped like labels: those that predict, with in_pairs only where both completions do."""
+    targets = align_targets(labels, cu_seqlens, shift, ignore_index)
+    predicted = targets != ignore_index
+    sequence = sequence_of_rows(targets, cu_seqlens)
+    count = sequence_count(labels, cu_seqlens)
+    members = sequence == torch.arange(count, device=labels.device).unsqueeze(-1)
+    counts = (members & predicted.flatten()).sum(-1)
+    active = predicted
+    if in_pairs:
+        inert = (counts == 0).view(2, -1).any(0).repeat(2)
+        active = predicted & ~(members & inert.unsqueeze(-1)).any(0).view_as(targets)
+    return targets, members, counts, active
+
+
 def _token_sums(
     logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, shift: bool, ignore_index: int, in_pairs: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -27,19 +45,12 @@ def _token_sums(
     vocabulary = logits.shape[-1]
     if not torch.compiler.is_compiling():
         validation.check_values(labels, vocabulary, cu_seqlens, shift, ignore_index)
-    targets = align_targets(labels, cu_seqlens, shift, ignore_index)
+    targets, members, counts, active = _rows(labels, cu_seqlens, shift, ignore_index, in_pairs)
     predicted = targets != ignore_index
     in_range = (targets >= 0) & (targets < vocabulary)
 
     # Rows that predict nothing are blanked before the softmax, so that not even a NaN in them reaches the gradient.
-    sequence = sequence_of_rows(targets, cu_seqlens).view_as(targets)
-    count = sequence_count(labels, cu_seqlens)
-    members = sequence.flatten() == torch.arange(count, device=labels.device).unsqueeze(-1)  # (S, rows)
-    counts = (members & predicted.flatten()).sum(-1)
-    if in_pairs:
-        inert = (counts == 0).view(2, -1).any(0).repeat(2)
-        of_inert_pair = (members & inert.unsqueeze(-1)).any(0).view_as(targets).unsqueeze(-1)
-        logits = torch.where(of_inert_pair, logits.detach(), logits)
+    logits = torch.where(active.unsqueeze(-1), logits, logits.detach())
     logits = logits.masked_fill(~predicted.unsqueeze(-1), 0)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logps = torch.log_softmax(logits, -1).gather(-1, targets.where(in_range, 0).unsqueeze(-1)).squeeze(-1)
@@ -152,6 +163,14 @@ def _logits(
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
+def _differentiable_logits(hidden: Tensor, labels: Tensor, head: tuple, in_pairs: bool, options: dict) -> Tensor:
+    """_logits whose rows without a gradient are constants: their hidden states may be NaN, and 0 * NaN is no 0."""
+    layout = (options.get("cu_seqlens"), options.get("shift", True), options.get("ignore_index", -100))
+    *_, active = _rows(labels, *layout, in_pairs)
+    active = active.unsqueeze(-1)
+    return torch.where(active, _logits(hidden.masked_fill(~active, 0), *head), _logits(hidden, *head).detach())
+
+
 def linear_sequence_logps(
     hidden: Tensor,
     weight: Tensor,
@@ -168,8 +187,8 @@ def linear_sequence_logps(
     validation.check_linear(
         hidden, weight, labels, bias, options.get("cu_seqlens"), options.get("ignore_index", -100), softcap, logit_scale
     )
-    logits = _logits(hidden, weight, bias, softcap, logit_scale, vocab_parallel_group)
-    return sequence_logps(logits, labels, **options)
+    head = (weight, bias, softcap, logit_scale, vocab_parallel_group)
+    return sequence_logps(_differentiable_logits(hidden, labels, head, False, options), labels, **options)
 
 
 def fused_linear_gapo_loss(
@@ -191,6 +210,7 @@ def fused_linear_gapo_loss(
     validation.check_linear(
         hidden, weight, labels, bias, options.get("cu_seqlens"), options.get("ignore_index", -100), softcap, logit_scale
     )
+    validation.check_pairs(hidden, options.get("cu_seqlens"))
     validation.check_linear_anchor(
         hidden, weight, options.get("cu_seqlens"), anchor_hidden, anchor_weight, anchor_margin
     )
@@ -199,6 +219,5 @@ def fused_linear_gapo_loss(
     if anchor_hidden is not None:
         with torch.no_grad():
             anchor_logits = _logits(anchor_hidden, weight if anchor_weight is None else anchor_weight, *head)
-    return fused_gapo_loss(
-        _logits(hidden, weight, *head), labels, anchor_logits=anchor_logits, anchor_margin=anchor_margin, **options
-    )
+    logits = _differentiable_logits(hidden, labels, (weight, *head), True, options)
+    return fused_gapo_loss(logits, labels, anchor_logits=anchor_logits, anchor_margin=anchor_margin, **options)

@@ -448,12 +448,15 @@ def test_a_step_with_a_tied_head(budget, scope):
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_nan_stays_in_its_own_pair_and_an_inert_pair_hurts_nobody(reduction, softcap):
+@pytest.mark.parametrize("by", ["torch", "reference"])
+def test_nan_stays_in_its_own_pair_and_rows_without_part_hurt_nobody(reduction, softcap, by):
     hidden, weight, bias, labels, _, _ = problem(empty=(PAIRS,), bias=True)  # the first pair's rejected one is empty
     with torch.no_grad():
         hidden[0] = torch.nan
+        hidden[2, 0] = torch.nan  # as an attention without any key leaves it on padding
+    assert labels[2, 1] == -100
     for budget in BUDGETS.values():
-        options = dict(max_logits_bytes=budget, reduction=reduction, softcap=softcap)
+        options = dict(max_logits_bytes=budget, reduction=reduction, softcap=softcap, backend=by)
         out, (d_hidden, d_weight, d_bias) = run(fused_linear_gapo_loss, hidden, weight, bias, labels, **options)
         assert out.loss.isfinite().all() and d_weight.isfinite().all() and d_bias.isfinite().all()
         assert (d_hidden[0] == 0).all() and d_hidden.isfinite().all() and d_hidden.any()
