@@ -13,7 +13,9 @@ from gapo_kernels.layout import sequence_count
 from gapo_kernels.objective import gapo_objective, sequence_means, sft_terms
 from gapo_kernels.outputs import GAPOOutput
 
-LOSS_FIELDS = 10
+# How many rows predict a token is asked of the device: what captures CUDA graphs (torch.compile's "reduce-overhead") must
+# leave these operators out.
+TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
 def _head(weight, bias, softcap, logit_scale, group_name, backend) -> Head:
@@ -45,7 +47,7 @@ def _present(tensor: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if tensor is None else tensor
 
 
-@torch.library.custom_op("gapo_kernels::linear_loss_forward", mutates_args=())
+@torch.library.custom_op("gapo_kernels::linear_loss_forward", mutates_args=(), tags=TAGS)
 def linear_loss_forward(
     hidden: Tensor,
     weight: Tensor,
@@ -118,7 +120,7 @@ def _(hidden, weight, labels, anchor_hidden, anchor_weight, anchor_margin, bias,
     ]
 
 
-@torch.library.custom_op("gapo_kernels::linear_logps_forward", mutates_args=())
+@torch.library.custom_op("gapo_kernels::linear_logps_forward", mutates_args=(), tags=TAGS)
 def linear_logps_forward(
     hidden: Tensor,
     weight: Tensor,
@@ -161,7 +163,7 @@ def _(hidden, weight, labels, bias, cu_seqlens, *options):
     ]
 
 
-@torch.library.custom_op("gapo_kernels::linear_logps_backward", mutates_args=())
+@torch.library.custom_op("gapo_kernels::linear_logps_backward", mutates_args=(), tags=TAGS)
 def linear_logps_backward(
     scale: Tensor,
     hidden: Tensor,
@@ -359,7 +361,8 @@ def linear_sequence_logps(
 
     logits = cap(logit_scale * (hidden @ weight^T + bias)) with cap(x) = softcap * tanh(x / softcap); rows that predict
     nothing are left out before any GEMM. Any number of backwards may run on one graph: d log-prob / d hidden is made in
-    the forward, once, and scaled by each; for d weight the logits are kept if they fit, or computed again.
+    the forward, once, and scaled by each; for d weight the logits are kept if they fit, or computed again. The kept rows
+    are counted: on a GPU that waits for it, and cannot be captured in a CUDA graph.
 
     Args:
         hidden: (S, T, H) floating, the last hidden states; or (N, H) with `cu_seqlens`.
@@ -449,7 +452,8 @@ def fused_linear_gapo_loss(
     gradients are made there in the forward, if they will be needed: four GEMMs in all, policy and anchor logits,
     d hidden, d weight. Only a pair that exceeds the budget by itself has its logits computed again, and not even that
     with a frozen weight. bfloat16's gradients wait in float32 until the backward: the upstream gradient is folded in, and
-    they are rounded once. With reduction="none", and in float16, the gradients are made in the backward instead.
+    they are rounded once. With reduction="none", and in float16, the gradients are made in the backward instead, and the
+    logits of all pairs are kept for it, or computed again. CUDA graphs: as `linear_sequence_logps`.
 
     Args:
         hidden: (2B, T, H) floating, the last hidden states, rows 0..B-1 of the chosen completions, rows B..2B-1 of the

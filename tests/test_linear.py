@@ -641,6 +641,11 @@ def test_the_operators_hold_torchs_contract(needs):
     torch.library.opcheck(torch.ops.gapo_kernels.linear_logps_backward, arguments, test_utils=checks)
 
 
+def test_the_operators_stay_out_of_cuda_graphs():
+    for name in ("linear_loss_forward", "linear_logps_forward", "linear_logps_backward"):
+        assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.gapo_kernels, name).default.tags
+
+
 # ---- Memory ----
 
 PEAK = """
