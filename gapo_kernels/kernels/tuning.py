@@ -15,8 +15,9 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -61,7 +62,7 @@ def tuned(kernel: str, device: torch.device, dtype: torch.dtype) -> dict[str, in
 
 
 def tune(
-    device: torch.device,
+    device: torch.device | str,
     dtypes: Sequence[torch.dtype] = DTYPES,
     kernels: Sequence[str] = tuple(config.TABLE),
     scratch_bytes: int = 2**28,
@@ -76,9 +77,11 @@ def tune(
     Returns {"statistics bfloat16": {"parameters": {...}, "milliseconds": [[parameters, time], ...]}, ...}.
     """
     measure = measure or _median
+    device = torch.empty(0, device=device).device  # with its number, as launches ask for it
     found = {}
-    for dtype in dtypes:
-        for kernel in kernels:
+    # Triton launches on the current device.
+    with nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device):
+        for kernel, dtype in product(kernels, dtypes):
             run = workload(kernel, device, dtype, scratch_bytes)
             times = []
             for parameters in candidates(kernel, config.architecture(device), dtype):
