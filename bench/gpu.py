@@ -36,6 +36,7 @@ from bench import bench_anchor, bench_linear, bench_logits, bench_step, data, ha
 SUITES = (bench_logits, bench_linear, bench_anchor, bench_step)  # in order of importance, among equal cases
 SECONDS = 450.0
 TEST_SHARE = 0.3  # of the time, at most
+TO_TUNE = 90.0  # seconds
 LAST_START = 5.0  # seconds: no case begins with less time left
 QUICK_FOLDER = harness.ROOT / "runs" / "bench"  # git ignores it
 # First what only a GPU can show, then every test of the kernels, compiled.
@@ -112,7 +113,9 @@ def tune(where: torch.device, quick: bool) -> dict[str, Any]:
     except ImportError as error:
         return {"absent": str(error)}
     os.environ["GAPO_KERNELS_AUTOTUNE"] = "1"
-    return tuning.tune(where, scratch_bytes=2**22 if quick else 2**30)  # the latter as in a large batch
+    with harness.deadline(TO_TUNE):
+        # On as much as a large batch has.
+        return tuning.tune(where, [torch.bfloat16, torch.float32], scratch_bytes=2**22 if quick else 2**30)
 
 
 # ---- cases ----
@@ -202,7 +205,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 session.found["tests"].append(run_tests(tests, left / (len(TESTS) - number)))
                 print(f"tests: {session.found['tests'][-1]['counts']}", flush=True)
                 session.save()
-            session.found["tuning"] = tune(where, options.quick)
+            try:
+                session.found["tuning"] = tune(where, options.quick)
+            except (Exception, harness.OutOfTime) as error:
+                session.found["failed"]["tuning"] = f"{type(error).__name__}: {error}"
             session.save()
             measure(session, begin + options.seconds, options.rounds or (3 if options.quick else None), options.quick)
     except KeyboardInterrupt:

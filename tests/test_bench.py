@@ -118,6 +118,23 @@ def test_what_fails_or_cannot_run_is_named_and_the_rest_is_measured(session):
     assert [case["name"] for case in content["cases"]] == ["third"] and not content["finished"]
 
 
+def test_without_launch_parameters_everything_else_is_measured(tmp_path, monkeypatch):
+    def tune(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(gpu, "tune", tune)
+    monkeypatch.setattr(torch.compiler, "set_stance", lambda stance: None)  # this process is the tests'
+    monkeypatch.setitem(os.environ, "GAPO_KERNELS_CACHE_DIR", "")
+    suite = SimpleNamespace(SUITE="suite", ROUNDS=1, measure=lambda case, *_, **options: result_of(case))
+    suite.cases = lambda where, quick: [Named("only", 0)]
+    monkeypatch.setattr(gpu, "SUITES", (suite,))
+    assert gpu.main(["--device", "cpu", "--quick", "--no-tests", "--output", str(tmp_path)]) == 1
+    (file,) = tmp_path.glob("*.json")
+    content = json.loads(file.read_text())
+    assert content["failed"] == {"tuning": "RuntimeError: out of memory"} and content["finished"]
+    assert [case["name"] for case in content["cases"]] == ["only"]
+
+
 def test_nothing_is_lost_by_an_interruption(session, tmp_path):
     def measure(case, *args, **options):
         if case == "second":
