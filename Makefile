@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 PEERS := $(VENV)/.bench-ready
 LIBRARY_TESTS := tests --ignore tests/compile
 
-.PHONY: setup demo test test-torch test-interpreter test-compile test-oldest bench bench-gpu report clean
+.PHONY: setup demo test test-torch test-interpreter test-compile test-oldest fuzz bench bench-gpu report clean
 
 setup: $(READY)
 
@@ -45,6 +45,11 @@ test-interpreter: $(READY)
 
 test-compile: $(READY)
 	$(BIN)/python -m pytest -q tests/compile
+
+# 1,000 random configurations for each back end, always the same ones; FUZZ="--fuzz-seed 7" for others.
+fuzz: $(READY)
+	$(BIN)/python -m pytest -q tests/fuzz --configurations 1000 $(FUZZ)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/fuzz --configurations 1000 -m kernels $(FUZZ)
 
 # The trainer and the examples with the oldest libraries that it takes, in an environment of its own.
 test-oldest:

@@ -174,7 +174,8 @@ class _Scratch:
 
 
 def _square(x: Tensor) -> float:
-    """The sum of x^2 of a chunk: in float32 to about 3e-7, which sums over chunks in float64 average out."""
+    """The sum of x^2 of a chunk: in float32 to about 3e-7, which sums over chunks in float64 average out; to 1e-4 where
+    all of a chunk are alike, whose additions round in one direction."""
     return torch.dot(x, x).item()
 
 
