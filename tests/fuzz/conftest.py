@@ -18,23 +18,27 @@ SHARES = {
     "GeometricAnchor": 0.16,
     "gapo_objective": 0.2,
 }
+DEFAULTS = {"configurations": 60, "fuzz_seed": 0}
 ran = Counter()  # (function, back end)
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("fuzz")
-    group.addoption("--configurations", type=int, default=60, help="random configurations for each back end")
-    group.addoption("--fuzz-seed", type=int, default=0, help="where the configurations are drawn from")
+    for name, purpose in (
+        ("configurations", "random configurations for each back end, and steps in constant memory"),
+        ("fuzz_seed", "where the configurations are drawn from"),
+    ):
+        group.addoption(f"--{name.replace('_', '-')}", type=int, default=DEFAULTS[name], help=purpose)
 
 
-def option(config, name, default):
+def option(config, name):
     """Its default where these options came too late for the command line, as under `pytest tests`."""
-    return config.getoption(name, default)
+    return config.getoption(name, DEFAULTS[name])
 
 
 @pytest.fixture
 def configurations(request):
-    return option(request.config, "configurations", 60)
+    return option(request.config, "configurations")
 
 
 @pytest.fixture
@@ -59,7 +63,7 @@ def explore(request, configurations):
             print_blob=False,
             suppress_health_check=list(HealthCheck),
         )
-        exploring(seed(option(request.config, "fuzz_seed", 0))(given(configuration=strategy)(checked)))()
+        exploring(seed(option(request.config, "fuzz_seed"))(given(configuration=strategy)(checked)))()
         assert ran[function, backend] >= count
 
     return run
@@ -69,7 +73,7 @@ def pytest_terminal_summary(terminalreporter, config):
     if not ran:
         return
     backends = sorted({backend for _, backend in ran})
-    terminalreporter.section(f"random configurations, seed {option(config, 'fuzz_seed', 0)}")
+    terminalreporter.section(f"random configurations, seed {option(config, 'fuzz_seed')}")
     terminalreporter.line(f"{'':24}" + "".join(f"{backend:>22}" for backend in backends))
     for function in SHARES:
         terminalreporter.line(f"{function:24}" + "".join(f"{ran[function, backend]:22}" for backend in backends))
