@@ -207,7 +207,8 @@ def test_many_parameters(perturbation, device, geometry, alias):
     norm, norms = subject.squared_norm(), [single.squared_norm() for single in singles]
     torch.testing.assert_close(norm, torch.stack(norms).sum())
     stats, single_stats = subject.exchange(0.03, 5, 1), [single.exchange(0.03, 5, 1) for single in singles]
-    torch.testing.assert_close(stats, torch.stack(single_stats).sum(0))
+    # Two digits of float32: a dot product adds in another order where its memory is aligned otherwise.
+    torch.testing.assert_close(stats, torch.stack(single_stats).sum(0), rtol=2.4e-7, atol=0)
     for move, single, theta in zip(together, alone, thetas):
         assert torch.equal(bits(move.theta), bits(single.theta))
         assert torch.equal(bits(move.original), bits(theta))
