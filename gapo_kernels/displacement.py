@@ -54,7 +54,8 @@ class Displacement:
             theta = _flat(tensor) if dense[number] else self._stage(tensor)
             if dense[number] and direction.stride() != tensor.stride():
                 direction, exclusive = torch.empty_like(tensor, dtype=direction.dtype).copy_(direction), True
-            flat = _flat(direction) if dense[number] else direction.reshape(-1)
+            # not reshape(-1), which of an expanded tensor gives a view without memory for each element
+            flat = _flat(direction) if dense[number] else direction.contiguous().view(-1)
             fits = exclusive and dense[number] and flat.element_size() == theta.element_size()
             original = flat.view(theta.dtype) if fits else torch.empty_like(theta)
             move = perturbation.Move(theta, flat, original, grids[number], number, distributed.shard_number(param))

@@ -147,6 +147,19 @@ def test_flags_and_huge_numbers_are_refused_by_name():
                 module.fused_gapo_loss(batch.logits, batch.labels, backend=backend, **options)
 
 
+def test_an_expanded_gradient_of_a_parameter_with_gaps_in_memory(passes, device):
+    """As one number for all elements it was read beyond its memory by the kernels."""
+    base = torch.arange(1.0, 13.0, dtype=torch.float64, device=device).view(6, 2)
+    param = torch.nn.Parameter(base[:, :1])
+    before = base.clone()
+    anchor = GeometricAnchor([param], rho=0.5)
+    for gradients in (dict(objective=param.sum()), dict(grads=[before[:1, :1].expand(6, 1)])):
+        with anchor.perturbed(**gradients):
+            expected = before[:, :1] + 0.5 * before[:, :1] ** 2 / before[:, 0].norm()
+            torch.testing.assert_close(param.detach(), expected, rtol=1e-12, atol=0)
+        assert torch.equal(base, before)
+
+
 def test_a_step_leaves_nothing_in_the_threads_context():
     """Each call set a ContextVar of its own, which the context keeps for as long as the thread lives."""
     param = torch.nn.Parameter(torch.randn(4, 3))
