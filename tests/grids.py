@@ -35,6 +35,7 @@ def assert_rounded(theta: Tensor, grid: torch.dtype, base: Tensor, delta: Tensor
     with stochastic rounding to 16 bits one of the two neighbours."""
     anchor, wanted, on = theta.double(), base + delta, coarsest(grid, theta.dtype)
     assert torch.equal(theta.to(on).double(), anchor), "theta~ is not on the grid"
+    assert torch.equal(anchor[delta == 0], base[delta == 0]), "what needs no rounding was rounded"
     # Half a step, or one; plus float32's errors in x itself.
     steps = 1.0 if stochastic and on in (BF16, F16) and grid == on else 0.5
     slack = 1e-14 if on == F64 else 4e-7
