@@ -127,6 +127,8 @@ def linear_logps_forward(
     labels: Tensor,
     bias: Optional[Tensor],
     cu_seqlens: Optional[Tensor],
+    anchor_hidden: Optional[Tensor],
+    anchor_weight: Optional[Tensor],
     softcap: Optional[float],
     logit_scale: float,
     max_logits_bytes: int,
@@ -138,25 +140,36 @@ def linear_logps_forward(
     keep: bool,
     backend: str,
 ) -> list[Tensor]:
-    """s (S,), counts (S,), per row (all of them) the shift, the total and d hidden at scale 1; kept logits (K, V)."""
+    """s (S,), counts (S,), the anchor's s (S,); per row (all of them) the shift, the total and d hidden at scale 1; kept
+    logits (K, V)."""
     head = _head(weight, bias, softcap, logit_scale, group_name, backend)
     validation.check_values(labels, head.vocabulary, cu_seqlens, shift, ignore_index)
     rows = linear_engine.find_rows(labels, cu_seqlens, shift, ignore_index, in_pairs=False)
+
+    def means(sums: Tensor) -> Tensor:
+        return sequence_means(sums, rows.counts, length_normalized).to(cpu.accumulation_dtype(hidden), copy=True)
+
+    anchor = None
     with ops.on(hidden.device), torch.autocast(hidden.device.type, enabled=False):
+        if anchor_hidden is not None:  # before the policy's logits are kept
+            anchor_head = head if anchor_weight is None else head._replace(weight=anchor_weight.detach())
+            nothing = [False] * len(needs)
+            anchor = linear_engine.logps(anchor_hidden.detach(), rows, anchor_head, max_logits_bytes, nothing, False)
         results = linear_engine.logps(hidden.detach(), rows, head, max_logits_bytes, needs, keep)
-    logps = sequence_means(results.sums, rows.counts, length_normalized).to(cpu.accumulation_dtype(hidden), copy=True)
     unit = None if results.unit is None else _all_rows(results.unit, rows, labels.numel())
     statistics = [_all_rows(values, rows, labels.numel()) for values in (results.shift, results.total)]
-    return [logps, rows.counts, *statistics, _present(unit, hidden), _present(results.logits, hidden)]
+    logps = means(results.sums), rows.counts, hidden.new_empty(0) if anchor is None else means(anchor.sums)
+    return [*logps, *statistics, _present(unit, hidden), _present(results.logits, hidden)]
 
 
 @linear_logps_forward.register_fake
-def _(hidden, weight, labels, bias, cu_seqlens, *options):
+def _(hidden, weight, labels, bias, cu_seqlens, anchor_hidden, *options):
     dtype, needs = cpu.accumulation_dtype(hidden), options[-3]
     sequences, every = sequence_count(labels, cu_seqlens), labels.numel()
     return [
         hidden.new_empty(sequences, dtype=dtype),
         hidden.new_empty(sequences, dtype=torch.int64),
+        hidden.new_empty(0) if anchor_hidden is None else hidden.new_empty(sequences, dtype=dtype),
         *(hidden.new_empty(every, dtype=dtype) for _ in range(2)),
         hidden.new_empty((every, hidden.shape[-1]), dtype=dtype) if needs[0] else hidden.new_empty(0),
         hidden.new_empty(0),
@@ -305,19 +318,21 @@ def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 class _LinearLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, cu_seqlens, head_options, length_normalized, layout, needs, backend):
-        keep = not torch.compiler.is_compiling()
-        logps, counts, row_shift, row_total, unit, logits = linear_logps_forward(
-            hidden, weight, labels, bias, cu_seqlens, *head_options, length_normalized, *layout, needs, keep, backend
+    def forward(
+        ctx, hidden, weight, bias, labels, anchors, cu_seqlens, head_options, length_normalized, layout, needs, backend
+    ):
+        keep, normalized = not torch.compiler.is_compiling(), length_normalized
+        logps, counts, anchor_logps, row_shift, row_total, unit, logits = linear_logps_forward(
+            hidden, weight, labels, bias, cu_seqlens, *anchors, *head_options, normalized, *layout, needs, keep, backend
         )
-        ctx.mark_non_differentiable(counts)
+        ctx.mark_non_differentiable(counts, anchor_logps)
         ctx.save_for_backward(hidden, weight, bias, labels, cu_seqlens, counts, row_shift, row_total, unit, logits)
         ctx.options, ctx.length_normalized = (*head_options, *layout), length_normalized
         ctx.needs, ctx.backend = needs, backend
-        return logps, counts
+        return logps, counts, anchor_logps
 
     @staticmethod
-    def backward(ctx, grad_logps, _):
+    def backward(ctx, grad_logps, *_):
         hidden, weight, bias, labels, cu_seqlens, counts, row_shift, row_total, unit, logits = ctx.saved_tensors
         scale = -grad_logps / counts.clamp(min=1) if ctx.length_normalized else -grad_logps
         needs = _needed_now(ctx, ctx.needs)
@@ -337,7 +352,7 @@ class _LinearLogps(torch.autograd.Function):
             False,
             ctx.backend,
         )
-        return (*(g if needed else None for g, needed in zip(results, needs)), *[None] * 7)
+        return (*(g if needed else None for g, needed in zip(results, needs)), *[None] * 8)
 
 
 def linear_sequence_logps(
@@ -406,11 +421,12 @@ def linear_sequence_logps(
             return_counts=return_counts,
         )
     head_options = (softcap, float(logit_scale), max_logits_bytes, _name(vocab_parallel_group))
-    logps, counts = _LinearLogps.apply(
+    logps, counts, _ = _LinearLogps.apply(
         hidden,
         weight,
         bias,
         labels,
+        (None, None),
         cu_seqlens,
         head_options,
         length_normalized,
@@ -490,39 +506,30 @@ def fused_linear_gapo_loss(
         return reference.fused_linear_gapo_loss(
             hidden, weight, labels, **anchors, **head, **loss, **layout, sft_weight=sft_weight
         )
+    head_options = (softcap, float(logit_scale), max_logits_bytes, _name(vocab_parallel_group))
+    operands, ending = (hidden, weight, bias, labels), ((shift, ignore_index), _needs(hidden, weight, bias), backend)
     if reduction == "none" or hidden.dtype == torch.float16:
-        head.update(max_logits_bytes=max_logits_bytes, backend=backend)
-        return _loss_of_logps(hidden, weight, labels, anchors, head, loss, layout, sft_weight)
-    fields = _LinearLoss.apply(
-        hidden,
-        weight,
-        bias,
-        labels,
-        tuple(anchors),
-        cu_seqlens,
-        (softcap, float(logit_scale), max_logits_bytes, _name(vocab_parallel_group)),
-        (beta, gamma, label_smoothing, loss_type, length_normalized, sft_weight),
-        (shift, ignore_index),
-        _needs(hidden, weight, bias),
-        backend,
-    )
-    return GAPOOutput(*fields)
+        sums = _LinearLogps.apply(*operands, tuple(anchors[:2]), cu_seqlens, head_options, False, *ending)
+        return _loss_of_sums(*sums, anchors[2], length_normalized, loss, sft_weight)
+    loss_options = (beta, gamma, label_smoothing, loss_type, length_normalized, sft_weight)
+    return GAPOOutput(*_LinearLoss.apply(*operands, tuple(anchors), cu_seqlens, head_options, loss_options, *ending))
 
 
-def _loss_of_logps(hidden, weight, labels, anchors, head, loss, layout, sft_weight) -> GAPOOutput:
+def _loss_of_sums(
+    sums: Tensor,  # (2B,)
+    counts: Tensor,  # (2B,)
+    anchor_sums: Tensor,  # (2B,), or empty: there is no anchor, or only its margin
+    anchor_margin: Tensor | None,  # (B,)
+    normalized: bool,
+    loss: dict,
+    sft_weight: float,
+) -> GAPOOutput:
     """The loss where the forward cannot know its gradients' scale: one upstream gradient a pair, or a loss scale without
     which float16 gradients vanish."""
-    layout, normalized = dict(layout), layout["length_normalized"]
-    layout.update(length_normalized=False, return_counts=True)
-    anchor_hidden, anchor_weight, anchor_margin = anchors
-    sums, counts = linear_sequence_logps(hidden, weight, labels, **head, **layout)
     pairs = sums.shape[0] // 2
-    if anchor_hidden is not None:
-        with torch.no_grad():
-            anchor_weight = weight if anchor_weight is None else anchor_weight
-            anchor_sums, _ = linear_sequence_logps(anchor_hidden, anchor_weight, labels, **head, **layout)
-            anchor_chosen, anchor_rejected = sequence_means(anchor_sums, counts, normalized).chunk(2)
-            anchor_margin = anchor_chosen - anchor_rejected
+    if anchor_sums.shape[0]:
+        anchor_chosen, anchor_rejected = sequence_means(anchor_sums, counts, normalized).chunk(2)
+        anchor_margin = anchor_chosen - anchor_rejected
     valid = (counts > 0).view(2, pairs).all(0)
     # An inert pair's NaN would reach the gradient: 0 * NaN.
     sums = sums.masked_fill(~valid.repeat(2), 0) + sums.detach().masked_fill(valid.repeat(2), 0)

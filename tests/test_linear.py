@@ -632,13 +632,25 @@ def test_the_operators_hold_torchs_contract(needs):
     loss = (2.0, 0.5, 0.1, "sigmoid", True, 0.2)
     arguments = (hidden, weight, labels, anchor, None, None, bias, None, *head, *loss, *layout, needs, "torch")
     torch.library.opcheck(torch.ops.gapo_kernels.linear_loss_forward, arguments, test_utils=checks)
-    arguments = (hidden, weight, labels, bias, None, *head, True, *layout, needs, False, "torch")
-    torch.library.opcheck(torch.ops.gapo_kernels.linear_logps_forward, arguments, test_utils=checks)
-    _, _, row_shift, row_total, unit, logits = torch.ops.gapo_kernels.linear_logps_forward(*arguments)
+    for anchors in ((None, None), (anchor, 2 * weight)):
+        arguments = (hidden, weight, labels, bias, None, *anchors, *head, True, *layout, needs, False, "torch")
+        torch.library.opcheck(torch.ops.gapo_kernels.linear_logps_forward, arguments, test_utils=checks)
+    _, _, _, row_shift, row_total, unit, logits = torch.ops.gapo_kernels.linear_logps_forward(*arguments)
     scale = torch.randn(2 * PAIRS, dtype=torch.float64)
     saved = (row_shift, row_total, unit, logits)
     arguments = (scale, hidden, weight, labels, bias, None, *saved, *head, *layout, needs, False, "torch")
     torch.library.opcheck(torch.ops.gapo_kernels.linear_logps_backward, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_policy_and_anchor_share_one_search_for_rows(dtype, reduction, monkeypatch):
+    hidden, weight, _, labels, anchor, _ = (t.detach().to(dtype) if t is not None and t.is_floating_point() else t for t in problem())
+    found = []
+    search = linear_engine.find_rows
+    monkeypatch.setattr(linear_engine, "find_rows", lambda *args, **kw: found.append(1) or search(*args, **kw))
+    fused_linear_gapo_loss(hidden, weight, labels, anchor_hidden=anchor, reduction=reduction)
+    assert len(found) == 1
 
 
 def test_the_operators_stay_out_of_cuda_graphs():
