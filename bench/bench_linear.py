@@ -14,6 +14,10 @@ Contenders, on the same tensors and in turns:
     cce             cut-cross-entropy, then the formula (GPU only)
     gemms           the floor: four GEMMs on the kept rows into tensors that are already there
 
+On real pairs also the head's part of a whole step, one forward and two backwards on its graph, each to the hidden states
+and the weight (as with a tied embedding): with d log-prob / d hidden made once and scaled by each backward, as
+linear_sequence_logps does, and with d hidden made anew in each.
+
 gamma is 0: liger's loss has none. trl, lce and cce are given the kept rows only, on every device; eager and liger take
 whole sequences.
 """
@@ -26,7 +30,8 @@ from typing import NamedTuple
 import torch
 
 from bench import data, harness, peers
-from gapo_kernels import fused_linear_gapo_loss, reference
+from gapo_kernels import fused_linear_gapo_loss, ops, reference
+from gapo_kernels.linear import linear_logps_backward, linear_logps_forward
 
 SUITE = "linear"
 ROUNDS = 9
@@ -166,6 +171,32 @@ def gemms_of(batch: Batch) -> harness.Contender:
     return harness.Contender(gemms)
 
 
+def head_of_step(batch: Batch, where: torch.device, seconds: float) -> dict:
+    """Of one forward and two backwards: summaries with d hidden shared and not, and their ratio."""
+    hidden, weight, labels, _ = (tensor.detach() for tensor in batch)
+    scale = torch.full(labels.shape[:1], 0.1, dtype=F32, device=where)
+    options, layout, backend = (None, 1.0, 2**30, None), (True, -100), ops.resolve_backend("auto", where)
+    both, weight_only = [True, True, False], [False, True, False]
+
+    def step(needs: list[bool]) -> harness.Contender:
+        def run(_):
+            operands = (hidden, weight, labels, None, None)
+            ending = (True, *layout, needs, True, backend)
+            _, _, _, *saved = linear_logps_forward(*operands, None, None, *options, *ending)
+            for factor in (1, 2):
+                linear_logps_backward(factor * scale, *operands, *saved, *options, *layout, both, False, backend)
+
+        return harness.Contender(run)
+
+    contenders = {"shared": step(both), "unshared": step(weight_only)}
+    times = harness.interleaved(contenders, [None], where, ROUNDS, seconds=seconds)
+    return {
+        **{name: harness.summary(spent) for name, spent in times.items()},
+        **harness.ratio(times["unshared"], times["shared"]),
+        "spread": harness.ratio_spread(times["unshared"], times["shared"]),
+    }
+
+
 def measure(
     case: Case,
     rounds: int = ROUNDS,
@@ -219,6 +250,9 @@ def measure(
     )
     if also is not None:
         also(contenders["ours"], batch)
+    more = {}
+    if case.data != "random":
+        more["head_of_step"] = head_of_step(batch, where, 1 if quick else case.seconds)
     targets = batch.labels[:, 1:]
     return harness.result(
         SUITE,
@@ -237,6 +271,7 @@ def measure(
         peak_beyond_gradients_mib=found.peaks,
         errors=found.errors,
         absent=found.absent,
+        **more,
     )
 
 

@@ -74,7 +74,7 @@ def cases(where: torch.device, quick: bool = False) -> list[Case]:
     if quick:
         return [Case("Llama-tiny", 2, 12, F32), Case("Llama-tiny", 2, 12, BF16)]
     if where.type == "cpu":
-        return [Case(SMOLLM2, 8, None, F32)]
+        return [Case(SMOLLM2, 8, None, F32, seconds=400)]
     return [Case("Llama-1B", 2, 1024, BF16, seconds=30), Case(SMOLLM2, 16, None, BF16, 1, seconds=8)]
 
 
@@ -240,7 +240,7 @@ def measure(
             [None],
             where,
             rounds,
-            warmup=1 if where.type == "cuda" else 0,
+            warmup=1,
             seconds=case.seconds if seconds is None else seconds,
             least=harness.REPEATS,
         )

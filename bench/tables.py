@@ -61,6 +61,7 @@ def blocks(results: Results, pictures: Mapping[str, tuple[str, str]]) -> dict[st
         "logits-all": lambda: _sections(runs("logits"), _section(_all, _ours, _fraction, _quartiles)),
         "linear-table": lambda: _sections(runs("linear"), overview),
         "linear-floor": lambda: _sections(runs("linear"), partial(_linear_floor, runs("logits"))),
+        "linear-shared": lambda: _sections(runs("linear"), _shared_head),
         "linear-memory": lambda: _sections(runs("linear"), _section(_headline, _peaks)),
         "linear-all": lambda: _sections(runs("linear"), _section(_all, _ours, _fraction, _quartiles)),
         "anchor-table": lambda: _sections(runs("anchor"), _section(_all, _floor, _ours, _fraction, _multiples)),
@@ -249,6 +250,23 @@ def _linear_floor(logits: Sequence[Run], run: Run) -> str:
         return ["exponentials"], lambda case: [milliseconds(kept_logits(case) / median(rates))]
 
     return _section(_headline, _floor, *([exponentials] if rates else []), _ours, _fraction)(run)
+
+
+def _shared_head(run: Run) -> str:
+    """The head's part of a step with and without what its two backwards share."""
+    found = [case for case in run.cases if "head_of_step" in case]
+    if not found:
+        return NOTHING
+    shared, titles, shapes = _shapes(found)
+    rows = [
+        [
+            *shape,
+            *(milliseconds(case["head_of_step"][name]["median_ms"]) for name in ("shared", "unshared")),
+            f"{significant(case['head_of_step']['median'], 3)}x",
+        ]
+        for shape, case in zip(shapes, found)
+    ]
+    return f"{_origin(run)}{shared}:\n\n{table([*titles, 'shared', 'not shared', 'not shared / shared'], rows)}"
 
 
 def _two_peaks(cases: Sequence[Case]) -> Columns:

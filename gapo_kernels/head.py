@@ -188,6 +188,11 @@ class WeightGradient:
         else:
             self.weight = _added_float32(self.weight, gradient.t(), hidden)
 
+    def multiply_(self, factor: Tensor) -> None:
+        for total in (self.weight, self.bias):
+            if total is not None:
+                total.mul_(factor.to(total.dtype))
+
     def results(self) -> tuple[Tensor | None, Tensor | None]:
         """Yet to be rounded, unless an only tile's GEMM did; zeros if there was no tile."""
         dtype = torch.promote_types(self._like.dtype, torch.float32)

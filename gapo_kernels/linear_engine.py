@@ -17,7 +17,7 @@ from torch import Tensor
 from gapo_kernels import cpu, host_memory
 from gapo_kernels.head import Head, Statistics, WeightGradient
 from gapo_kernels.layout import align_targets, sequence_count, sequence_of_rows
-from gapo_kernels.objective import PairResults, pair_results, sequence_means
+from gapo_kernels.objective import PairResults, margin_shares, pair_results, sequence_means
 
 
 class Rows(NamedTuple):
@@ -110,6 +110,12 @@ class Gradients:
             # 0 * NaN: rows without a coefficient (an inert pair, say) have no part, whatever their hidden states are
             self._head.add(gradient, operands.of(tile).masked_fill((scale == 0)[:, None], 0))
 
+    def multiply_(self, index: Tensor, factor: Tensor) -> None:
+        """All there is so far, which came from the rows `index`, times a number."""
+        if self._needs[0]:
+            self.hidden[index] = (self.hidden[index] * factor).to(self.hidden.dtype)
+        self._head.multiply_(factor)
+
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         if self._needs[0] and self._operands.head.shard is not None:
             torch.distributed.all_reduce(self.hidden, group=self._operands.head.shard.group)
@@ -148,7 +154,11 @@ def loss(
     options: dict,  # pair_results'
     needs: Sequence[bool],  # gradients: hidden, weight, bias
 ) -> LossResults:
-    """The loss of pairs and, as they are needed, its gradients."""
+    """The loss of pairs and, as they are needed, its gradients.
+
+    A pair with more rows than the buffer has its logits computed again once its coefficients are known. Not the first
+    pair: until then there is nothing else in d weight, and all that its coefficients have in common can wait.
+    """
     operands = Operands(hidden, rows, head)
     anchor = None if anchor_hidden is None else Operands(anchor_hidden, rows, anchor_head)
     pairs, kept = rows.counts.shape[0] // 2, rows.index.shape[0]
@@ -157,16 +167,20 @@ def loss(
     every: list[Statistics] = []
     sums = torch.zeros(2 * pairs, dtype=torch.float64, device=hidden.device)
     anchor_sums = torch.zeros_like(sums)
+    shares = None if options["sft_weight"] else margin_shares(rows.counts, options["length_normalized"])
     for start, stop in _whole_pairs(rows, buffer.limit):
         if anchor is not None:
             logps = torch.cat(_rows_logps(anchor, start, stop, buffer))
             anchor_sums += _sums_of(rows, logps, start, stop)
         tiles, found, units = buffer.tiles(start, stop), [], []
         unit = len(tiles) > 1 and needs[0] and not (needs[1] or needs[2])
+        ahead = len(tiles) > 1 and (needs[1] or needs[2]) and shares is not None and not every
         for tile in tiles:
             logits, statistics = _statistics(operands, tile, buffer)
             if unit:
                 units.append(_unit(head, logits, rows.label[tile], statistics))
+            elif ahead:
+                gradients.add(tile, logits, statistics, shares[rows.sequence[tile]])
             found.append(statistics)
         every += found
         sums += _sums_of(rows, torch.cat([statistics.logps for statistics in found]), start, stop)
@@ -176,6 +190,10 @@ def loss(
         # Those of pairs still to come are not read.
         coefficients = pair_results(sums, rows.counts, margin, **options).coefficients
         scale = coefficients[rows.sequence[start:stop]]
+        if ahead:
+            share = shares[rows.sequence[start]]
+            gradients.multiply_(rows.index[start:stop], (scale[0] / share).masked_fill(share == 0, 0))
+            continue
         if unit:
             for tile, hidden_unit in zip(tiles, units):
                 scaled = _scaled(hidden_unit, scale[tile.start - start : tile.stop - start])

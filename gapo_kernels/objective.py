@@ -127,6 +127,13 @@ def sequence_means(sums: Tensor, counts: Tensor, length_normalized: bool) -> Ten
     return sums / counts.clamp(min=1) if length_normalized else sums
 
 
+def margin_shares(counts: Tensor, length_normalized: bool) -> Tensor:
+    """(2B,) float64: dM / d(log-prob of a token) of its sequence's pair, 0 of inert pairs."""
+    valid = (counts > 0).view(2, -1).all(0)
+    shares = torch.cat([valid.double(), -valid.double()])
+    return shares / counts.clamp(min=1) if length_normalized else shares
+
+
 def pair_results(
     sums: Tensor,  # (2B,) sums of token log-probs, chosen rows then rejected rows
     counts: Tensor,  # (2B,) predicted tokens
@@ -158,9 +165,7 @@ def pair_results(
     )
     # c_row = +- w / (B n) for the preference loss, + sft_weight / (chosen tokens) for the NLL.
     share = weight / valid.sum().clamp(min=1) if reduction == "mean" else weight
-    coefficients = torch.cat([share, -share])
-    if length_normalized:
-        coefficients = coefficients / counts.clamp(min=1)
+    coefficients = share.repeat(2) * margin_shares(counts, length_normalized)
     sft_loss = torch.zeros_like(sums[0])
     if sft_weight:
         sft_loss, sft_shares = sft_terms(sums[:pairs], counts[:pairs], valid, sft_weight)
