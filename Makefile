@@ -34,17 +34,19 @@ KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869
 demo: $(READY)
 	$(KEEP_MEMORY) $(BIN)/python -m gapo_trainer.demo $(DEMO)
 
-test: test-torch test-interpreter test-compile
+# Two of the three at a time; each prints when it is done, where make knows how.
+test: $(READY)
+	$(MAKE) -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) test-torch test-interpreter test-compile
 
 test-torch: $(READY)
 	$(BIN)/python -m pytest -q $(LIBRARY_TESTS)
 
 # Triton's interpreter changes what @triton.jit means for a whole process, and so does compiling ahead of time.
 test-interpreter: $(READY)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q $(LIBRARY_TESTS) -m kernels
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q $(LIBRARY_TESTS) -m kernels
 
 test-compile: $(READY)
-	$(BIN)/python -m pytest -q tests/compile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/compile
 
 # 1,000 random configurations for each back end, always the same ones; FUZZ="--fuzz-seed 7" for others.
 fuzz: $(READY)
@@ -62,12 +64,14 @@ $(PEERS): $(READY) constraints.txt
 	$(PIP) install -q -c constraints.txt --no-deps liger-kernel cut-cross-entropy
 	touch $@
 
-# BENCH=--quick measures nothing that counts. On a CPU a second run keeps freed memory: that decides what a contender's
-# large tensors cost.
+# BENCH=--quick measures nothing that counts. A process for each suite: on a CPU what was freed before decides what a
+# contender's large tensors cost, fresh pages or kept ones. So there a second run keeps all freed memory.
 bench: $(PEERS)
-	$(BIN)/python -m pytest -q bench --save-results $(BENCH)
+	set -e; for suite in bench/bench_*.py; do $(BIN)/python -m pytest -q $$suite --save-results $(BENCH); done
 	@if $(BIN)/python -c "import torch; exit(torch.cuda.is_available())"; then \
-		set -x; $(KEEP_MEMORY) $(BIN)/python -m pytest -q bench/bench_logits.py bench/bench_step.py --save-results $(BENCH); \
+		set -ex; for suite in logits step; do \
+			$(KEEP_MEMORY) $(BIN)/python -m pytest -q bench/bench_$$suite.py --save-results $(BENCH); \
+		done; \
 	fi
 	$(BIN)/python -m bench.report
 

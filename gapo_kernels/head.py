@@ -110,7 +110,6 @@ class Head(NamedTuple):
         rows = max(1, SOFTCAP_BYTES // (logits.shape[1] * logits.element_size()))
         for parts in zip(*(tensor.split(rows) for tensor in (logits, labels, shift, total, scale))):
             slope = (parts[0].to(shift.dtype) / self.softcap).square_().neg_().add_(1)
-            slope.masked_fill_((parts[-1] == 0)[:, None], 0)  # 0 * NaN: a row without a coefficient has no gradient
             self._softmax_gradient_(*parts)
             # 0 * NaN: a row without a coefficient (of an inert pair, say) has no gradient, whatever its logits are
             parts[0].mul_(slope.masked_fill_((parts[4] == 0)[:, None], 0))

@@ -649,9 +649,8 @@ def test_the_operators_hold_torchs_contract(needs):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_policy_and_anchor_share_one_search_for_rows(dtype, reduction, monkeypatch):
-    hidden, weight, _, labels, anchor, _ = (t.detach().to(dtype) if t is not None and t.is_floating_point() else t for t in problem())
-    found = []
-    search = linear_engine.find_rows
+    hidden, weight, _, labels, anchor, _ = problem(dtype=dtype)
+    found, search = [], linear_engine.find_rows
     monkeypatch.setattr(linear_engine, "find_rows", lambda *args, **kw: found.append(1) or search(*args, **kw))
     fused_linear_gapo_loss(hidden, weight, labels, anchor_hidden=anchor, reduction=reduction)
     assert len(found) == 1
