@@ -161,9 +161,14 @@ def versions() -> dict[str, str]:
 
 def environment(where: torch.device | None = None) -> dict[str, str | int | dict[str, str]]:
     """What a result must say of where it came from."""
-    git = ["git", "describe", "--always", "--dirty"]
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
     try:
-        commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        commit = git("describe", "--always")
+        if git("status", "--porcelain", "--", "*.py", "Makefile"):  # not what an earlier suite wrote
+            commit += "-dirty"
     except FileNotFoundError:
         commit = ""
     found = versions()
