@@ -174,7 +174,7 @@ def _point(case: Case, axis: str) -> dict:
 
 def _draw_sweep(data: dict):
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     columns = data["columns"]
     figure = Figure(figsize=(2.75 * len(columns) + 0.6, 8.2), layout="constrained")
@@ -208,6 +208,7 @@ def _draw_sweep(data: dict):
     grid[2, 0].set_ylabel("floor / time, %")
     grid[0, 0].set_yscale("log")
     grid[0, 0].yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    grid[0, 0].yaxis.set_minor_formatter(NullFormatter())
     grid[1, 0].set_yscale("symlog", linthresh=10)
     for axes in (grid[0, 0], grid[1, 0]):
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
