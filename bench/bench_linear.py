@@ -184,7 +184,7 @@ def head_of_step(batch: Batch, where: torch.device, seconds: float) -> dict:
             ending = (True, *layout, needs, True, backend)
             _, _, _, *saved = linear_logps_forward(*operands, None, None, *options, *ending)
             for factor in (1, 2):
-                linear_logps_backward(factor * scale, *operands, *saved, *options, *layout, both, False, backend)
+                linear_logps_backward(factor * scale, *operands, *saved, *options, *layout, both, False, None, backend)
 
         return harness.Contender(run)
 

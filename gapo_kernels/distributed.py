@@ -151,6 +151,12 @@ def no_iteration_of_ddp(objective: Tensor) -> Iterator[None]:
             ddp._static_graph_delay_allreduce_enqueued = False
 
 
+def _waits(group) -> bool:
+    """Whether an FSDP2 parameter group holds gradients that are yet to be reduced."""
+    partial = getattr(group, "_partial_reduce_output", None)
+    return partial is not None or any(param.unsharded_accumulated_grad is not None for param in group.fsdp_params)
+
+
 class ShardedModel:
     """A model under fully_shard: its probe's gradients, and the copies of its shards that must not grow stale."""
 
@@ -162,9 +168,12 @@ class ShardedModel:
         self._params = list(model.parameters())  # those that are frozen now may not be so later
 
     def reshard(self) -> None:
-        """Drops the gathered parameters: what was gathered before a change of the shards is stale after it."""
-        for module in self._modules:
-            module.reshard()
+        """Drops the gathered parameters: what was gathered before a change of the shards is stale after it.
+
+        FSDPModule.reshard() would keep those of a module whose forward was cut off by an exception.
+        """
+        for group in self._groups():
+            group._to_sharded()
 
     def compute_dtypes(self) -> dict[int, torch.dtype | None]:
         """For every sharded parameter's id the dtype of its MixedPrecisionPolicy, if that has one."""
@@ -182,6 +191,11 @@ class ShardedModel:
             raise RuntimeError(
                 "set_requires_gradient_sync(False) or set_requires_all_reduce(False) keeps the probe's gradient from being "
                 "averaged over the ranks; leave gradient synchronisation on in GAPO steps"
+            )
+        if any(_waits(group) for group in self._groups()):
+            raise RuntimeError(
+                "gradients of an earlier backward without synchronisation wait in FSDP2's own buffers, where the probe's "
+                "backward would add to them; leave gradient synchronisation on in all backwards between optimizer steps"
             )
         aside = [leaf.grad for leaf in leaves]
         contexts = {module._get_fsdp_state()._state_ctx for module in self._modules}

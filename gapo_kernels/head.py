@@ -196,7 +196,7 @@ class WeightGradient:
         """Yet to be rounded, unless an only tile's GEMM did; zeros if there was no tile."""
         dtype = torch.promote_types(self._like.dtype, torch.float32)
         if self._wanted[0] and self.weight is None:
-            self.weight = torch.zeros_like(self._like, dtype=dtype)
+            self.weight = self._like.new_zeros(self._like.shape, dtype=dtype)
         if self._wanted[1] and self.bias is None:
             self.bias = self._like.new_zeros(self._like.shape[0], dtype=dtype)
         return self.weight, self.bias

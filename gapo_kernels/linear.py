@@ -10,7 +10,7 @@ from torch import Tensor
 from gapo_kernels import cpu, linear_engine, ops, reference, validation
 from gapo_kernels.head import Head, VocabularyShard
 from gapo_kernels.layout import sequence_count
-from gapo_kernels.objective import gapo_objective, sequence_means, sft_terms
+from gapo_kernels.objective import gapo_objective, margin_shares, sequence_means, sft_terms
 from gapo_kernels.outputs import GAPOOutput
 
 # How many rows predict a token is asked of the device: what captures CUDA graphs (torch.compile's "reduce-overhead") must
@@ -196,9 +196,11 @@ def linear_logps_backward(
     ignore_index: int,
     needs: list[bool],
     in_pairs: bool,
+    length_normalized: Optional[bool],
     backend: str,
 ) -> list[Tensor]:
-    """d hidden, d weight and d bias of sum(scale[sequence] * -log-prob)."""
+    """d hidden, d weight and d bias of sum(scale[sequence] * -log-prob). length_normalized: of the margins, if the scales
+    of a pair are its margin's shares but for a factor."""
     rows = linear_engine.find_rows(labels, cu_seqlens, shift, ignore_index, in_pairs)
     head = _head(weight, bias, softcap, logit_scale, group_name, backend)
     with ops.on(hidden.device), torch.autocast(hidden.device.type, enabled=False):
@@ -213,6 +215,8 @@ def linear_logps_backward(
             unit[rows.index] if unit.dim() == 2 else None,
             logits if logits.dim() == 2 else None,
             needs,
+            in_pairs,
+            None if length_normalized is None else margin_shares(rows.counts, length_normalized),
         )
     if d_hidden is not None:
         d_hidden = d_hidden.view(hidden.shape)
@@ -221,7 +225,7 @@ def linear_logps_backward(
 
 @linear_logps_backward.register_fake
 def _(scale, hidden, weight, labels, bias, *options):
-    gradients, needs = (hidden, weight, hidden if bias is None else bias), options[-3]
+    gradients, needs = (hidden, weight, hidden if bias is None else bias), options[-4]
     return [like.new_empty(like.shape if needed else 0) for like, needed in zip(gradients, needs)]
 
 
@@ -271,6 +275,8 @@ class _LinearLoss(torch.autograd.Function):
             hidden, weight, bias, labels, cu_seqlens, coefficients, row_shift, row_total, *(gradients * ctx.compiled)
         )
         ctx.options, ctx.dtype = (*head_options, *layout), hidden.dtype
+        *_, length_normalized, sft_weight = loss_options
+        ctx.of_margins = None if sft_weight else length_normalized
         ctx.needs, ctx.backend = needs, backend
         return tuple(fields)
 
@@ -299,6 +305,7 @@ class _LinearLoss(torch.autograd.Function):
                 *ctx.options,
                 ctx.needs,
                 True,
+                ctx.of_margins,
                 ctx.backend,
             )
             gradients = [g if needed else None for g, needed in zip(results, ctx.needs)]
@@ -350,6 +357,7 @@ class _LinearLogps(torch.autograd.Function):
             *ctx.options,
             needs,
             False,
+            None,
             ctx.backend,
         )
         return (*(g if needed else None for g, needed in zip(results, needs)), *[None] * 8)

@@ -32,7 +32,10 @@ class Rows(NamedTuple):
     longest: int
 
     def sums(self, logps: Tensor) -> Tensor:
-        """(S,) float64, of (K,): in a fixed order, which atomic additions would not have."""
+        """(S,) float64, of (K,): in a fixed order, which a GPU's atomic additions would not have."""
+        if logps.device.type == "cpu":
+            sums = torch.zeros(self.counts.shape[0], dtype=torch.float64)
+            return sums.index_add_(0, self.sequence, logps.double())
         table = torch.zeros(self.counts.shape[0], self.longest, dtype=torch.float64, device=logps.device)
         table[self.sequence, self.position] = logps.double()
         return table.sum(1)
@@ -191,8 +194,7 @@ def loss(
         coefficients = pair_results(sums, rows.counts, margin, **options).coefficients
         scale = coefficients[rows.sequence[start:stop]]
         if ahead:
-            share = shares[rows.sequence[start]]
-            gradients.multiply_(rows.index[start:stop], (scale[0] / share).masked_fill(share == 0, 0))
+            gradients.multiply_(rows.index[start:stop], _common(coefficients, shares, rows.sequence[start]))
             continue
         if unit:
             for tile, hidden_unit in zip(tiles, units):
@@ -209,6 +211,12 @@ def loss(
     fields = pair_results(sums, rows.counts, anchor_margin, **options)
     fields = PairResults(*(f.to(dtype, copy=True) if f.is_floating_point() else f for f in fields))
     return LossResults(fields, *_joined(every, hidden), gradients.results())
+
+
+def _common(coefficients: Tensor, shares: Tensor, sequence: Tensor) -> Tensor:
+    """What the coefficients of a sequence's pair have in common, beyond the shares: 0 of an inert pair."""
+    share = shares[sequence]
+    return (coefficients[sequence] / share).masked_fill(share == 0, 0)
 
 
 def _whole_pairs(rows: Rows, limit: int) -> Iterator[tuple[int, int]]:
@@ -317,22 +325,31 @@ def logps_gradients(
     unit: Tensor | None,
     logits: Tensor | None,
     needs: Sequence[bool],
+    in_pairs: bool,
+    shares: Tensor | None,  # (S,) margin_shares, if that is what the scales of every pair have in common
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of sum(scale * -log-prob): nothing that was kept is used up."""
+    """The gradients of sum(scale * -log-prob): nothing that was kept is used up. Those of pairs as `loss` makes them."""
     kept = rows.index.shape[0]
     row_scale = scale[rows.sequence]
     hidden_needed = needs[0] and unit is None
     buffer = Buffer(head, kept, max_logits_bytes) if logits is None else _beside_kept(head, kept, max_logits_bytes)
     operands = Operands(hidden, rows, head)
     gradients = Gradients(operands, (hidden_needed, *needs[1:]), one_tile=kept <= buffer.limit)
-    for tile in buffer.tiles(0, kept) if hidden_needed or needs[1] or needs[2] else []:
-        out = buffer.rows(tile.stop - tile.start)
-        tile_logits = head.project(operands.of(tile), out) if logits is None else out.copy_(logits[tile])
-        if shift is None:
-            statistics = head.statistics(tile_logits, rows.label[tile])
-        else:
-            statistics = Statistics(shift[tile], total[tile], total[tile])
-        gradients.add(tile, tile_logits, statistics, row_scale[tile])
+    groups = _whole_pairs(rows, buffer.limit) if in_pairs else [(0, kept)]
+    for start, stop in groups if hidden_needed or needs[1] or needs[2] else []:
+        tiles = buffer.tiles(start, stop)
+        ahead = start == 0 and len(tiles) > 1 and (needs[1] or needs[2]) and shares is not None
+        tile_scale = shares[rows.sequence] if ahead else row_scale
+        for tile in tiles:
+            out = buffer.rows(tile.stop - tile.start)
+            tile_logits = head.project(operands.of(tile), out) if logits is None else out.copy_(logits[tile])
+            if shift is None:
+                statistics = head.statistics(tile_logits, rows.label[tile])
+            else:
+                statistics = Statistics(shift[tile], total[tile], total[tile])
+            gradients.add(tile, tile_logits, statistics, tile_scale[tile])
+        if ahead:
+            gradients.multiply_(rows.index[start:stop], _common(scale, shares, rows.sequence[start]))
     found = [None if gradient is None else gradient.to(hidden.dtype) for gradient in gradients.results()]
     if needs[0] and unit is not None:
         found[0] = _zero_rows(hidden, hidden.dtype)

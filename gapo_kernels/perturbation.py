@@ -54,7 +54,7 @@ class Perturbation:
         self._device = moves[0].theta.device
         self._chunks: list[Chunk] = []
         for move in moves:
-            size = ROUNDED_CHUNK if stochastic and move.grid in HALF else CHUNK
+            size = _shortened(ROUNDED_CHUNK if stochastic and move.grid in HALF else CHUNK)
             for start in range(0, move.theta.numel(), size):
                 stop = min(start + size, move.theta.numel())
                 self._chunks.append(Chunk(move, len(self._chunks), start, stop))
@@ -153,6 +153,12 @@ class Perturbation:
             x.copy_(x.to(move.grid))
 
 
+def _shortened(size: int) -> int:
+    """A chunk's elements where many threads have scratch of their own: in all no more than eight threads' full chunks."""
+    parts = size // SQUARED_TOGETHER
+    return max(1, parts * 8 // max(8, torch.get_num_threads())) * SQUARED_TOGETHER
+
+
 class _Scratch:
     """A thread's two buffers for each dtype, and those of its random numbers."""
 
@@ -164,13 +170,13 @@ class _Scratch:
     def of(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         dtype = accumulation_dtype(chunk.move)
         if dtype not in self._buffers:
-            self._buffers[dtype] = tuple(torch.empty(ROUNDED_CHUNK, dtype=dtype, device=self._device) for _ in range(2))
+            self._buffers[dtype] = tuple(torch.empty(_shortened(ROUNDED_CHUNK), dtype=dtype, device=self._device) for _ in range(2))
         one, other = self._buffers[dtype]
         return one[: chunk.stop - chunk.start], other[: chunk.stop - chunk.start]
 
     def random(self) -> tuple[philox.Buffers, Tensor]:
         if self._random is None:
-            self._random = philox.Buffers(), torch.empty(ROUNDED_CHUNK, dtype=torch.int32, device=self._device)
+            self._random = philox.Buffers(), torch.empty(_shortened(ROUNDED_CHUNK), dtype=torch.int32, device=self._device)
         return self._random
 
 

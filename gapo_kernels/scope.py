@@ -89,6 +89,9 @@ def _first_module(parent: nn.Module, names: tuple[str, ...]) -> nn.Module | None
     return next((getattr(parent, name) for name in names if isinstance(getattr(parent, name, None), nn.Module)), None)
 
 
+_AT_THE_ANCHOR = "at the anchor than before; both runs must compute the same"
+
+
 class UnmovedLayers:
     """Layers that compute the same at the anchor as before: recorded in the clean forward, replayed in the anchor's.
 
@@ -100,6 +103,7 @@ class UnmovedLayers:
         hooked = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
         self._layers = [] if hooked else layers
         self._outputs: list[list[object]] = [[] for _ in self._layers]
+        self._cached = False  # whether keys and values came from a call before: a layer that is replayed leaves none
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
@@ -107,8 +111,8 @@ class UnmovedLayers:
         # A Ctrl-C between two lines would leave a hook in place, and with it the outputs of every forward to come.
         with interrupt_held() if self._layers else nullcontext():
             try:
-                for layer, kept in zip(self._layers, self._outputs):
-                    handles.append(layer.register_forward_hook(_keep_in(kept)))
+                for number, layer in enumerate(self._layers):
+                    handles.append(layer.register_forward_hook(self._keep(number), with_kwargs=True))
                 yield
             except BaseException:
                 self._forget()  # a traceback may keep this object for long
@@ -120,12 +124,16 @@ class UnmovedLayers:
     @contextmanager
     def replayed(self) -> Iterator[None]:
         # Layers that ran inside of compiled code were not seen: then all of them run again.
-        layers = self._layers if len({len(kept) for kept in self._outputs}) == 1 and self._outputs[0] else []
+        seen = len({len(kept) for kept in self._outputs}) == 1 and self._outputs[0]
+        layers = self._layers if seen and not self._cached else []
         own = [layer.__dict__.get("forward") for layer in layers]
+        outputs = [iter(list(kept)) for kept in self._outputs]
         try:
-            for layer, kept in zip(layers, self._outputs):
-                layer.forward = _replay(kept)
+            for layer, recorded in zip(layers, outputs):
+                layer.forward = _replay(recorded)
             yield
+            if layers and any(next(recorded, None) is not None for recorded in outputs):
+                raise RuntimeError(f"logps_fn ran the model less often {_AT_THE_ANCHOR}")
         finally:
             for layer, forward in zip(layers, own):
                 layer.__dict__.pop("forward", None)
@@ -133,31 +141,34 @@ class UnmovedLayers:
                     layer.forward = forward
             self._forget()
 
+    def _keep(self, number: int):
+        def hook(module, args, kwargs, output):
+            if not torch.compiler.is_compiling():
+                self._outputs[number].append(_detached(output))
+                self._cached = self._cached or _from_before(number, args, kwargs)
+
+        return hook
+
     def _forget(self) -> None:
         for kept in self._outputs:
             kept.clear()
 
 
-def _keep_in(kept: list[object]):
-    def hook(module, inputs, output):
-        if not torch.compiler.is_compiling():
-            kept.append(_detached(output))
-
-    return hook
-
-
-def _replay(kept: list[object]):
-    outputs = iter(list(kept))
-
+def _replay(outputs: Iterator[object]):
     def forward(*args, **kwargs):
         try:
             return next(outputs)
         except StopIteration:
-            raise RuntimeError(
-                "logps_fn ran the model more often at the anchor than before; both runs must compute the same"
-            ) from None
+            raise RuntimeError(f"logps_fn ran the model more often {_AT_THE_ANCHOR}") from None
 
     return forward
+
+
+def _from_before(number: int, args: tuple, kwargs: dict) -> bool:
+    """Whether a decoder layer, which has just run, has keys and values of other tokens than this call's."""
+    caches = [value for value in (*args, *kwargs.values()) if hasattr(value, "get_seq_length")]
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    return any(not isinstance(hidden, Tensor) or cache.get_seq_length(number) > hidden.shape[1] for cache in caches)
 
 
 def _detached(output: object) -> object:

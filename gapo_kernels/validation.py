@@ -170,6 +170,8 @@ def check_budget(max_logits_bytes: int) -> None:
         raise TypeError(f"max_logits_bytes must be an int, got {type(max_logits_bytes).__name__}")
     if max_logits_bytes <= 0:
         raise ValueError(f"max_logits_bytes must be > 0, got {max_logits_bytes}")
+    if max_logits_bytes >= 2**63:
+        raise ValueError(f"max_logits_bytes must be below 2**63, got {max_logits_bytes}")
 
 
 def _check_rows_and_labels(

@@ -188,10 +188,10 @@ def test_counts():
 def test_gradcheck():
     hidden, weight, bias, labels, _, _ = problem(pairs=1, bias=True)
     margin = torch.tensor([0.3], dtype=torch.float64)
-    for budget in (ROW, 2**30):
+    for budget, sft_weight in ((ROW, 0.2), (ROW, 0.0), (2**30, 0.2)):
 
         def loss(hidden, weight, bias):
-            options = dict(bias=bias, softcap=2.0, logit_scale=0.5, anchor_margin=margin, sft_weight=0.2)
+            options = dict(bias=bias, softcap=2.0, logit_scale=0.5, anchor_margin=margin, sft_weight=sft_weight)
             return fused_linear_gapo_loss(hidden, weight, labels, max_logits_bytes=budget, **options).loss
 
         def logps(hidden, weight, bias):
@@ -628,6 +628,21 @@ def test_compiled_in_one_graph_and_once_more_for_all_other_lengths():
     assert counter.frame_count == 2  # one length, then any
 
 
+def test_a_compiled_backward_of_nothing_with_a_transposed_weight():
+    compiled = torch.compile(lambda h, w, y: fused_linear_gapo_loss(h, w.t(), y).loss, fullgraph=True)
+    hidden, weight = torch.randn(2, 4, 5, requires_grad=True), torch.randn(5, 37, requires_grad=True)
+    compiled(hidden, weight, torch.full((2, 4), -100)).backward()
+    assert not hidden.grad.any() and not weight.grad.any()
+
+
+@pytest.mark.parametrize("budget", [ROW, 3 * ROW])
+def test_a_second_backward_makes_the_same_gradients(budget):
+    hidden, weight, _, labels, _, _ = problem()
+    loss = fused_linear_gapo_loss(hidden, weight, labels, max_logits_bytes=budget).loss
+    first = torch.autograd.grad(loss, [hidden, weight], retain_graph=True)
+    assert all(map(torch.equal, first, torch.autograd.grad(loss, [hidden, weight])))
+
+
 @pytest.mark.parametrize("needs", [[True, True, True], [True, False, False], [False, False, False]], ids=str)
 def test_the_operators_hold_torchs_contract(needs):
     hidden, weight, bias, labels, anchor, _ = (t.detach() if t is not None else t for t in problem(bias=True))
@@ -642,7 +657,7 @@ def test_the_operators_hold_torchs_contract(needs):
     _, _, _, row_shift, row_total, unit, logits = torch.ops.gapo_kernels.linear_logps_forward(*arguments)
     scale = torch.randn(2 * PAIRS, dtype=torch.float64)
     saved = (row_shift, row_total, unit, logits)
-    arguments = (scale, hidden, weight, labels, bias, None, *saved, *head, *layout, needs, False, "torch")
+    arguments = (scale, hidden, weight, labels, bias, None, *saved, *head, *layout, needs, False, None, "torch")
     torch.library.opcheck(torch.ops.gapo_kernels.linear_logps_backward, arguments, test_utils=checks)
 
 

@@ -772,6 +772,31 @@ def test_more_runs_at_the_anchor_than_before_are_refused():
         gapo_step(uneven, anchor)
 
 
+def test_fewer_runs_at_the_anchor_than_before_are_refused():
+    model = tiny_models.build("llama")
+    anchor = GeometricAnchor.from_model(model, rho=RHO, scope=2)
+    logps = language_logps(model)
+    with pytest.raises(RuntimeError, match="ran the model less often at the anchor than before"):
+        gapo_step(lambda: logps() + logps() if torch.is_grad_enabled() else logps(), anchor)
+
+
+def test_layers_that_fill_a_cache_run_again():
+    """A layer that is replayed would leave the second call without the first one's keys and values."""
+    model = tiny_models.build("llama")
+    ids, labels = tiny_models.preference_batch()
+
+    def logps():
+        prefix = model(input_ids=ids[:, :3], use_cache=True)
+        rest = model(input_ids=ids[:, 3:], past_key_values=prefix.past_key_values, use_cache=True)
+        return sequence_logps(torch.cat([prefix.logits, rest.logits], 1), labels)
+
+    anchor = GeometricAnchor.from_model(model, rho=RHO, scope=2)
+    out = gapo_step(logps, anchor)
+    anchor = GeometricAnchor.from_model(model, rho=RHO, scope=2)
+    anchor.unmoved_layers.clear()
+    assert_close(out, gapo_step(logps, anchor), 1e-12)
+
+
 @pytest.mark.parametrize("what", ["model", "function"])
 def test_compiled_layers_run_again(what):
     model = tiny_models.build("llama")

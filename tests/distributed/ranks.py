@@ -217,6 +217,14 @@ def fsdp_fails_inside(rank, where):
     anchor = GeometricAnchor.from_model(model, rho=RHO)
     before = [p.detach().to_local().clone() for p in anchor.params]
     logps, calls = logps_of(model, rank), []
+    if where == "layer":
+
+        def out_of_memory(*_):
+            if len(calls) == 2:
+                calls.append(1)
+                raise ValueError("in the middle of the anchor's forward")
+
+        model.model.layers[2].mlp.register_forward_pre_hook(out_of_memory)
 
     def failing():
         calls.append(1)
@@ -267,12 +275,21 @@ def fsdp_mixed_precision(rank):
 
 
 def fsdp_refused(rank, what):
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
     model = _shard(tiny_models.build("llama"), mesh_shape=(2, 1) if what == "all-reduce" else None)
     anchor = GeometricAnchor.from_model(model, rho=RHO)
     if what == "sync":
         model.set_requires_gradient_sync(False)
     elif what == "all-reduce":
         model.set_requires_all_reduce(False)
+    elif what == "waiting":
+        policy = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float64)
+        model = _shard(tiny_models.build("llama"), mp_policy=policy)
+        anchor = GeometricAnchor.from_model(model, rho=RHO)
+        model.set_requires_gradient_sync(False)
+        logps_of(model, rank)().sum().backward()
+        model.set_requires_gradient_sync(True)
     else:
         model.lm_head.weight.register_post_accumulate_grad_hook(lambda param: None)
     try:

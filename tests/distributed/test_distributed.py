@@ -111,7 +111,7 @@ def test_fsdp2_accumulates(on_two_ranks):
             torch.testing.assert_close(rank[name], 2 * gradient, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("where, error", [("anchor", "ValueError"), ("probe", "FloatingPointError")])
+@pytest.mark.parametrize("where, error", [("anchor", "ValueError"), ("layer", "ValueError"), ("probe", "FloatingPointError")])
 def test_fsdp2_restores_its_shards(on_two_ranks, where, error):
     for found in on_two_ranks("fsdp_fails_inside", where=where):
         assert found == (error, True, True, True)
@@ -128,6 +128,7 @@ def test_fsdp2_mixed_precision_is_perturbed_on_its_own_grid(on_two_ranks):
     [
         ("sync", "leave gradient synchronisation on"),
         ("all-reduce", "leave gradient synchronisation on"),
+        ("waiting", "wait in FSDP2's own buffers"),
         ("hook", "would run the hooks of register_post_accumulate_grad_hook"),
     ],
 )
