@@ -89,9 +89,6 @@ def _first_module(parent: nn.Module, names: tuple[str, ...]) -> nn.Module | None
     return next((getattr(parent, name) for name in names if isinstance(getattr(parent, name, None), nn.Module)), None)
 
 
-_AT_THE_ANCHOR = "at the anchor than before; both runs must compute the same"
-
-
 class UnmovedLayers:
     """Layers that compute the same at the anchor as before: recorded in the clean forward, replayed in the anchor's.
 
@@ -133,7 +130,9 @@ class UnmovedLayers:
                 layer.forward = _replay(recorded)
             yield
             if layers and any(next(recorded, None) is not None for recorded in outputs):
-                raise RuntimeError(f"logps_fn ran the model less often {_AT_THE_ANCHOR}")
+                raise RuntimeError(
+                    "logps_fn ran the model less often at the anchor than before; both runs must compute the same"
+                )
         finally:
             for layer, forward in zip(layers, own):
                 layer.__dict__.pop("forward", None)
@@ -159,7 +158,9 @@ def _replay(outputs: Iterator[object]):
         try:
             return next(outputs)
         except StopIteration:
-            raise RuntimeError(f"logps_fn ran the model more often {_AT_THE_ANCHOR}") from None
+            raise RuntimeError(
+                "logps_fn ran the model more often at the anchor than before; both runs must compute the same"
+            ) from None
 
     return forward
 

@@ -16,6 +16,20 @@ _CHOICES = {
 }
 
 
+_NUMBERS = (
+    "beta",
+    "gamma_beta_ratio",
+    "rho",
+    "label_smoothing",
+    "sft_weight",
+    "max_logits_bytes",
+    "learning_rate",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+)
+
+
 def nearest(value, among):
     """The end of a message about a wrong value: the valid one that it is closest to, or nothing."""
     found = difflib.get_close_matches(str(value), list(among), n=1, cutoff=0.5)
@@ -95,6 +109,13 @@ class GAPOConfig(TrainingArguments):
     )
 
     def __post_init__(self):
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(f"{name} must be a number, got {value!r}")
+        for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+            if isinstance(options := getattr(self, name, None), dict):
+                options.setdefault("use_reentrant", False)  # torch's own default is True
         super().__post_init__()
         if isinstance(self.scope, str) and self.scope.isdigit():
             self.scope = int(self.scope)
@@ -115,6 +136,9 @@ class GAPOConfig(TrainingArguments):
             within = self.max_length is not None and 1 <= self.max_prompt_length < self.max_length
             self._require("max_prompt_length", within, f"in [1, max_length), with max_length = {self.max_length}")
         self._require("max_logits_bytes", self.max_logits_bytes > 0, "> 0")
+        self._require("learning_rate", self.learning_rate >= 0, ">= 0")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            self._require(name, getattr(self, name) >= 1, ">= 1")
         for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
             if (getattr(self, name, None) or {}).get("use_reentrant"):
                 raise ValueError(f"{name} must have use_reentrant=False: the step walks one graph twice, got True")

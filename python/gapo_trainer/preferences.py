@@ -147,6 +147,8 @@ def tokenize_pair(pair, tokenizer, max_length, max_prompt_length=None):
         raise ValueError(f"max_length must be >= 2 (one token of prompt, one of completion), got {max_length}")
     from trl.data_utils import is_conversational, maybe_extract_prompt
 
+    pair = {name: value for name, value in pair.items() if name != "prompt" or value is not None}
+    _check_forms(pair)
     pair = {**pair, **maybe_extract_prompt(pair)}  # which drops every other column when it finds the prompt inside
     # Asked of one key: it looks at any of them, and a dataset may have messages beside text.
     encode = _encode_messages if is_conversational({"chosen": pair["chosen"]}) else _encode_text
@@ -157,9 +159,36 @@ def tokenize_pair(pair, tokenizer, max_length, max_prompt_length=None):
         "prompt_ids": kept_prompt,
         "chosen_ids": kept["chosen"],
         "rejected_ids": kept["rejected"],
-        "is_flipped": bool(pair.get("is_flipped", False)),
+        "is_flipped": _mark(pair),
         "is_truncated": kept_prompt != prompt_ids or kept != completions,
     }
+
+
+def _check_forms(pair):
+    """Raises ValueError unless chosen and rejected are both text, and the prompt is not messages, or both messages."""
+    forms = {part: _form(pair[part]) for part in ("prompt", "chosen", "rejected") if part in pair}
+    both = {forms.get("chosen"), forms.get("rejected")}
+    if both not in ({"text"}, {"messages"}) or forms.get("prompt", "text") not in {"text"} | both:
+        found = ", ".join(f"{part}: {form}" for part, form in forms.items())
+        raise ValueError(
+            f"pair {pair.get('id', 'without id')}: expected prompt, chosen and rejected all as text or all as messages, "
+            f"got {found}"
+        )
+
+
+def _form(value):
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
+        return "messages"
+    return "nothing" if value is None or value == [] else type(value).__name__
+
+
+def _mark(pair):
+    value = pair.get("is_flipped")
+    if value is None or value in (0, 1):  # bool, or what stands for it in a table
+        return bool(value)
+    raise ValueError(f"pair {pair.get('id', 'without id')}: is_flipped must be true, false or nothing, got {value!r}")
 
 
 def _cut(prompt_ids, completions, max_length, max_prompt_length):

@@ -207,7 +207,8 @@ def _with_numbers(value):
 def render(settings):
     """Every key with its value or default as YAML, which `read` takes back. Raises what `parse` raises, but for a missing
     dataset_name."""
-    parse({"dataset_name": SHIPPED_DATASET} | settings)
+    here = {"bf16": False} if settings.get("bf16") is True else {}  # a recipe is printed on a machine without it, too
+    parse({"dataset_name": SHIPPED_DATASET} | settings | here)
     parts = []
     for kind in dataclass_types():
         values = {name: settings.get(name, default) for name, default in _defaults(kind).items()}

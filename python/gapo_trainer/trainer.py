@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from accelerate.utils import DistributedType, is_peft_model
+from accelerate.utils import DistributedType, is_peft_model, parse_flag_from_env
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
@@ -99,6 +99,8 @@ class GAPOTrainer(Trainer):
             )
         if isinstance(train_dataset, dict):
             raise TypeError(f"expected one dataset to train on, got {type(train_dataset).__name__} of {', '.join(train_dataset)}")
+        if any(parameter.dtype == torch.float16 for parameter in base.parameters()):
+            raise ValueError("expected weights in float32 or bfloat16, got float16: the probe's gradient has no loss scaling")
         install(base, args.max_logits_bytes)
         _disable_dropout(model)
         if any(map(_is_reentrant, base.modules())):
@@ -122,9 +124,11 @@ class GAPOTrainer(Trainer):
                 f"expected no mixed precision or bf16, got {self.accelerator.mixed_precision}: the probe's gradient has no "
                 "loss scaling"
             )
-        if args.fsdp and self.accelerator.distributed_type != DistributedType.FSDP:
+        # accelerate's launcher asks for it past the arguments.
+        fsdp = args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
+        if fsdp and self.accelerator.distributed_type != DistributedType.FSDP:
             raise ValueError(
-                f"fsdp = {args.fsdp!r} expects accelerators and several processes, got "
+                f"fsdp = {fsdp!r} expects accelerators and several processes, got "
                 f"{self.accelerator.distributed_type.value}: nothing would be sharded"
             )
         if self.accelerator.distributed_type not in DISTRIBUTED and not self._fsdp2:

@@ -181,3 +181,8 @@ def test_two_processes_of_accelerate_launch_train_as_one(recipe, tmp_path):
     assert all(torch.allclose(two[name], one[name], rtol=1e-4, atol=1e-5) for name in one)
     one, two = (json.loads((tmp_path / run / "eval_results.json").read_text()) for run in ("one", "two"))
     assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-5)
+
+
+def test_a_recipe_in_bfloat16_is_printed_anywhere(capsys):
+    assert cli.main(["llama-3-8b-instruct", "--print-config"]) == 0
+    assert "bf16: true" in capsys.readouterr().out

@@ -153,6 +153,9 @@ def test_messages_with_the_prompt_inside_are_as_with_it_apart(tokenizer, kind):
         assert all(row[name] == expected[name] for name in ("index", "prompt_ids", "chosen_ids", "rejected_ids"))
 
 
+MESSAGE = [{"role": "user", "content": "w9 w8"}]
+
+
 @pytest.mark.parametrize(
     "pairs, error, message",
     [
@@ -162,6 +165,10 @@ def test_messages_with_the_prompt_inside_are_as_with_it_apart(tokenizer, kind):
         ([{"prompt": "w1", "chosen": "", "rejected": "w2"}], ValueError, "the chosen completion is empty"),
         ([{"prompt": "w1", "chosen": "w2", "rejected": "w3", "images": []}], ValueError, "of text, got a column images"),
         ([{"prompt": "", "chosen": "w1", "rejected": "w2"}], ValueError, "prompt has no token"),
+        ([{"prompt": MESSAGE, "chosen": "w2", "rejected": "w3"}], ValueError, "got prompt: messages, chosen: text"),
+        ([{"prompt": MESSAGE, "chosen": MESSAGE, "rejected": []}], ValueError, "chosen: messages, rejected: nothing"),
+        ([{"chosen": "w2", "rejected": None}], ValueError, "got chosen: text, rejected: nothing"),
+        ([{"prompt": "w1 w2", "chosen": " w3", "rejected": " w5", "is_flipped": "False"}], ValueError, "got 'False'"),
     ],
 )
 def test_what_is_no_preference_data_is_refused(tokenizer, pairs, error, message):

@@ -386,6 +386,9 @@ def test_heads_of_other_models(architecture, settings):
         ({"rho": -0.1}, "rho must be finite and >= 0, got -0.1"),
         ({"label_smoothing": 0.5}, "label_smoothing must be finite and in"),
         ({"sft_weight": -1.0}, "sft_weight must be"),
+        ({"rho": None}, "rho must be a number, got None"),
+        ({"beta": "2"}, "beta must be a number, got '2'"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be finite and >= 1"),
         ({"max_length": 1}, "max_length must be"),
         ({"max_length": 20, "max_prompt_length": 20}, "max_prompt_length must be finite and in .* max_length = 20, got 20"),
         ({"max_length": None, "max_prompt_length": 20}, "max_prompt_length must be"),
@@ -594,3 +597,22 @@ def test_a_collator_that_leaves_out_what_is_read_is_refused(tokenizer, tmp_path)
     with pytest.raises(ValueError, match="data_collator that returns input_ids, labels, index, is_flipped, .* got .*mask"):
         GAPOTrainer(tiny_model(), config, data_collator=DataCollatorForPreference(0), **options)
     GAPOTrainer(tiny_model(), config, data_collator=PreferenceCollator(0), **options)
+
+
+def test_checkpointing_without_a_word_on_reentrance_is_not_reentrant(tmp_path):
+    config = GAPOConfig(output_dir=str(tmp_path), use_cpu=True, gradient_checkpointing_kwargs={"preserve_rng_state": False})
+    options = config.gradient_checkpointing_kwargs or config.activation_checkpointing_kwargs
+    assert options == {"preserve_rng_state": False, "use_reentrant": False}
+
+
+def test_float16_weights_are_refused(tokenizer, tmp_path):
+    config = GAPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match="float32 or bfloat16, got float16"):
+        GAPOTrainer(tiny_model(torch.float16), config, train_dataset=made_up_pairs(2), processing_class=tokenizer)
+
+
+def test_sharding_asked_of_the_launcher_that_does_not_happen_is_refused(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    config = GAPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match="nothing would be sharded"):
+        GAPOTrainer(tiny_model(), config, train_dataset=made_up_pairs(2), processing_class=tokenizer)
