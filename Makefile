@@ -6,9 +6,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 PEERS := $(VENV)/.bench-ready
-LIBRARY_TESTS := tests --ignore tests/compile
+LIBRARY_TESTS := tests --ignore tests/compile --ignore tests/distributed
 
-.PHONY: setup demo test test-torch test-interpreter test-compile test-oldest fuzz bench bench-gpu report clean
+.PHONY: setup demo test test-torch test-interpreter test-distributed test-compile test-oldest fuzz bench bench-gpu report clean
 
 setup: $(READY)
 
@@ -34,12 +34,16 @@ KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869
 demo: $(READY)
 	$(KEEP_MEMORY) $(BIN)/python -m gapo_trainer.demo $(DEMO)
 
-# Two of the three at a time; each prints when it is done, where make knows how.
+# Two at a time; each prints when it is done, where make knows how.
 test: $(READY)
-	$(MAKE) -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) test-torch test-interpreter test-compile
+	$(MAKE) -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) \
+		test-torch test-interpreter test-distributed test-compile
 
 test-torch: $(READY)
 	$(BIN)/python -m pytest -q $(LIBRARY_TESTS)
+
+test-distributed: $(READY)
+	$(BIN)/python -m pytest -q tests/distributed
 
 # Triton's interpreter changes what @triton.jit means for a whole process, and so does compiling ahead of time.
 test-interpreter: $(READY)
