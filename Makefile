@@ -6,9 +6,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 PEERS := $(VENV)/.bench-ready
-LIBRARY_TESTS := tests --ignore tests/compile --ignore tests/distributed
+LIBRARY_TESTS := tests $(addprefix --ignore tests/,compile distributed trainer test_examples.py test_smollm2_anchor.py)
+TRAINER_TESTS := tests/trainer tests/test_examples.py tests/test_smollm2_anchor.py
 
-.PHONY: setup demo test test-torch test-interpreter test-distributed test-compile test-oldest fuzz bench bench-gpu report clean
+.PHONY: setup demo test test-torch test-trainer test-interpreter test-distributed test-compile test-oldest fuzz bench bench-gpu report clean
 
 setup: $(READY)
 
@@ -37,10 +38,14 @@ demo: $(READY)
 # Two at a time; each prints when it is done, where make knows how.
 test: $(READY)
 	$(MAKE) -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) \
-		test-torch test-interpreter test-distributed test-compile
+		test-torch test-trainer test-interpreter test-distributed test-compile
 
 test-torch: $(READY)
 	$(BIN)/python -m pytest -q $(LIBRARY_TESTS)
+
+# On whole models, the real one among them.
+test-trainer: $(READY)
+	$(BIN)/python -m pytest -q $(TRAINER_TESTS)
 
 test-distributed: $(READY)
 	$(BIN)/python -m pytest -q tests/distributed
