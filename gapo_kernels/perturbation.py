@@ -154,9 +154,9 @@ class Perturbation:
 
 
 def _shortened(size: int) -> int:
-    """A chunk's elements where many threads have scratch of their own: in all no more than eight threads' full chunks."""
+    """A chunk's elements where many threads have scratch of their own: in all no more than four threads' full chunks."""
     parts = size // SQUARED_TOGETHER
-    return max(1, parts * 8 // max(8, torch.get_num_threads())) * SQUARED_TOGETHER
+    return max(1, parts * 4 // max(4, torch.get_num_threads())) * SQUARED_TOGETHER
 
 
 class _Scratch:
