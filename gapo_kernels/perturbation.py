@@ -58,6 +58,7 @@ class Perturbation:
             for start in range(0, move.theta.numel(), size):
                 stop = min(start + size, move.theta.numel())
                 self._chunks.append(Chunk(move, len(self._chunks), start, stop))
+        self._size = max((chunk.stop - chunk.start for chunk in self._chunks), default=0)
         # Set for a chunk when its original is complete and before theta changes: a failure in between costs nothing.
         self._exchanged = bytearray(len(self._chunks))
 
@@ -66,7 +67,7 @@ class Perturbation:
         squares = [0.0] * len(self._chunks)
 
         def drain(queue: Iterator[Chunk]) -> None:
-            scratch = _Scratch(self._device)
+            scratch = _Scratch(self._device, self._size)
             for chunk in queue:
                 scaled, _ = scratch.of(chunk)
                 squares[chunk.number] = _square(self._scaled(chunk, scaled))
@@ -79,7 +80,7 @@ class Perturbation:
         stats = [(0.0, 0.0, 0.0)] * len(self._chunks)
 
         def drain(queue: Iterator[Chunk]) -> None:
-            scratch = _Scratch(self._device)
+            scratch = _Scratch(self._device, self._size)
             for chunk in queue:
                 stats[chunk.number] = self._move(chunk, step_size, seed, step, scratch)
 
@@ -162,21 +163,21 @@ def _shortened(size: int) -> int:
 class _Scratch:
     """A thread's two buffers for each dtype, and those of its random numbers."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, size: int) -> None:
+        self._device, self._size = device, -(-size // philox.TILE) * philox.TILE  # random numbers come in whole tiles
         self._buffers: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
         self._random: tuple[philox.Buffers, Tensor] | None = None
 
     def of(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         dtype = accumulation_dtype(chunk.move)
         if dtype not in self._buffers:
-            self._buffers[dtype] = tuple(torch.empty(_shortened(ROUNDED_CHUNK), dtype=dtype, device=self._device) for _ in range(2))
+            self._buffers[dtype] = tuple(torch.empty(self._size, dtype=dtype, device=self._device) for _ in range(2))
         one, other = self._buffers[dtype]
         return one[: chunk.stop - chunk.start], other[: chunk.stop - chunk.start]
 
     def random(self) -> tuple[philox.Buffers, Tensor]:
         if self._random is None:
-            self._random = philox.Buffers(), torch.empty(_shortened(ROUNDED_CHUNK), dtype=torch.int32, device=self._device)
+            self._random = philox.Buffers(), torch.empty(self._size, dtype=torch.int32, device=self._device)
         return self._random
 
 
