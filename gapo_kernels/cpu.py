@@ -101,7 +101,7 @@ def _sources(logits: Tensor, block: Block, scratch: Tensor) -> list[tuple[Tensor
 
 
 def _exp(x: Tensor, shift: Tensor, out: Tensor) -> Tensor:
-    """exp(x - shift) as a power of 2: with the product, torch's exp2 takes less than half the time of its exp."""
+    """exp(x - shift) as a power of 2: with the product, torch's exp2 takes less time than its exp."""
     return torch.sub(x, shift, out=out).mul_(LOG2E).exp2_()
 
 

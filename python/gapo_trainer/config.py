@@ -16,6 +16,7 @@ _CHOICES = {
 }
 
 
+_CHECKPOINTING = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")  # transformers' old name and new
 _NUMBERS = (
     "beta",
     "gamma_beta_ratio",
@@ -113,7 +114,7 @@ class GAPOConfig(TrainingArguments):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise ValueError(f"{name} must be a number, got {value!r}")
-        for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+        for name in _CHECKPOINTING:
             if isinstance(options := getattr(self, name, None), dict):
                 options.setdefault("use_reentrant", False)  # torch's own default is True
         super().__post_init__()
@@ -139,7 +140,7 @@ class GAPOConfig(TrainingArguments):
         self._require("learning_rate", self.learning_rate >= 0, ">= 0")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             self._require(name, getattr(self, name) >= 1, ">= 1")
-        for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+        for name in _CHECKPOINTING:
             if (getattr(self, name, None) or {}).get("use_reentrant"):
                 raise ValueError(f"{name} must have use_reentrant=False: the step walks one graph twice, got True")
         layer = isinstance(self.scope, int) and not isinstance(self.scope, bool) and self.scope >= 0
