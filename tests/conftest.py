@@ -16,6 +16,8 @@ ROOT = Path(__file__).parents[1]
 if str(ROOT) not in sys.path:  # the source tree, also when it is not installed
     sys.path.insert(0, str(ROOT))
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # where there is no network, each look at the hub takes most of a minute
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GPU = not INTERPRETED and torch.cuda.is_available()
 if INTERPRETED:

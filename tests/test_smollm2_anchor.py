@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from gapo_kernels import GeometricAnchor, gapo_objective, sequence_logps
+from gapo_kernels import GeometricAnchor, gapo_objective, linear_sequence_logps
 
 RHO, PAIRS, SEEDS = 0.025, 16, 5
 
@@ -35,11 +35,11 @@ def smollm2():
         pytest.skip(str(missing))
     model = model.float().eval()
     pairs = preferences.flip_labels(preferences.load_preferences("train")[:PAIRS], 0.0, 0)
-    batch = preferences.PreferenceCollator(tokenizer.pad_token_id)(preferences.tokenize_pairs(pairs, tokenizer, 96))
+    batch = preferences.PreferenceCollator(tokenizer.pad_token_id)(preferences.tokenize_pairs(pairs, tokenizer, 64))
 
     def margin():
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        chosen, rejected = sequence_logps(logits, batch["labels"]).chunk(2)
+        hidden = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])[0]
+        chosen, rejected = linear_sequence_logps(hidden, model.lm_head.weight, batch["labels"]).chunk(2)
         return chosen - rejected
 
     anchor = GeometricAnchor.from_model(model, rho=RHO)

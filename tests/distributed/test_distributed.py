@@ -9,13 +9,20 @@ from gapo_kernels import GeometricAnchor
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
+# The processes are forked from a server that has imported what they need, once for all tests.
+torch.multiprocessing.set_forkserver_preload(
+    ["ranks", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor"]
+    + [f"transformers.models.{name}.modeling_{name}" for name in tiny_models.NAMES]
+)
+
 
 @pytest.fixture
 def on_two_ranks(tmp_path):
     """Runs a function of ranks.py on both; what each of them returned."""
 
     def start(name, **options):
-        torch.multiprocessing.spawn(ranks.run, (name, str(tmp_path), options), nprocs=ranks.RANKS)
+        arguments = dict(args=(name, str(tmp_path), options), nprocs=ranks.RANKS, start_method="forkserver")
+        torch.multiprocessing.start_processes(ranks.run, **arguments)
         return [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks.RANKS)]
 
     return start

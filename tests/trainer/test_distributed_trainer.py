@@ -6,6 +6,8 @@ import pytest
 import trainer_ranks
 import torch
 
+PRELOADED = ["trainer_ranks", "gapo_trainer.trainer", "transformers.models.llama.modeling_llama", "torch.distributed.fsdp"]
+
 
 def free_port():
     with socket.socket() as s:
@@ -22,7 +24,9 @@ def train(tmp_path_factory):
         if key not in found:
             folder = str(tmp_path_factory.mktemp("run"))
             arguments = (world, folder, free_port(), kind, dict(settings))
-            torch.multiprocessing.spawn(trainer_ranks.run, arguments, nprocs=world)
+            # Forked from a server that has imported what they need, once for all tests.
+            torch.multiprocessing.set_forkserver_preload(PRELOADED)
+            torch.multiprocessing.start_processes(trainer_ranks.run, arguments, world, start_method="forkserver")
             found[key] = torch.load(f"{folder}/found.pt")
         return found[key]
 
