@@ -128,8 +128,8 @@ class GeometricAnchor:
             raise TypeError(f"seed must be an int, got {type(seed).__name__}")
         if not isinstance(compute_dtype, (torch.dtype, type(None))):
             raise TypeError(f"compute_dtype must be a torch.dtype or None, got {type(compute_dtype).__name__}")
-        if compute_dtype is not None and not compute_dtype.is_floating_point:
-            raise ValueError(f"compute_dtype must be a floating-point dtype, got {compute_dtype}")
+        if compute_dtype is not None and compute_dtype not in (*HALF, torch.float32, torch.float64):
+            raise ValueError(f"compute_dtype must be torch.float16, bfloat16, float32 or float64, got {compute_dtype}")
         self.rho, self.geometry, self.direction, self.rounding, self.seed = rho, geometry, direction, rounding, seed
         self.compute_dtype, self.process_group = compute_dtype, process_group
         self.names, self.params = _collect(params)
@@ -171,6 +171,8 @@ class GeometricAnchor:
         return {"step": self._step, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        if not isinstance(state, dict) or any(type(state.get(key)) is not int for key in ("step", "seed")):
+            raise ValueError(f"expected what state_dict() returns, the ints 'step' and 'seed', got {state}")
         self._step, self.seed = state["step"], state["seed"]
 
     @contextmanager
@@ -250,6 +252,7 @@ class GeometricAnchor:
         if that is coarser. Asked anew each time: model.to(dtype) keeps its Parameter objects."""
         grids = []
         for name, param in zip(self.names, self.params):
+            distributed.check_whole(name, param)
             wanted = self.compute_dtype or self._gathered_dtypes.get(id(param)) or param.dtype
             if {wanted, param.dtype} == set(HALF):
                 raise ValueError(
@@ -265,15 +268,17 @@ class GeometricAnchor:
     ) -> tuple[list[Tensor | None], bool]:
         """g for every parameter, or its shard, averaged over the ranks; and whether its memory may be written."""
         if self.direction == "gaussian":
-            return displacement.noise(self.params, self._step, self.seed % 2**64), True
+            noise = displacement.noise(self.params, self._step, self.seed % 2**64)
+            return [direction if p.requires_grad else None for direction, p in zip(noise, self.params)], True
         if (objective is None) == (grads is None):
             raise ValueError(f"expected an objective or its grads, got {'neither' if grads is None else 'both'}")
         ours = grads is None
         if ours:
             directions = self._gradients(objective, retain_graph)
-        elif len(grads) != len(self.params):
+        elif isinstance(grads, Tensor) or len(grads) != len(self.params):
             raise ValueError(
-                f"grads must have one entry for each of the {len(self.params)} parameters, got {len(grads)}"
+                f"grads must have one entry for each of the {len(self.params)} parameters, got "
+                f"{validation.describe(grads) if isinstance(grads, Tensor) else len(grads)}"
             )
         else:
             directions = list(grads)
@@ -295,6 +300,8 @@ class GeometricAnchor:
         return directions, ours
 
     def _gradients(self, objective: Tensor, retain_graph: bool) -> list[Tensor | None]:
+        if not isinstance(objective, Tensor):
+            raise TypeError(f"the objective must be a tensor, got {type(objective).__name__}")
         if objective.dim() != 0:
             raise ValueError(f"the objective must be a scalar, got shape {tuple(objective.shape)}")
         if not objective.requires_grad:
@@ -302,7 +309,10 @@ class GeometricAnchor:
         if self._sharded is not None:
             return self._sharded.gradients(objective, self.params, retain_graph)
         with distributed.no_iteration_of_ddp(objective):
-            return list(torch.autograd.grad(objective, self.params, retain_graph=retain_graph, allow_unused=True))
+            moving = [param for param in self.params if param.requires_grad]  # some may have been frozen since
+            found = torch.autograd.grad(objective, moving, retain_graph=retain_graph, allow_unused=True) if moving else ()
+        found = list(found)
+        return [found.pop(0) if param.requires_grad else None for param in self.params]
 
     def _finite_norm(self, move: displacement.Displacement) -> float:
         """||theta * g|| (or ||g||). Its check is the step's one wait for the device; what was left unread of the last
@@ -381,15 +391,19 @@ def _plain(grad: Tensor | None, param: Tensor) -> Tensor | None:
 
 
 def _collect(params: Iterable) -> tuple[list[str], list[nn.Parameter]]:
+    if isinstance(params, Tensor) or not isinstance(params, Iterable):
+        raise TypeError(
+            "params must be an iterable of parameters or (name, parameter) pairs, as model.named_parameters() is, got "
+            f"{type(params).__name__}; of a whole model GeometricAnchor.from_model makes an anchor"
+        )
     names, kept, seen = [], [], set()
     for number, item in enumerate(params):
         name, param = item if isinstance(item, tuple) else (f"parameter {number}", item)
         if not isinstance(param, Tensor):
             raise TypeError(f"params must be parameters or (name, parameter) pairs, got {type(item).__name__}")
-        for mark, what in distributed.UNSUPPORTED.items():
-            if getattr(param, mark, None) not in (None, False):
-                raise NotImplementedError(f"{name} is {what}")
         if param.requires_grad and id(param) not in seen:
+            if not param.is_floating_point():
+                raise TypeError(f"{name} must be real and floating-point to be moved, got {param.dtype}")
             seen.add(id(param))
             names.append(name)
             kept.append(param)

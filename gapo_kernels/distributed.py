@@ -23,6 +23,14 @@ UNSUPPORTED = {
 }
 
 
+def check_whole(name: str, param: Tensor) -> None:
+    """Refuses a parameter that only its engine can gather, whenever that engine took it over."""
+    for mark, what in UNSUPPORTED.items():
+        value = getattr(param, mark, None)
+        if value is not None and value is not False:  # DeepSpeed's numbers begin at 0
+            raise NotImplementedError(f"{name} is {what}")
+
+
 def is_sharded(param: Tensor) -> bool:
     """Whether a parameter is a DTensor."""
     return getattr(param, "device_mesh", None) is not None
@@ -170,9 +178,11 @@ class ShardedModel:
     def reshard(self) -> None:
         """Drops the gathered parameters: what was gathered before a change of the shards is stale after it.
 
-        FSDPModule.reshard() would keep those of a module whose forward was cut off by an exception.
+        FSDPModule.reshard() would keep those of a module whose forward was cut off by an exception. What is being
+        gathered ahead (prefetched) was begun before the change, too.
         """
         for group in self._groups():
+            group.wait_for_unshard()
             group._to_sharded()
 
     def compute_dtypes(self) -> dict[int, torch.dtype | None]:

@@ -66,6 +66,10 @@ def gapo_step(
     """
     validation.check_hyperparameters(beta, gamma, label_smoothing, loss_type, sft_weight=sft_weight)
     validation.check_choice(probe, PROBES, "probe")
+    if not callable(logps_fn):
+        raise TypeError(f"logps_fn must be a function without arguments, got {type(logps_fn).__name__}")
+    if not isinstance(anchor, (GeometricAnchor, type(None))):
+        raise TypeError(f"anchor must be a GeometricAnchor or None, got {type(anchor).__name__}")
     randomness = None if anchor is None else _Randomness({param.device for param in anchor.params})
     unmoved = UnmovedLayers([] if anchor is None else anchor.unmoved_layers)
     with _kept_buffers(), unmoved.recorded():

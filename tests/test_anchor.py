@@ -12,7 +12,7 @@ import tiny_models
 import torch
 from torch import nn
 
-from gapo_kernels import GeometricAnchor
+from gapo_kernels import GeometricAnchor, gapo_step
 
 AWKWARD = [-0.0, 0.0, 5e-324, 1e-38, -1e-30, 1.0]  # what arithmetic on the way back would not reproduce
 
@@ -759,7 +759,8 @@ def test_a_ctrl_c_at_any_line_finds_the_weights_back(params, anchor, second):
         (dict(rounding="up"), ValueError, "rounding must be one of 'stochastic', 'nearest', got 'up'"),
         (dict(seed=0.5), TypeError, "seed must be an int, got float"),
         (dict(compute_dtype="bfloat16"), TypeError, "compute_dtype must be a torch.dtype or None, got str"),
-        (dict(compute_dtype=torch.int32), ValueError, "compute_dtype must be a floating-point dtype, got torch.int32"),
+        (dict(compute_dtype=torch.int32), ValueError, "compute_dtype must be .* or float64, got torch.int32"),
+        (dict(compute_dtype=torch.float8_e4m3fn), ValueError, "compute_dtype must be .* or float64, got torch.float8"),
     ],
     ids=str,
 )
@@ -775,6 +776,40 @@ def test_parameters_that_are_refused(params):
         GeometricAnchor([])
     with pytest.raises(ValueError, match="at least one parameter that requires grad, got none"):
         GeometricAnchor([p.requires_grad_(False) for p in params])
+    for params in (nn.Linear(2, 2), nn.Parameter(torch.ones(2, 2)), None):
+        with pytest.raises(TypeError, match=f"params must be an iterable .* got {type(params).__name__}; of a whole model"):
+            GeometricAnchor(params)
+    with pytest.raises(TypeError, match="parameter 0 must be real and floating-point to be moved, got torch.complex64"):
+        GeometricAnchor([nn.Parameter(torch.ones(2, dtype=torch.complex64))])
+
+
+@pytest.mark.parametrize("direction", ["pessimistic", "gaussian"])
+def test_what_was_frozen_since_stays(params, direction):
+    anchor = GeometricAnchor(params, direction=direction)
+    params[1].requires_grad_(False)
+    saved = bits(params)
+    with anchor.perturbed(None if direction == "gaussian" else sum((p**2).sum() for p in params)):
+        assert [torch.equal(p, s) for p, s in zip(bits(params), saved)] == [False, True, False]
+    assert same(params, saved)
+    for param in params:
+        param.requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter of the anchor has a gradient under the objective"):
+        with anchor.perturbed(None if direction == "gaussian" else torch.ones((), requires_grad=True) * 2):
+            pass
+
+
+@pytest.mark.parametrize("state", [{}, {"step": 1}, {"step": torch.tensor(1), "seed": 0}, {"step": "1", "seed": 0}, None], ids=str)
+def test_a_state_that_is_none_is_refused(anchor, state):
+    with pytest.raises(ValueError, match="expected what state_dict.. returns"):
+        anchor.load_state_dict(state)
+    assert anchor.state_dict() == {"step": 0, "seed": 0}
+
+
+def test_arguments_of_a_step_that_are_refused(params, anchor):
+    with pytest.raises(TypeError, match="logps_fn must be a function without arguments, got GeometricAnchor"):
+        gapo_step(anchor, lambda: params[0].sum(0))
+    with pytest.raises(TypeError, match="anchor must be a GeometricAnchor or None, got Linear"):
+        gapo_step(lambda: params[0].sum(0), nn.Linear(2, 2))
 
 
 def test_probes_that_are_refused(params, anchor):
@@ -786,6 +821,12 @@ def test_probes_that_are_refused(params, anchor):
             pass
     with pytest.raises(ValueError, match="one entry for each of the 3 parameters, got 2"):
         with anchor.perturbed(grads=make_grads(params)[:2]):
+            pass
+    with pytest.raises(ValueError, match="one entry for each of the 3 parameters, got a torch.float32 tensor"):
+        with anchor.perturbed(grads=torch.ones(3)):
+            pass
+    with pytest.raises(TypeError, match="objective must be a tensor, got float"):
+        with anchor.perturbed(3.0):
             pass
     with pytest.raises(ValueError, match=r"gradient of parameter 1 must have shape \(6,\), got \(3, 4\)"):
         with anchor.perturbed(grads=[make_grads(params)[0]] * 3):
@@ -836,9 +877,12 @@ def test_sharded_parameters_that_are_refused(one_rank_group):
         ("ds_id", "DeepSpeed ZeRO-3.*fully_shard"),
     ):
         params = make_params()
-        setattr(params[1], mark, True)
+        before = GeometricAnchor(params)
+        setattr(params[1], mark, mark != "ds_id" or 0)
         with pytest.raises(NotImplementedError, match=f"parameter 1 is .*{what}"):
             GeometricAnchor(params)
+        with pytest.raises(NotImplementedError, match=f"parameter 1 is .*{what}"), before.perturbed(params[0].sum()):
+            pass
 
 
 def test_one_rank_alone_averages_nothing(one_rank_group, params, anchor):

@@ -128,12 +128,13 @@ def unused_on_one_rank(rank):
         return [p.detach() - t for p, t in zip(params, theta)]
 
 
-def given_gradients(rank):
-    """grads= are averaged, too, and left as they were."""
+def given_gradients(rank, alone=False):
+    """grads= are averaged, too, over the group's ranks, and left as they were."""
+    group = [distributed.new_group([member]) for member in range(RANKS)][rank] if alone else None
     params = [nn.Parameter(torch.ones(4, dtype=torch.float64)), nn.Parameter(torch.ones(3, dtype=torch.float64))]
     grads = [torch.full((4,), 1.0 + rank, dtype=torch.float64), torch.arange(3, dtype=torch.float64) * rank]
     before = [g.clone() for g in grads]
-    anchor = GeometricAnchor(params, rho=RHO, geometry="sam")
+    anchor = GeometricAnchor(params, rho=RHO, geometry="sam", process_group=group)
     with anchor.perturbed(grads=grads):
         moved = [p.detach() - 1 for p in params]
     assert all(torch.equal(g, b) for g, b in zip(grads, before))
@@ -212,8 +213,21 @@ def fsdp_accumulates(rank):
     return {n: full(p.grad) for n, p in model.named_parameters()}
 
 
+def fsdp_noise(rank):
+    """The noise under this rank's half of a weight."""
+    model = _shard(tiny_models.build("llama"))
+    anchor = GeometricAnchor.from_model(model, rho=RHO, geometry="sam", direction="gaussian")
+    weight = model.model.layers[0].mlp.up_proj.weight
+    before = weight.detach().to_local().clone()
+    with anchor.perturbed():
+        return weight.detach().to_local() - before
+
+
 def fsdp_fails_inside(rank, where):
     model = _shard(tiny_models.build("llama"), reshard_after_forward=False)
+    layers = model.model.layers
+    for layer, following in zip(layers, layers[1:]):
+        layer.set_modules_to_forward_prefetch([following])
     anchor = GeometricAnchor.from_model(model, rho=RHO)
     before = [p.detach().to_local().clone() for p in anchor.params]
     logps, calls = logps_of(model, rank), []
@@ -224,7 +238,7 @@ def fsdp_fails_inside(rank, where):
                 calls.append(1)
                 raise ValueError("in the middle of the anchor's forward")
 
-        model.model.layers[2].mlp.register_forward_pre_hook(out_of_memory)
+        layers[1].mlp.register_forward_pre_hook(out_of_memory)
 
     def failing():
         calls.append(1)

@@ -176,6 +176,19 @@ def test_given_gradients_are_averaged(on_two_ranks):
     assert all(torch.equal(a, b) for a, b in zip(one, other))
 
 
+def test_a_group_of_each_rank_alone(on_two_ranks):
+    one, other = on_two_ranks("given_gradients", alone=True)
+    for moved, grads in ((one, [torch.full((4,), 1.0), torch.zeros(3)]), (other, [torch.full((4,), 2.0), torch.arange(3.0)])):
+        own = torch.cat(grads).double()
+        torch.testing.assert_close(torch.cat(moved), ranks.RHO * own / own.norm(), atol=1e-12, rtol=0)
+
+
+def test_shards_draw_numbers_of_their_own(on_two_ranks):
+    one, other = on_two_ranks("fsdp_noise")
+    assert one.shape == other.shape and (one != 0).all() and (other != 0).all()
+    assert (one.sign() == other.sign()).float().mean() < 0.7
+
+
 def test_all_ranks_refuse_what_is_not_finite_on_one(on_two_ranks):
     for message in on_two_ranks("not_finite_on_one_rank"):
         assert "the weights were left where they are" in message
