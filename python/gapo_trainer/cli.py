@@ -78,12 +78,14 @@ def run(data_args, model_args, config):
     checkpoint, stop = _checkpoint(config), SafeStop()
     try:
         trainer = make_trainer(data_args, model_args, config, callbacks=[stop])
-    except (ImportError, NotImplementedError, TypeError, ValueError) as error:
-        raise SettingsError(str(error)) from error
-    with stop:
-        trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model()
-        trainer.save_state()
+        with stop:
+            trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.save_model()
+            trainer.save_state()
+    except (ImportError, NotImplementedError, OSError, TypeError, ValueError) as error:
+        if stop.has_begun:
+            raise
+        raise SettingsError(str(error)) from error  # of what train() makes first, too: data loader, optimizer, scheduler
     if stop.interrupted:
         return EXIT_INTERRUPTED
     if trainer.eval_dataset is not None:

@@ -17,18 +17,33 @@ _CHOICES = {
 
 
 _CHECKPOINTING = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")  # transformers' old name and new
-_NUMBERS = (
-    "beta",
-    "gamma_beta_ratio",
-    "rho",
-    "label_smoothing",
-    "sft_weight",
-    "max_logits_bytes",
-    "learning_rate",
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-)
+_POSITIVE = ("> 0", lambda value: value > 0)
+_NOT_NEGATIVE = (">= 0", lambda value: value >= 0)
+_COUNT = (">= 1", lambda value: value >= 1)
+_DECAY = ("in [0, 1)", lambda value: 0 <= value < 1)
+# What holds of a number beside that it is finite, in words and as a function.
+_RANGES = {
+    "beta": _POSITIVE,
+    "gamma_beta_ratio": ("a number", lambda value: True),
+    "rho": _NOT_NEGATIVE,
+    "label_smoothing": ("in [0, 0.5)", lambda value: 0 <= value < 0.5),
+    "sft_weight": _NOT_NEGATIVE,
+    "max_length": (">= 2", lambda value: value >= 2),
+    "max_logits_bytes": _POSITIVE,
+    "pad_to_multiple_of": _COUNT,
+    "dataset_num_proc": _COUNT,
+    "learning_rate": _NOT_NEGATIVE,
+    "weight_decay": _NOT_NEGATIVE,
+    "adam_beta1": _DECAY,
+    "adam_beta2": _DECAY,
+    "adam_epsilon": _NOT_NEGATIVE,
+    "max_grad_norm": _NOT_NEGATIVE,
+    "per_device_train_batch_size": _COUNT,
+    "per_device_eval_batch_size": _COUNT,
+    "gradient_accumulation_steps": _COUNT,
+    "dataloader_num_workers": _NOT_NEGATIVE,
+}
+_MAY_BE_NONE = ("max_length", "pad_to_multiple_of", "dataset_num_proc", "max_grad_norm")
 
 
 def nearest(value, among):
@@ -110,8 +125,10 @@ class GAPOConfig(TrainingArguments):
     )
 
     def __post_init__(self):
-        for name in _NUMBERS:
+        for name in _RANGES:
             value = getattr(self, name)
+            if value is None and name in _MAY_BE_NONE:
+                continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise ValueError(f"{name} must be a number, got {value!r}")
         for name in _CHECKPOINTING:
@@ -126,20 +143,18 @@ class GAPOConfig(TrainingArguments):
                 raise ValueError(
                     f"{name} must be one of {', '.join(choices)}, got {value!r}{nearest(value, choices)}"
                 )
-        self._require("beta", self.beta > 0, "> 0")
-        self._require("rho", self.rho >= 0, ">= 0")
-        self._require("gamma_beta_ratio", True, "a number")
-        self._require("sft_weight", self.sft_weight >= 0, ">= 0")
-        self._require("label_smoothing", 0 <= self.label_smoothing < 0.5, "in [0, 0.5)")
-        if self.max_length is not None:
-            self._require("max_length", self.max_length >= 2, ">= 2")
+        for name, (expected, holds) in _RANGES.items():
+            if getattr(self, name) is not None:
+                self._require(name, holds(getattr(self, name)), expected)
         if self.max_prompt_length is not None:
             within = self.max_length is not None and 1 <= self.max_prompt_length < self.max_length
             self._require("max_prompt_length", within, f"in [1, max_length), with max_length = {self.max_length}")
-        self._require("max_logits_bytes", self.max_logits_bytes > 0, "> 0")
-        self._require("learning_rate", self.learning_rate >= 0, ">= 0")
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            self._require(name, getattr(self, name) >= 1, ">= 1")
+        if self.max_steps <= 0:
+            self._require("num_train_epochs", self.num_train_epochs > 0, "> 0, with no max_steps")
+        if self.loss_type == "hinge" and self.label_smoothing:
+            raise ValueError(f"loss_type 'hinge' has no label_smoothing, expected 0, got {self.label_smoothing}")
+        if any(part.count("=") != 1 for part in (self.optim_args or "=").split(",")):
+            raise ValueError(f"optim_args must be key=value,key=value,..., got {self.optim_args!r}")
         for name in _CHECKPOINTING:
             if (getattr(self, name, None) or {}).get("use_reentrant"):
                 raise ValueError(f"{name} must have use_reentrant=False: the step walks one graph twice, got True")

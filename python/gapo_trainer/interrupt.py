@@ -14,10 +14,13 @@ class SafeStop(TrainerCallback):
 
     The first Ctrl-C ends training after the step in progress, or raises KeyboardInterrupt between two batches of an
     evaluation. A second one raises at once, except while the optimizer is moving the weights.
+
+    has_begun: whether everything that training needs has been made.
     """
 
     def __init__(self, deadline=None):
         self.deadline = deadline
+        self.has_begun = False
         self.interrupted = False
         self.out_of_time = False
         self._updating = False
@@ -39,6 +42,9 @@ class SafeStop(TrainerCallback):
             self._pending = True
         else:
             raise KeyboardInterrupt
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.has_begun = True
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self._updating = True

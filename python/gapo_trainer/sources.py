@@ -76,6 +76,8 @@ def _split(data_args, split):
             raise SettingsError(f"{name}: {error}") from error
     try:
         if Path(name).suffix in READERS:
+            if data_args.dataset_train_split != "train":
+                raise ValueError(f"a file has no splits, expected 'train', got {data_args.dataset_train_split!r}")
             # Of a file, the training split is the file itself, and the test split another file.
             file = name if split == data_args.dataset_train_split else split
             return datasets.load_dataset(READERS[Path(file).suffix], data_files=file, split="train")

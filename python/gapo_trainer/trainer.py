@@ -11,7 +11,7 @@ from transformers.utils import logging
 from gapo_kernels import GeometricAnchor, gapo_objective, gapo_step
 
 from . import metrics
-from .config import GAPOConfig
+from .config import GAPOConfig, nearest
 from .forward import MARK, check_logps, install
 from .preferences import PreferenceCollator, has_flips, prepare_pairs
 from .storage import write_json
@@ -101,6 +101,12 @@ class GAPOTrainer(Trainer):
             raise TypeError(f"expected one dataset to train on, got {type(train_dataset).__name__} of {', '.join(train_dataset)}")
         if any(parameter.dtype == torch.float16 for parameter in base.parameters()):
             raise ValueError("expected weights in float32 or bfloat16, got float16: the probe's gradient has no loss scaling")
+        text = base.config.get_text_config()
+        if getattr(text, "output_router_logits", False) and getattr(text, "router_aux_loss_coef", 0):
+            raise ValueError(
+                f"expected no auxiliary loss of the experts' router, got router_aux_loss_coef = {text.router_aux_loss_coef}: "
+                "the loss is GAPO's alone; set model.config.output_router_logits = False"
+            )
         install(base, args.max_logits_bytes)
         _disable_dropout(model)
         if any(map(_is_reentrant, base.modules())):
@@ -143,6 +149,10 @@ class GAPOTrainer(Trainer):
         self._record = metrics.TrainingRecord(args.record_pairs)
         self._has_flips = has_flips(train_dataset)
         self._evaluated = []
+        best, names = args.metric_for_best_model, self.evaluation_names()
+        if best is not None and best.removeprefix("eval_") not in names:
+            near = nearest(best.removeprefix("eval_"), names)
+            raise ValueError(f"metric_for_best_model must be one of {', '.join(names)}, got {best!r}{near}")
 
     @property
     def _fsdp2(self):
@@ -279,6 +289,14 @@ class GAPOTrainer(Trainer):
         """Trainer's; the pairs may be in any form that the constructor takes."""
         return super().get_test_dataloader(prepare_pairs(test_dataset, self.processing_class, self.args))
 
+    def evaluation_names(self):
+        """list of what metric_for_best_model may be: the names of evaluation's means, with several datasets each with
+        the dataset's before it. A subclass that measures more adds to it."""
+        rows = torch.ones(1, len(metrics.FIELDS + metrics.MARKS))
+        names = list(metrics.evaluation(rows, torch.ones(1), torch.ones(1), self.args))
+        several = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        return [f"{dataset}_{name}" for dataset in several for name in names] or names
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Loss of one batch without an anchor; returns (loss, None, None), or with prediction_loss_only=False
         (loss, margins (B,), None)."""
@@ -317,7 +335,7 @@ def _refuse_what_has_no_place(args, options):
         ),
         "neftune_noise_alpha": (args.neftune_noise_alpha, "the anchor's forward would draw other noise"),
         "train_sampling_strategy": (
-            args.train_sampling_strategy == "group_by_length",
+            args.train_sampling_strategy in ("group_by_length", "batch_rebalance"),
             "a pair has two lengths; leave it at 'random' or 'sequential'",
         ),
         "accelerator_config.dispatch_batches": (

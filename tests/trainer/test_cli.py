@@ -162,6 +162,30 @@ def test_a_run_trains_evaluates_and_saves(recipe, tmp_path):
     assert "eval_rewards/accuracies" in json.loads((tmp_path / "out" / "eval_results.json").read_text())
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("--optim=galore_adamw", "need to install `galore_torch`"),
+        ("--output_dir=/dev/null/out", "Not a directory: '/dev/null/out'"),
+        ("--lr_scheduler_type=inverse_sqrt --lr_scheduler_kwargs.timescale=[1]", "unsupported operand"),
+        ("--dataset_train_split=trian", "a file has no splits, expected 'train', got 'trian'"),
+    ],
+)
+def test_what_training_cannot_begin_with_is_named(recipe, capsys, change, message):
+    assert cli.main([recipe(), *change.split()]) == 2
+    error = capsys.readouterr().err
+    assert error.count("gapo-train: error:") == 1 and message in error
+
+
+def test_errors_of_training_itself_are_not_of_the_settings(recipe, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("in the middle")
+
+    monkeypatch.setattr("gapo_trainer.trainer.GAPOTrainer.training_step", fail)
+    with pytest.raises(ValueError, match="in the middle"):
+        cli.main([recipe()])
+
+
 def test_two_processes_of_accelerate_launch_train_as_one(recipe, tmp_path):
     path = recipe(train_sampling_strategy="sequential", learning_rate=1e-2, optim="sgd")
     assert cli.main([path, f"--output_dir={tmp_path / 'one'}", "--per_device_train_batch_size=4"]) == 0

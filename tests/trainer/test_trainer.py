@@ -393,6 +393,14 @@ def test_heads_of_other_models(architecture, settings):
         ({"max_length": 20, "max_prompt_length": 20}, "max_prompt_length must be finite and in .* max_length = 20, got 20"),
         ({"max_length": None, "max_prompt_length": 20}, "max_prompt_length must be"),
         ({"max_prompt_length": 0}, "max_prompt_length must be"),
+        ({"pad_to_multiple_of": 0}, "pad_to_multiple_of must be finite and >= 1, got 0"),
+        ({"adam_beta1": 1.5}, r"adam_beta1 must be finite and in \[0, 1\), got 1.5"),
+        ({"adam_epsilon": -1.0}, "adam_epsilon must be finite and >= 0, got -1.0"),
+        ({"weight_decay": -1.0}, "weight_decay must be"),
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers must be"),
+        ({"num_train_epochs": 0}, "num_train_epochs must be finite and > 0, with no max_steps, got 0"),
+        ({"optim_args": "momentum"}, "optim_args must be key=value,key=value,..., got 'momentum'"),
+        ({"loss_type": "hinge", "label_smoothing": 0.1}, "loss_type 'hinge' has no label_smoothing, expected 0, got 0.1"),
         ({"probe": "margins"}, "probe must be one of loss, margin, got 'margins'"),
         ({"scope": "head"}, "scope must be"),
         ({"scope": -1}, "scope must be"),
@@ -464,12 +472,32 @@ def test_mixed_precision_set_by_accelerate_reaches_the_anchor(tokenizer, tmp_pat
     [
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha is not supported"),
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy is not supported"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "train_sampling_strategy is not supported"),
         ({"accelerator_config": {"dispatch_batches": True}}, "accelerator_config.dispatch_batches is not supported"),
     ],
 )
 def test_settings_without_a_place_are_refused(tokenizer, tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(tokenizer, tmp_path, **settings)
+
+
+def test_the_metric_of_the_best_model_is_one_of_evaluations(tokenizer, tmp_path):
+    trainer = make_trainer(tokenizer, tmp_path, metric_for_best_model="rewards/accuracies")
+    measured = {name.removeprefix("eval_") for name in trainer.evaluate()}
+    assert set(trainer.evaluation_names()) <= measured and "loss" in trainer.evaluation_names()
+    make_trainer(tokenizer, tmp_path, metric_for_best_model="eval_loss")
+    with pytest.raises(ValueError, match="got 'rewards/accuracis'; did you mean 'rewards/accuracies'"):
+        make_trainer(tokenizer, tmp_path, metric_for_best_model="rewards/accuracis")
+    trainer.eval_dataset = {"one": trainer.eval_dataset, "two": trainer.eval_dataset}
+    measured = {name.removeprefix("eval_") for name in trainer.evaluate()}
+    assert set(trainer.evaluation_names()) <= measured and "two_loss" in trainer.evaluation_names()
+
+
+def test_a_routers_auxiliary_loss_is_refused(tokenizer, tmp_path):
+    sizes = dict(num_key_value_heads=1, num_local_experts=2, output_router_logits=True)
+    make_trainer(tokenizer, tmp_path, other_model("Mixtral", router_aux_loss_coef=0.0, **sizes))
+    with pytest.raises(ValueError, match="got router_aux_loss_coef = 0.5: .* set model.config.output_router_logits = False"):
+        make_trainer(tokenizer, tmp_path, other_model("Mixtral", router_aux_loss_coef=0.5, **sizes))
 
 
 def test_pairs_given_to_evaluate_are_prepared(tokenizer, tmp_path):
