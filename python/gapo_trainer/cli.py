@@ -8,6 +8,7 @@ RECIPE is a YAML file of settings, or the name of a shipped recipe. Runs as it i
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -111,6 +112,9 @@ def make_trainer(data_args, model_args, config, **options):
 
         raise SettingsError(f"eval_strategy = {config.eval_strategy!s} needs a dataset_test_split, got none")
     model, tokenizer = load_model(model_args)
+    targets = model_args.lora_target_modules
+    if isinstance(targets, str) and re.fullmatch(r"[\w.]+", targets):
+        model_args.lora_target_modules = [targets]  # TRL unwraps lists of one, whose text PEFT takes for a pattern
     return GAPOTrainer(
         model,
         config,

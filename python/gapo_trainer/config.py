@@ -16,7 +16,7 @@ _CHOICES = {
 }
 
 
-_CHECKPOINTING = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")  # transformers' old name and new
+CHECKPOINTING = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")  # transformers' old name and new
 _POSITIVE = ("> 0", lambda value: value > 0)
 _NOT_NEGATIVE = (">= 0", lambda value: value >= 0)
 _COUNT = (">= 1", lambda value: value >= 1)
@@ -131,7 +131,7 @@ class GAPOConfig(TrainingArguments):
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise ValueError(f"{name} must be a number, got {value!r}")
-        for name in _CHECKPOINTING:
+        for name in CHECKPOINTING:
             if isinstance(options := getattr(self, name, None), dict):
                 options.setdefault("use_reentrant", False)  # torch's own default is True
         super().__post_init__()
@@ -155,7 +155,7 @@ class GAPOConfig(TrainingArguments):
             raise ValueError(f"loss_type 'hinge' has no label_smoothing, expected 0, got {self.label_smoothing}")
         if any(part.count("=") != 1 for part in (self.optim_args or "=").split(",")):
             raise ValueError(f"optim_args must be key=value,key=value,..., got {self.optim_args!r}")
-        for name in _CHECKPOINTING:
+        for name in CHECKPOINTING:
             if (getattr(self, name, None) or {}).get("use_reentrant"):
                 raise ValueError(f"{name} must have use_reentrant=False: the step walks one graph twice, got True")
         layer = isinstance(self.scope, int) and not isinstance(self.scope, bool) and self.scope >= 0

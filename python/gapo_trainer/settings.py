@@ -6,6 +6,7 @@ a value that is itself a mapping: `--lr_scheduler_kwargs.min_lr=1e-7`.
 
 import copy
 import dataclasses
+import inspect
 import json
 import math
 import re
@@ -15,13 +16,27 @@ from importlib import resources
 from pathlib import Path
 
 import yaml
-from transformers import HfArgumentParser
+from peft import TaskType
+from torch.utils.checkpoint import checkpoint
+from transformers import HfArgumentParser, PreTrainedModel
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from .config import GAPOConfig, nearest
+from .config import CHECKPOINTING, GAPOConfig, nearest
 
 SHIPPED_MODEL = "smollm2-135m-instruct-offline"
 SHIPPED_DATASET = "gapo-preferences"
+# What settings were called in older versions and other trainers, where the letters alone lead elsewhere.
+_FORMER = {
+    "torch_dtype": "dtype",
+    "use_flash_attention_2": "attn_implementation",
+    "no_cuda": "use_cpu",
+    "group_by_length": "train_sampling_strategy",
+    "lr": "learning_rate",
+    "gamma": "gamma_beta_ratio",
+}
 
 
 class SettingsError(ValueError):
@@ -135,27 +150,31 @@ def parse(settings):
     actions = {action.dest: action for action in parser._actions}
     unknown = [key for key in settings if key not in actions]
     if unknown:
-        raise SettingsError("\n".join(f"unknown setting {key!r}{nearest(key, actions)}" for key in unknown))
-    nested = settings.get("accelerator_config")
-    for key in nested if isinstance(nested, dict) else ():
-        known = [item.name for item in dataclasses.fields(AcceleratorConfig)]
-        if key not in known:
-            raise SettingsError(f"unknown setting 'accelerator_config.{key}'{nearest(key, known)}")
+        names = (f"unknown setting {key!r}{nearest(_FORMER.get(key, key), actions)}" for key in unknown)
+        raise SettingsError("\n".join(names))
+    for name, known in _nested_keys(settings).items():
+        nested = settings.get(name)
+        unknown = [key for key in nested if key not in known] if isinstance(nested, dict) else []
+        if unknown:
+            raise SettingsError("\n".join(f"unknown setting '{name}.{key}'{nearest(key, known)}" for key in unknown))
     arguments = []
     defaults = {name: value for kind in dataclass_types() for name, value in _defaults(kind).items()}
     # Not the fields' own types, which the parser rewrites.
     kinds = {name: hint for kind in dataclass_types() for name, hint in typing.get_type_hints(kind).items()}
     for key, value in settings.items():
-        if value is False and "no" in _choices(actions[key]):
+        choices = _choices(actions[key])
+        if value is False and "no" in choices:
             value = "no"  # which YAML reads as False
         if key in defaults and value == defaults[key]:
             continue
-        _check_choice(actions[key], value)
+        _check_choice(key, choices, value)
         if isinstance(value, str) and str in typing.get_args(kinds[key]):
             actions[key].type = str  # of "bool or str" the parser makes bool
         if value is None:
             actions[key].default, actions[key].required = None, False
         elif isinstance(value, dict):
+            if typing.get_origin(actions[key].type) is dict:
+                actions[key].type = json.loads  # the parser would call dict on the text
             arguments.append(f"--{key}={json.dumps(_with_numbers(value))}")
         elif isinstance(value, (list, tuple)) and actions[key].nargs in ("+", "*"):
             arguments += [f"--{key}", *map(_text, value)]
@@ -175,18 +194,43 @@ class _Parser(HfArgumentParser):
 
 
 def _choices(action):
-    return [str(getattr(choice, "value", choice)) for choice in action.choices or ()]
+    """The values that a setting may have; none for any."""
+    known = {
+        "report_to": ["all", "none", *INTEGRATION_TO_CALLBACK],
+        "attn_implementation": ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()],
+        "lora_task_type": TaskType,
+    }
+    return [str(getattr(choice, "value", choice)) for choice in action.choices or known.get(action.dest, ())]
 
 
-def _check_choice(action, value):
-    choices = _choices(action)
-    if not choices or value is None:
-        return
+def _check_choice(name, choices, value):
     for one in value if isinstance(value, list) else [value]:
-        if str(one) not in choices:
-            raise SettingsError(
-                f"{action.dest} must be one of {', '.join(choices)}, got {one!r}{nearest(one, choices)}"
-            )
+        is_kernel = name == "attn_implementation" and "/" in str(one)  # a hub name
+        if choices and value is not None and str(one) not in choices and not is_kernel:
+            raise SettingsError(f"{name} must be one of {', '.join(choices)}, got {one!r}{nearest(one, choices)}")
+
+
+def _nested_keys(settings):
+    """dict of the settings that are mappings with known keys: name to these keys."""
+    keys = {"accelerator_config": [item.name for item in dataclasses.fields(AcceleratorConfig)]}
+    # transformers takes its own of them and gives the others to torch, which has one in its **kwargs.
+    enable = getattr(PreTrainedModel, "activation_checkpointing_enable", PreTrainedModel.gradient_checkpointing_enable)
+    transformers_own = _parameters(enable, "POSITIONAL_OR_KEYWORD") - {"self", *CHECKPOINTING}
+    torchs = _parameters(checkpoint, "KEYWORD_ONLY") | {"preserve_rng_state"}
+    keys |= dict.fromkeys(CHECKPOINTING, transformers_own | torchs)
+    # Known nowhere but in the code that reads them.
+    code = inspect.getsource(GAPOConfig._process_fsdp_args)
+    fsdp = re.findall(r'self\.fsdp_config(?:\.get\(|\.setdefault\(|\[)"(\w+)"', code)
+    keys["fsdp_config"] = [*fsdp, *(f"fsdp_{key}" for key in fsdp)]
+    schedule = TYPE_TO_SCHEDULER_FUNCTION.get(settings.get("lr_scheduler_type", GAPOConfig.lr_scheduler_type))
+    if schedule is not None and not _parameters(schedule, "VAR_KEYWORD"):
+        given = {"optimizer", "num_warmup_steps", "num_training_steps"}  # by transformers
+        keys["lr_scheduler_kwargs"] = _parameters(schedule, "POSITIONAL_OR_KEYWORD") - given
+    return keys
+
+
+def _parameters(function, kind):
+    return {name for name, one in inspect.signature(function).parameters.items() if one.kind.name == kind}
 
 
 def _text(value):

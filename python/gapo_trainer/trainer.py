@@ -380,6 +380,11 @@ def _with_adapters(model, peft_config):
         raise ValueError(
             "expected a model without adapters beside a peft_config, got a PeftModel: leave one of them out"
         )
+    targets, names = getattr(peft_config, "target_modules", None), [name for name, _ in model.named_modules()]
+    for target in () if isinstance(targets, str) else targets or ():  # a str is a pattern
+        if not any(f".{name}".endswith(f".{target}") for name in names):
+            near = nearest(target, {name.rpartition(".")[2] for name in names})
+            raise ValueError(f"expected target_modules that are modules of the model, got {target!r}{near}")
     return peft.get_peft_model(model, peft_config)
 
 

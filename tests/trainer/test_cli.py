@@ -50,7 +50,7 @@ def test_presets():
 
 
 def test_changes_reach_into_mappings_and_keep_types():
-    changes = ["--rho=0.5", "--scope", "3", "--lr_scheduler_kwargs.num_cycles=0.25", "--use_peft=true", "--lora-r=4"]
+    changes = ["--rho=0.5", "--scope", "3", "--lr_scheduler_type=cosine", "--lr_scheduler_kwargs.num_cycles=0.25", "--use_peft=true", "--lora-r=4"]
     changes += ["--lora_target_modules=[q_proj, v_proj]", "--learning_rate=5e-7"]
     data, model, config = settings.parse(settings.change(TINY, changes))
     assert (config.rho, config.scope, config.lr_scheduler_kwargs) == (0.5, 3, {"num_cycles": 0.25})
@@ -79,10 +79,13 @@ def test_print_config_without_a_recipe_prints_the_defaults(capsys):
 
 def test_numbers_in_mappings_are_numbers():
     """YAML 1.1 takes 1e-7 for text."""
-    settings_of = TINY | {"lr_scheduler_kwargs": {"min_lr": "1e-7", "name": "e7"}}
-    assert settings.parse(settings_of)[-1].lr_scheduler_kwargs == {"min_lr": 1e-7, "name": "e7"}
-    changed = settings.change(TINY, ["--lr_scheduler_kwargs.min_lr=2.5e-7"])
-    assert settings.parse(changed)[-1].lr_scheduler_kwargs == {"min_lr": 2.5e-7}
+    base = TINY | {"lr_scheduler_type": "warmup_stable_decay"}
+    options = settings.parse(base | {"lr_scheduler_kwargs": {"min_lr_ratio": "1e-7", "decay_type": "e7"}})[-1]
+    assert options.lr_scheduler_kwargs == {"min_lr_ratio": 1e-7, "decay_type": "e7"}
+    changed = settings.change(base, ["--lr_scheduler_kwargs.min_lr_ratio=2.5e-7"])
+    assert settings.parse(changed)[-1].lr_scheduler_kwargs == {"min_lr_ratio": 2.5e-7}
+    changed = settings.change(TINY, ["--liger_kernel_config.rope=false"])
+    assert settings.parse(changed)[-1].liger_kernel_config == {"rope": False}
 
 
 @pytest.mark.parametrize(
@@ -94,6 +97,13 @@ def test_numbers_in_mappings_are_numbers():
         (["smollm2-135m-offline", "--probe=margn"], "probe must be one of loss, margin, got 'margn'; did you mean 'ma"),
         (["smollm2-135m-offline", "--scope=backbon"], "got 'backbon'; did you mean 'backbone'"),
         (["smollm2-135m-offline", "--accelerator_config.even_batch=true"], "did you mean 'even_batches'"),
+        (["smollm2-135m-offline", "--lr_scheduler_kwargs.num_cycle=1"], "lr_scheduler_kwargs.num_cycle'; did you mean 'n"),
+        (["smollm2-135m-offline", "--gradient_checkpointing_kwargs.use_reentrnt=false"], "did you mean 'use_reentrant'"),
+        (["smollm2-135m-offline", "--fsdp_config.fsdp_versoin=2"], "did you mean 'fsdp_version'"),
+        (["smollm2-135m-offline", "--report_to=wandbb"], "got 'wandbb'; did you mean 'wandb'"),
+        (["smollm2-135m-offline", "--attn_implementation=sdpaa"], "got 'sdpaa'; did you mean 'sdpa'"),
+        (["smollm2-135m-offline", "--lora_task_type=CAUSAL"], "got 'CAUSAL'; did you mean 'CAUSAL_LM'"),
+        (["smollm2-135m-offline", "--torch_dtype=bfloat16"], "unknown setting 'torch_dtype'; did you mean 'dtype'"),
         (["smollm2-135m-offline", "--model_name_or_path=smollm2-135m-ofline"], "did you mean 'smollm2-135m-instruct-off"),
         (["smollm2-135m-offline", "--dataset_name=./gapo_preference"], "did you mean 'gapo-preferences'"),
         (["smollm2-135m-offline", "--eval_strategy=step"], "got 'step'; did you mean 'steps'"),
@@ -160,6 +170,28 @@ def test_a_run_trains_evaluates_and_saves(recipe, tmp_path):
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert {"gapo/gap_flipped", "gapo/weight_clean"} <= state["log_history"][0].keys()
     assert "eval_rewards/accuracies" in json.loads((tmp_path / "out" / "eval_results.json").read_text())
+
+
+def test_the_keys_of_mappings_are_those_that_are_read():
+    """Each is taken; the test above has one of each that is not."""
+    keys = settings._nested_keys({"lr_scheduler_type": "cosine_with_min_lr"})
+    assert {"version", "fsdp_version", "reshard_after_forward", "cpu_offload"} <= set(keys["fsdp_config"])
+    assert {"use_reentrant", "preserve_rng_state", "determinism_check"} <= keys["gradient_checkpointing_kwargs"]
+    assert keys["gradient_checkpointing_kwargs"] == keys["activation_checkpointing_kwargs"]
+    assert {"min_lr", "num_cycles"} <= keys["lr_scheduler_kwargs"] and "optimizer" not in keys["lr_scheduler_kwargs"]
+    assert "lr_scheduler_kwargs" not in settings._nested_keys({"lr_scheduler_type": "reduce_lr_on_plateau"})
+    for name in ("attn_implementation=kernels-community/attention", "report_to=[tensorboard, wandb]", "report_to=all"):
+        settings.parse(settings.change(TINY, [f"--{name}"]))
+
+
+def test_one_target_of_lora_is_a_name(recipe, tmp_path, capsys):
+    """TRL makes text of a list of one, and PEFT takes text for a pattern."""
+    path = recipe(use_peft=True, max_steps=1)
+    assert cli.main([path, "--lora_target_modules=[q_proj]"]) == 0
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert saved and all(".q_proj." in name for name in saved)
+    assert cli.main([path, "--lora_target_modules=[q_proj, v_prj]"]) == 2
+    assert "got 'v_prj'; did you mean 'v_proj'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,13 @@ def test_an_adapter_on_the_head_is_refused(tokenizer, tmp_path, where):
         lora_trainer(tokenizer, tmp_path, tiny_model(tie_word_embeddings=False), config)
 
 
+@pytest.mark.parametrize("target", ["q_prj", "attn.q_proj"])
+def test_targets_that_are_no_modules_are_refused(tokenizer, tmp_path, target):
+    with pytest.raises(ValueError, match=f"modules of the model, got '{target}'; did you mean 'q_proj'"):
+        lora_trainer(tokenizer, tmp_path, tiny_model(), LoraConfig(target_modules=[target, "k_proj"]))
+    lora_trainer(tokenizer, tmp_path, tiny_model(), LoraConfig(target_modules=["self_attn.q_proj", "k_proj"]))
+
+
 def test_virtual_tokens_are_refused(tokenizer, tmp_path):
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     with pytest.raises(ValueError, match="adapters on the model's weights, LoRA say, got PromptTuningConfig"):
