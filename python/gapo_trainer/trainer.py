@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import DistributedType, is_peft_model, parse_flag_from_env
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.utils import logging
 
 from gapo_kernels import GeometricAnchor, gapo_objective, gapo_step
@@ -83,7 +83,7 @@ class GAPOTrainer(Trainer):
                 pad_to_multiple_of=args.pad_to_multiple_of,
                 padding_free=args.padding_free,
             )
-        model = _with_adapters(model, peft_config)
+        model = _with_adapters(model, peft_config, args.seed)
         if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
             raise ValueError(
                 f"expected adapters on the model's weights, LoRA say, got {type(model.active_peft_config).__name__}: the "
@@ -371,7 +371,7 @@ def _refuse_parallelism(config):
             )
 
 
-def _with_adapters(model, peft_config):
+def _with_adapters(model, peft_config, seed):
     if peft_config is None:
         return model
     import peft
@@ -385,6 +385,7 @@ def _with_adapters(model, peft_config):
         if not any(f".{name}".endswith(f".{target}") for name in names):
             near = nearest(target, {name.rpartition(".")[2] for name in names})
             raise ValueError(f"expected target_modules that are modules of the model, got {target!r}{near}")
+    set_seed(seed)  # Trainer does so too late for the adapters' first weights
     return peft.get_peft_model(model, peft_config)
 
 

@@ -56,6 +56,16 @@ def test_an_adapter_on_the_head_is_refused(tokenizer, tmp_path, where):
         lora_trainer(tokenizer, tmp_path, tiny_model(tie_word_embeddings=False), config)
 
 
+def test_the_seed_is_that_of_the_adapters_too(tokenizer, tmp_path):
+    drawn = []
+    for seed in (1, 2, 1):
+        config = LoraConfig(r=2, target_modules=["q_proj"])
+        trainer = lora_trainer(tokenizer, tmp_path, tiny_model(), config, seed=seed)
+        drawn.append([p.clone() for name, p in trainer.model.named_parameters() if "lora_A" in name])
+        torch.rand(seed)  # what was drawn before does not matter
+    assert all(map(torch.equal, drawn[0], drawn[2])) and not any(map(torch.equal, drawn[0], drawn[1]))
+
+
 @pytest.mark.parametrize("target", ["q_prj", "attn.q_proj"])
 def test_targets_that_are_no_modules_are_refused(tokenizer, tmp_path, target):
     with pytest.raises(ValueError, match=f"modules of the model, got '{target}'; did you mean 'q_proj'"):
