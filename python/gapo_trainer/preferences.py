@@ -90,7 +90,7 @@ def prepare_pairs(pairs, tokenizer, args):
         return tokenize_pairs(pairs, tokenizer, *lengths)
     with args.main_process_first(desc="tokenising the preference pairs", local=True):
         rows = pairs.map(
-            lambda pair, index: {"index": index, **tokenize_pair(pair, tokenizer, *lengths)},
+            lambda pair, index: tokenize_pair(pair, tokenizer, *lengths, index=index),
             with_indices=True,
             remove_columns=pairs.column_names,
             num_proc=args.dataset_num_proc,
@@ -109,16 +109,16 @@ def _numbered(rows):
 
 def tokenize_pairs(pairs, tokenizer, max_length, max_prompt_length=None):
     """`tokenize_pair` on each pair, with its position as the key index. Logs how many pairs had to be cut."""
-    rows = [{"index": i, **tokenize_pair(pair, tokenizer, max_length, max_prompt_length)} for i, pair in enumerate(pairs)]
+    rows = [tokenize_pair(pair, tokenizer, max_length, max_prompt_length, index=i) for i, pair in enumerate(pairs)]
     _warn_of_cuts(sum(row["is_truncated"] for row in rows), len(rows), max_length)
     return rows
 
 
-def has_flips(rows):
-    """Whether a pair among rows of `prepare_pairs` is marked; False for None."""
+def are_marked(rows):
+    """Whether rows of `prepare_pairs` say of pairs if they are flipped; False for None."""
     if rows is None or isinstance(rows, (list, tuple)):
-        return any(row.get("is_flipped") for row in rows or ())
-    return "is_flipped" in rows.column_names and any(rows["is_flipped"])  # one column: rows would be decoded whole
+        return any("is_flipped" in row for row in rows or ())
+    return "is_flipped" in rows.column_names
 
 
 def _warn_of_cuts(cut, count, max_length):
@@ -126,7 +126,7 @@ def _warn_of_cuts(cut, count, max_length):
         logger.warning(f"{cut} of {count} pairs are longer than max_length = {max_length} tokens and were cut")
 
 
-def tokenize_pair(pair, tokenizer, max_length, max_prompt_length=None):
+def tokenize_pair(pair, tokenizer, max_length, max_prompt_length=None, *, index=None):
     """Token ids of one pair in one of TRL's preference formats: prompt, chosen and rejected, all text or all lists of
     messages; without a prompt, it is what chosen and rejected begin with in common.
 
@@ -140,7 +140,8 @@ def tokenize_pair(pair, tokenizer, max_length, max_prompt_length=None):
     With max_prompt_length, in [1, max_length), it is cut as the authors of GAPO cut it (and of DPO before): the prompt to
     its last max_prompt_length tokens, and if that is not enough the completions to max_length - max_prompt_length.
 
-    Returns a dict: prompt_ids, chosen_ids, rejected_ids (lists of int), is_flipped and is_truncated (bool), id.
+    Returns a dict: prompt_ids, chosen_ids, rejected_ids (lists of int), is_truncated (bool), id; is_flipped (bool) if the
+    pair has it; index, its position in a dataset, if given.
     Raises ValueError when the template does not extend the prompt, a completion is empty, or max_length < 2.
     """
     if max_length < 2:
@@ -148,30 +149,33 @@ def tokenize_pair(pair, tokenizer, max_length, max_prompt_length=None):
     from trl.data_utils import is_conversational, maybe_extract_prompt
 
     pair = {name: value for name, value in pair.items() if name != "prompt" or value is not None}
-    _check_forms(pair)
+    name = pair.get("id", "without id") if index is None else f"{index} ({pair['id']})" if pair.get("id") else index
+    _check_forms(pair, name)
     pair = {**pair, **maybe_extract_prompt(pair)}  # which drops every other column when it finds the prompt inside
     # Asked of one key: it looks at any of them, and a dataset may have messages beside text.
     encode = _encode_messages if is_conversational({"chosen": pair["chosen"]}) else _encode_text
-    prompt_ids, completions = encode(pair, tokenizer, pair.get("id", "without id"))
+    prompt_ids, completions = encode(pair, tokenizer, name)
     kept_prompt, kept = _cut(prompt_ids, completions, max_length, max_prompt_length)
-    return {
+    row = {} if index is None else {"index": index}
+    if "is_flipped" in pair:
+        row["is_flipped"] = _mark(pair["is_flipped"], name)
+    return row | {
         "id": pair.get("id"),
         "prompt_ids": kept_prompt,
         "chosen_ids": kept["chosen"],
         "rejected_ids": kept["rejected"],
-        "is_flipped": _mark(pair),
         "is_truncated": kept_prompt != prompt_ids or kept != completions,
     }
 
 
-def _check_forms(pair):
+def _check_forms(pair, name):
     """Raises ValueError unless chosen and rejected are both text, and the prompt is not messages, or both messages."""
     forms = {part: _form(pair[part]) for part in ("prompt", "chosen", "rejected") if part in pair}
     both = {forms.get("chosen"), forms.get("rejected")}
     if both not in ({"text"}, {"messages"}) or forms.get("prompt", "text") not in {"text"} | both:
         found = ", ".join(f"{part}: {form}" for part, form in forms.items())
         raise ValueError(
-            f"pair {pair.get('id', 'without id')}: expected prompt, chosen and rejected all as text or all as messages, "
+            f"pair {name}: expected prompt, chosen and rejected all as text or all as messages with role and content, "
             f"got {found}"
         )
 
@@ -180,15 +184,15 @@ def _form(value):
     if isinstance(value, str):
         return "text"
     if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
-        return "messages"
+        odd = [message for message in value if "role" not in message or not {"content", "tool_calls"} & message.keys()]
+        return f"messages with {', '.join(odd[0])}" if odd else "messages"
     return "nothing" if value is None or value == [] else type(value).__name__
 
 
-def _mark(pair):
-    value = pair.get("is_flipped")
+def _mark(value, name):
     if value is None or value in (0, 1):  # bool, or what stands for it in a table
         return bool(value)
-    raise ValueError(f"pair {pair.get('id', 'without id')}: is_flipped must be true, false or nothing, got {value!r}")
+    raise ValueError(f"pair {name}: is_flipped must be true, false or nothing, got {value!r}")
 
 
 def _cut(prompt_ids, completions, max_length, max_prompt_length):
@@ -213,7 +217,7 @@ def _encode_messages(pair, tokenizer, name):
         tools=json.loads(tools) if isinstance(tools, str) else tools,
         **(pair.get("chat_template_kwargs") or {}),
     )
-    prompt_ids = render(pair["prompt"], add_generation_prompt=True)
+    prompt_ids = pair["prompt"] and render(pair["prompt"], add_generation_prompt=True)
     if not prompt_ids:
         raise ValueError(f"pair {name}: the prompt has no token, so nothing predicts the completion's first one")
     completions = {}

@@ -13,7 +13,7 @@ from gapo_kernels import GeometricAnchor, gapo_objective, gapo_step
 from . import metrics
 from .config import GAPOConfig, nearest
 from .forward import MARK, check_logps, install
-from .preferences import PreferenceCollator, has_flips, prepare_pairs
+from .preferences import PreferenceCollator, are_marked, prepare_pairs
 from .storage import write_json
 
 logger = logging.get_logger(__name__)
@@ -147,7 +147,7 @@ class GAPOTrainer(Trainer):
         with self.accelerator.autocast():
             check_logps(self.accelerator.unwrap_model(self.model), base, args.padding_free)
         self._record = metrics.TrainingRecord(args.record_pairs)
-        self._has_flips = has_flips(train_dataset)
+        self._are_marked = are_marked(train_dataset)
         self._evaluated = []
         best, names = args.metric_for_best_model, self.evaluation_names()
         if best is not None and best.removeprefix("eval_") not in names:
@@ -263,7 +263,7 @@ class GAPOTrainer(Trainer):
             rows = self._record.take()
             if rows is not None:
                 rows = self._of_all(rows)
-                logs.update(metrics.means(rows.cpu(), self.args.beta, anchor=True, split=self._has_flips))
+                logs.update(metrics.means(rows.cpu(), self.args.beta, anchor=True, split=self._are_marked))
                 stats = self.anchor.stats
                 if stats is not None and stats.intended_norm > 0:
                     logs["gapo/applied_norm_ratio"] = stats.applied_norm / stats.intended_norm

@@ -9,8 +9,8 @@ from gapo_trainer.config import GAPOConfig
 from gapo_trainer.preferences import (
     IGNORE_INDEX,
     PreferenceCollator,
+    are_marked,
     flip_labels,
-    has_flips,
     load_preferences,
     prepare_pairs,
     tokenize_pair,
@@ -65,7 +65,7 @@ def test_completion_ends_with_the_end_of_turn(tokenizer):
     assert tokenizer.decode(row["prompt_ids"]) == prompt
     for side in ("chosen", "rejected"):
         assert tokenizer.decode(row[f"{side}_ids"]) == f"{pair[side][0]['content']} </s>"
-    assert not row["is_truncated"] and not row["is_flipped"]
+    assert not row["is_truncated"] and "is_flipped" not in row
 
 
 def test_template_that_rewrites_the_prompt_is_refused(tokenizer):
@@ -154,6 +154,7 @@ def test_messages_with_the_prompt_inside_are_as_with_it_apart(tokenizer, kind):
 
 
 MESSAGE = [{"role": "user", "content": "w9 w8"}]
+SHAREGPT = [{"from": "human", "value": "w9 w8"}]
 
 
 @pytest.mark.parametrize(
@@ -165,8 +166,14 @@ MESSAGE = [{"role": "user", "content": "w9 w8"}]
         ([{"prompt": "w1", "chosen": "", "rejected": "w2"}], ValueError, "the chosen completion is empty"),
         ([{"prompt": "w1", "chosen": "w2", "rejected": "w3", "images": []}], ValueError, "of text, got a column images"),
         ([{"prompt": "", "chosen": "w1", "rejected": "w2"}], ValueError, "prompt has no token"),
+        ([{"id": "same", "chosen": MESSAGE, "rejected": MESSAGE}], ValueError, r"pair 0 \(same\): the prompt has no token"),
         ([{"prompt": MESSAGE, "chosen": "w2", "rejected": "w3"}], ValueError, "got prompt: messages, chosen: text"),
         ([{"prompt": MESSAGE, "chosen": MESSAGE, "rejected": []}], ValueError, "chosen: messages, rejected: nothing"),
+        (
+            [{"prompt": "w1", "chosen": " w2", "rejected": " w3"}, dict.fromkeys(("prompt", "chosen", "rejected"), SHAREGPT)],
+            ValueError,
+            "pair 1: .* as messages with role and content, got prompt: messages with from, value, chosen: messages with",
+        ),
         ([{"chosen": "w2", "rejected": None}], ValueError, "got chosen: text, rejected: nothing"),
         ([{"prompt": "w1 w2", "chosen": " w3", "rejected": " w5", "is_flipped": "False"}], ValueError, "got 'False'"),
     ],
@@ -232,6 +239,9 @@ def test_rows_that_trl_tokenised_get_their_numbers(tokenizer, kind):
 
 
 @pytest.mark.parametrize("kind", [list, Dataset.from_list], ids=["list", "Dataset"])
-def test_flips_are_found(kind):
-    assert has_flips(kind([{"is_flipped": False}, {"is_flipped": True}]))
-    assert not has_flips(kind([{"is_flipped": False}])) and not has_flips(kind([{"index": 0}])) and not has_flips(None)
+def test_a_column_of_marks_is_found_whatever_it_holds(tokenizer, kind):
+    pairs = made_up_pairs(2)
+    marked = [pair | {"is_flipped": False} for pair in pairs]
+    for rows, expected in ((pairs, False), (marked, True), (flip_labels(pairs, 0.5, seed=0), True)):
+        assert are_marked(prepare_pairs(kind(rows), tokenizer, GAPOConfig(use_cpu=True))) == expected
+    assert not are_marked(None)

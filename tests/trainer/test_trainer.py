@@ -263,6 +263,19 @@ def test_training_moves_the_margins_and_logs_them(tokenizer, tmp_path):
                 assert f"gapo/weight_{name}" not in entry
 
 
+def test_a_column_of_marks_without_a_flip_is_logged(tokenizer, tmp_path):
+    clean = [pair | {"is_flipped": False} for pair in made_up_pairs(3)]
+    logged = []
+    for pairs in (clean, made_up_pairs(3)):
+        settings = dict(max_steps=1, logging_steps=1, report_to="none", save_strategy="no", use_cpu=True)
+        config = GAPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=3, disable_tqdm=True, **settings)
+        trainer = GAPOTrainer(tiny_model(), config, train_dataset=pairs, processing_class=tokenizer)
+        trainer.train()
+        logged.append(trainer.state.log_history[0])
+    assert logged[0]["gapo/gap_clean"] == logged[0]["gapo/gap"] == logged[1]["gapo/gap"]
+    assert not {"gapo/gap_flipped"} & logged[0].keys() and not {"gapo/gap_clean"} & logged[1].keys()
+
+
 def test_log_over_several_steps_is_the_mean_over_their_pairs(tokenizer, tmp_path):
     trainer = make_trainer(tokenizer, tmp_path, logging_steps=2, num_train_epochs=1)
     trainer.train()
