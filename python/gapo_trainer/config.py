@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from . import versions
+
+versions.check()  # here, for `from gapo_trainer.trainer import ...`, say
+
 _CHOICES = {
     "probe": ("loss", "margin"),
     "geometry": ("asam", "sam"),

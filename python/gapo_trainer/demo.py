@@ -21,7 +21,7 @@ from .signals import noted_interrupt, uninterrupted
 
 RECIPE = "smollm2-135m-offline"  # whose settings hold unless an option changes them
 EXIT_INTERRUPTED = 130  # what shells report for a process ended by Ctrl-C
-MISSING_MODEL = (ModuleNotFoundError, FileNotFoundError)  # answered with a line that says what to install
+MISSING = (ImportError, FileNotFoundError)  # of libraries or the model: answered with a line that says what to install
 
 
 def parse_arguments(argv=None):
@@ -100,6 +100,9 @@ class Demo:
 
     def execute(self):
         """Prepare model and data, train, evaluate. Raises KeyboardInterrupt, or sets self.interrupted."""
+        from . import versions
+
+        versions.check()
         from .interrupt import SafeStop
         from .preferences import flip_labels, load_preferences
         from .smollm2 import load_smollm2
@@ -330,7 +333,7 @@ def main(argv=None, *, load_model=None):
             demo.interrupted = note.seen or demo.asked_to_stop
             if demo.interrupted:
                 print(f"The interrupt came out as {type(error).__name__}: {error}", file=sys.stderr)
-            elif demo.stage == "preparing the model" and isinstance(error, MISSING_MODEL):
+            elif demo.stage in ("importing the libraries", "preparing the model") and isinstance(error, MISSING):
                 print(f"error: {error}", file=sys.stderr)
                 return 1
             else:

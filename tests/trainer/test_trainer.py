@@ -1,7 +1,9 @@
 """`GAPOTrainer` against the method written out on `model(...).logits`, and what it logs, accumulates and restores."""
 
 import copy
+import importlib
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -544,6 +546,12 @@ def test_libraries_that_are_too_old_are_named(monkeypatch):
         ImportError, match="transformers >= 5.17, got 4.57.1; datasets >= 4.7, got none. Run: pip install"
     ):
         versions.check()
+
+
+def test_the_module_that_all_others_import_checks_the_libraries(monkeypatch):
+    monkeypatch.setitem(versions.LEAST, "trl", "999.0")
+    with pytest.raises(ImportError, match="gapo_trainer expects trl >= 999.0, got"):
+        importlib.reload(sys.modules["gapo_trainer.config"])
 
 
 def test_the_oldest_libraries_are_those_that_are_tested():
