@@ -170,8 +170,11 @@ def parse(settings):
         _check_choice(key, choices, value)
         if isinstance(value, str) and str in typing.get_args(kinds[key]):
             actions[key].type = str  # of "bool or str" the parser makes bool
-        if value is None:
-            actions[key].default, actions[key].required = None, False
+        is_switch = actions[key].const is True  # fsdp is one, and text as well: "True" would not do
+        if value is None or (is_switch and value is False):
+            actions[key].default, actions[key].required = value, False
+        elif is_switch and value is True:
+            arguments.append(f"--{key}")
         elif isinstance(value, dict):
             if typing.get_origin(actions[key].type) is dict:
                 actions[key].type = json.loads  # the parser would call dict on the text

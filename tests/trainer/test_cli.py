@@ -59,6 +59,8 @@ def test_changes_reach_into_mappings_and_keep_types():
     seen = settings.parse(TINY | {"include_num_input_tokens_seen": "non_padding"})[-1].include_num_input_tokens_seen
     assert seen == "non_padding"
     assert settings.parse(settings.change(TINY, ["--save_strategy=no"]))[-1].save_strategy == "no"  # YAML: False
+    for fsdp in (True, False):
+        assert settings.parse(TINY | {"fsdp": fsdp, "fsdp_config": {"version": 2}})[-1].fsdp is fsdp
 
 
 def test_print_config_is_a_config(capsys, tmp_path):
