@@ -278,6 +278,29 @@ def test_a_column_of_marks_without_a_flip_is_logged(tokenizer, tmp_path):
     assert not {"gapo/gap_flipped"} & logged[0].keys() and not {"gapo/gap_clean"} & logged[1].keys()
 
 
+def test_the_log_is_over_the_pairs_of_all_processes(tokenizer, tmp_path, monkeypatch):
+    """Which may have unequal numbers of them: here two and three, whose tables stand for those of two processes."""
+    trainer = make_trainer(tokenizer, tmp_path)
+    mine, other = torch.rand(2, 9), torch.rand(3, 9)
+    monkeypatch.setattr(GAPOConfig, "world_size", 2)
+
+    def pad(rows, dim, pad_index):
+        return torch.nn.functional.pad(rows, (0, 0, 0, 1), value=pad_index)
+
+    monkeypatch.setattr(trainer.accelerator, "pad_across_processes", pad)
+    monkeypatch.setattr(trainer.accelerator, "gather", lambda rows: torch.cat([rows, other]))
+    assert torch.equal(trainer._of_all(mine), torch.cat([mine, other]))
+
+
+def test_the_anchor_of_sharded_weights_goes_on_counting(tokenizer, tmp_path):
+    """It takes the place of the one that a checkpoint's counter was loaded into."""
+    trainer = make_trainer(tokenizer, tmp_path)
+    before = trainer.anchor
+    before.load_state_dict({"step": 5, "seed": 3})
+    trainer._follow_sharding()
+    assert trainer.anchor is not before and trainer.anchor.state_dict() == {"step": 5, "seed": 3}
+
+
 def test_log_over_several_steps_is_the_mean_over_their_pairs(tokenizer, tmp_path):
     trainer = make_trainer(tokenizer, tmp_path, logging_steps=2, num_train_epochs=1)
     trainer.train()
