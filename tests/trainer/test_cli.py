@@ -15,6 +15,8 @@ from test_distributed_trainer import free_port
 
 from gapo_trainer import cli, settings
 from gapo_trainer.config import GAPOConfig
+from gapo_trainer.preferences import flip_labels, load_preferences
+from gapo_trainer.sources import load_datasets
 
 TINY = {"dataset_name": "gapo-preferences", "model_name_or_path": "none", "output_dir": "out", "use_cpu": True}
 
@@ -184,6 +186,12 @@ def test_the_keys_of_mappings_are_those_that_are_read():
     assert "lr_scheduler_kwargs" not in settings._nested_keys({"lr_scheduler_type": "reduce_lr_on_plateau"})
     for name in ("attn_implementation=kernels-community/attention", "report_to=[tensorboard, wandb]", "report_to=all"):
         settings.parse(settings.change(TINY, [f"--{name}"]))
+
+
+def test_the_seed_is_that_of_the_flips():
+    data = settings.DataConfig(dataset_name="gapo-preferences", flip_labels=0.2)
+    pairs = load_preferences("train")
+    assert list(load_datasets(data, 3)[0]) == flip_labels(pairs, 0.2, 3) != flip_labels(pairs, 0.2, 0)
 
 
 def test_one_target_of_lora_is_a_name(recipe, tmp_path, capsys):

@@ -14,7 +14,7 @@ from conftest import made_up_pairs, tiny_model
 from transformers import HfArgumentParser, TrainerCallback
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from gapo_kernels import reference
+from gapo_kernels import GeometricAnchor, gapo_objective, reference
 from gapo_trainer import versions
 from gapo_trainer.config import GAPOConfig
 from gapo_trainer.forward import install
@@ -301,6 +301,14 @@ def test_the_anchor_of_sharded_weights_goes_on_counting(tokenizer, tmp_path):
     assert trainer.anchor is not before and trainer.anchor.state_dict() == {"step": 5, "seed": 3}
 
 
+def test_the_anchors_settings_reach_it(tokenizer, tmp_path, monkeypatch):
+    made, from_model = [], GeometricAnchor.from_model
+    monkeypatch.setattr(GeometricAnchor, "from_model", lambda model, **o: made.append(o) or from_model(model, **o))
+    settings = dict(scope=1, rho=0.3, geometry="sam", direction="gaussian", rounding="nearest", seed=7)
+    make_trainer(tokenizer, tmp_path, **settings)
+    assert made == [settings | {"compute_dtype": None}]
+
+
 def test_log_over_several_steps_is_the_mean_over_their_pairs(tokenizer, tmp_path):
     trainer = make_trainer(tokenizer, tmp_path, logging_steps=2, num_train_epochs=1)
     trainer.train()
@@ -308,15 +316,17 @@ def test_log_over_several_steps_is_the_mean_over_their_pairs(tokenizer, tmp_path
     assert entry["gapo/weight"] == pytest.approx(sum(r["weight"] for r in trainer.pair_records) / 6)
 
 
-def test_evaluation_has_no_anchor_and_means_over_pairs(tokenizer, tmp_path, monkeypatch):
+@pytest.mark.parametrize("settings", [{}, {"label_smoothing": 0.2, "sft_weight": 0.5}, {"loss_type": "hinge"}], ids=str)
+def test_evaluation_has_no_anchor_and_means_over_pairs(tokenizer, tmp_path, monkeypatch, settings):
     # Four of six pairs, then two: a mean over batches would weigh the last two double.
-    trainer = make_trainer(tokenizer, tmp_path, per_device_eval_batch_size=4, rho=0.5)
+    trainer = make_trainer(tokenizer, tmp_path, per_device_eval_batch_size=4, rho=0.5, **settings)
     monkeypatch.setattr(trainer.anchor, "perturbed", lambda *a, **k: pytest.fail("evaluation used the anchor"))
     metrics = trainer.evaluate()
     with torch.no_grad():
-        margins, _ = plain_margins(trainer.model, trainer.data_collator(trainer.eval_dataset))
-    losses = -torch.nn.functional.logsigmoid(trainer.args.beta * margins - trainer.args.gamma)
-    assert metrics["eval_loss"] == pytest.approx(losses.mean().item(), rel=1e-9)
+        margins, nll = plain_margins(trainer.model, trainer.data_collator(trainer.eval_dataset))
+    options = {name: getattr(trainer.args, name) for name in ("beta", "gamma", "label_smoothing", "loss_type")}
+    loss = gapo_objective(margins, **options)[0] + trainer.args.sft_weight * nll
+    assert metrics["eval_loss"] == pytest.approx(loss.item(), rel=1e-9)
     assert metrics["eval_gapo/margin"] == pytest.approx(margins.mean().item(), rel=1e-9)
     assert metrics["eval_rewards/margins"] == pytest.approx(trainer.args.beta * margins.mean().item(), rel=1e-9)
     assert metrics["eval_rewards/accuracies"] == pytest.approx((margins > 0).double().mean().item())
