@@ -86,7 +86,7 @@ def run(data_args, model_args, config):
     except (ImportError, NotImplementedError, OSError, TypeError, ValueError) as error:
         if stop.has_begun:
             raise
-        raise SettingsError(str(error)) from error  # of what train() makes first, too: data loader, optimizer, scheduler
+        raise SettingsError(str(error)) from error  # also of what train() makes first: loader, optimizer, scheduler
     if stop.interrupted:
         return EXIT_INTERRUPTED
     if trainer.eval_dataset is not None:

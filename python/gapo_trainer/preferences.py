@@ -140,8 +140,8 @@ def tokenize_pair(pair, tokenizer, max_length, max_prompt_length=None, *, index=
     With max_prompt_length, in [1, max_length), it is cut as the authors of GAPO cut it (and of DPO before): the prompt to
     its last max_prompt_length tokens, and if that is not enough the completions to max_length - max_prompt_length.
 
-    Returns a dict: prompt_ids, chosen_ids, rejected_ids (lists of int), is_truncated (bool), id; is_flipped (bool) if the
-    pair has it; index, its position in a dataset, if given.
+    Returns a dict: prompt_ids, chosen_ids, rejected_ids (lists of int), is_truncated (bool), id; is_flipped (bool) if
+    the pair has it; index, its position in a dataset, if given.
     Raises ValueError when the template does not extend the prompt, a completion is empty, or max_length < 2.
     """
     if max_length < 2:

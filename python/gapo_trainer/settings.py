@@ -56,7 +56,9 @@ class DataConfig:
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "The configuration, for load_dataset."})
-    dataset_train_split: str = field(default="train", metadata={"help": "The split to train on; a file is one whole, 'train'."})
+    dataset_train_split: str = field(
+        default="train", metadata={"help": "The split to train on; leave it at train for a file."}
+    )
     dataset_test_split: str | None = field(
         default=None, metadata={"help": "The split, or for a file another file, to evaluate on; none: no evaluation."}
     )

@@ -104,8 +104,8 @@ class GAPOTrainer(Trainer):
         text = base.config.get_text_config()
         if getattr(text, "output_router_logits", False) and getattr(text, "router_aux_loss_coef", 0):
             raise ValueError(
-                f"expected no auxiliary loss of the experts' router, got router_aux_loss_coef = {text.router_aux_loss_coef}: "
-                "the loss is GAPO's alone; set model.config.output_router_logits = False"
+                "expected no auxiliary loss of the experts' router, got router_aux_loss_coef = "
+                f"{text.router_aux_loss_coef}: the loss is GAPO's alone; set model.config.output_router_logits = False"
             )
         install(base, args.max_logits_bytes)
         _disable_dropout(model)

@@ -52,7 +52,8 @@ def test_presets():
 
 
 def test_changes_reach_into_mappings_and_keep_types():
-    changes = ["--rho=0.5", "--scope", "3", "--lr_scheduler_type=cosine", "--lr_scheduler_kwargs.num_cycles=0.25", "--use_peft=true", "--lora-r=4"]
+    changes = ["--rho=0.5", "--scope", "3", "--use_peft=true", "--lora-r=4"]
+    changes += ["--lr_scheduler_type=cosine", "--lr_scheduler_kwargs.num_cycles=0.25"]
     changes += ["--lora_target_modules=[q_proj, v_proj]", "--learning_rate=5e-7"]
     data, model, config = settings.parse(settings.change(TINY, changes))
     assert (config.rho, config.scope, config.lr_scheduler_kwargs) == (0.5, 3, {"num_cycles": 0.25})
@@ -101,8 +102,8 @@ def test_numbers_in_mappings_are_numbers():
         (["smollm2-135m-offline", "--probe=margn"], "probe must be one of loss, margin, got 'margn'; did you mean 'ma"),
         (["smollm2-135m-offline", "--scope=backbon"], "got 'backbon'; did you mean 'backbone'"),
         (["smollm2-135m-offline", "--accelerator_config.even_batch=true"], "did you mean 'even_batches'"),
-        (["smollm2-135m-offline", "--lr_scheduler_kwargs.num_cycle=1"], "lr_scheduler_kwargs.num_cycle'; did you mean 'n"),
-        (["smollm2-135m-offline", "--gradient_checkpointing_kwargs.use_reentrnt=false"], "did you mean 'use_reentrant'"),
+        (["smollm2-135m-offline", "--lr_scheduler_kwargs.num_cycle=1"], "kwargs.num_cycle'; did you mean 'num_cycles'"),
+        (["smollm2-135m-offline", "--gradient_checkpointing_kwargs.use_reentrnt=0"], "did you mean 'use_reentrant'"),
         (["smollm2-135m-offline", "--fsdp_config.fsdp_versoin=2"], "did you mean 'fsdp_version'"),
         (["smollm2-135m-offline", "--report_to=wandbb"], "got 'wandbb'; did you mean 'wandb'"),
         (["smollm2-135m-offline", "--attn_implementation=sdpaa"], "got 'sdpaa'; did you mean 'sdpa'"),

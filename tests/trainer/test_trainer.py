@@ -448,7 +448,7 @@ def test_heads_of_other_models(architecture, settings):
         ({"dataloader_num_workers": -1}, "dataloader_num_workers must be"),
         ({"num_train_epochs": 0}, "num_train_epochs must be finite and > 0, with no max_steps, got 0"),
         ({"optim_args": "momentum"}, "optim_args must be key=value,key=value,..., got 'momentum'"),
-        ({"loss_type": "hinge", "label_smoothing": 0.1}, "loss_type 'hinge' has no label_smoothing, expected 0, got 0.1"),
+        ({"loss_type": "hinge", "label_smoothing": 0.1}, "'hinge' has no label_smoothing, expected 0, got 0.1"),
         ({"probe": "margins"}, "probe must be one of loss, margin, got 'margins'"),
         ({"scope": "head"}, "scope must be"),
         ({"scope": -1}, "scope must be"),
@@ -544,7 +544,7 @@ def test_the_metric_of_the_best_model_is_one_of_evaluations(tokenizer, tmp_path)
 def test_a_routers_auxiliary_loss_is_refused(tokenizer, tmp_path):
     sizes = dict(num_key_value_heads=1, num_local_experts=2, output_router_logits=True)
     make_trainer(tokenizer, tmp_path, other_model("Mixtral", router_aux_loss_coef=0.0, **sizes))
-    with pytest.raises(ValueError, match="got router_aux_loss_coef = 0.5: .* set model.config.output_router_logits = False"):
+    with pytest.raises(ValueError, match="router_aux_loss_coef = 0.5: .* set model.config.output_router_logits = False"):
         make_trainer(tokenizer, tmp_path, other_model("Mixtral", router_aux_loss_coef=0.5, **sizes))
 
 
