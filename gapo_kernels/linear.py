@@ -141,7 +141,7 @@ def linear_logps_forward(
     backend: str,
 ) -> list[Tensor]:
     """s (S,), counts (S,), the anchor's s (S,); per row (all of them) the shift, the total and d hidden at scale 1; kept
-    logits (K, V)."""
+    logits (K, V). With `keep`, whose shapes may depend on the labels, d hidden of the K kept rows alone."""
     head = _head(weight, bias, softcap, logit_scale, group_name, backend)
     validation.check_values(labels, head.vocabulary, cu_seqlens, shift, ignore_index)
     rows = linear_engine.find_rows(labels, cu_seqlens, shift, ignore_index, in_pairs=False)
@@ -156,7 +156,7 @@ def linear_logps_forward(
             nothing = [False] * len(needs)
             anchor = linear_engine.logps(anchor_hidden.detach(), rows, anchor_head, max_logits_bytes, nothing, False)
         results = linear_engine.logps(hidden.detach(), rows, head, max_logits_bytes, needs, keep)
-    unit = None if results.unit is None else _all_rows(results.unit, rows, labels.numel())
+    unit = results.unit if keep or results.unit is None else _all_rows(results.unit, rows, labels.numel())
     statistics = [_all_rows(values, rows, labels.numel()) for values in (results.shift, results.total)]
     logps = means(results.sums), rows.counts, hidden.new_empty(0) if anchor is None else means(anchor.sums)
     return [*logps, *statistics, _present(unit, hidden), _present(results.logits, hidden)]
@@ -212,7 +212,7 @@ def linear_logps_backward(
             scale,
             row_shift[rows.index],
             row_total[rows.index],
-            unit[rows.index] if unit.dim() == 2 else None,
+            None if unit.dim() != 2 else unit if unit.shape[0] == rows.index.shape[0] else unit[rows.index],
             logits if logits.dim() == 2 else None,
             needs,
             in_pairs,
@@ -384,8 +384,9 @@ def linear_sequence_logps(
 
     logits = cap(logit_scale * (hidden @ weight^T + bias)) with cap(x) = softcap * tanh(x / softcap); rows that predict
     nothing are left out before any GEMM. Any number of backwards may run on one graph: d log-prob / d hidden is made in
-    the forward, once, and scaled by each; for d weight the logits are kept if they fit, or computed again. The kept rows
-    are counted: on a GPU that waits for it, and cannot be captured in a CUDA graph.
+    the forward, once, and scaled by each; for d weight the logits are kept if they fit, or computed again. Between the
+    two it holds d log-prob / d hidden of the rows that predict, (K, H) in float32 at least, beyond the budget. The kept
+    rows are counted: on a GPU that waits for it, and cannot be captured in a CUDA graph.
 
     Args:
         hidden: (S, T, H) floating, the last hidden states; or (N, H) with `cu_seqlens`.

@@ -19,6 +19,8 @@ from gapo_kernels.head import Head, Statistics, WeightGradient
 from gapo_kernels.layout import align_targets, sequence_count, sequence_of_rows
 from gapo_kernels.objective import PairResults, margin_shares, pair_results, sequence_means
 
+PART_BYTES = 4 * 2**20  # of float32 hidden states or their gradient, gathered or made at a time
+
 
 class Rows(NamedTuple):
     """The K predicting rows of the hidden states, sequence by sequence (pair by pair where there are pairs)."""
@@ -78,10 +80,14 @@ class Buffer:
         return self._memory[:count]
 
     def tiles(self, start: int, stop: int) -> list[slice]:
-        """[start, stop) in tiles of at most the buffer's rows, of nearly the same size."""
-        count = max(1, -(-(stop - start) // self.limit))
-        edges = [start + (stop - start) * i // count for i in range(count + 1)]
-        return [slice(a, b) for a, b in zip(edges, edges[1:]) if a < b]
+        return _evenly(start, stop, self.limit)
+
+
+def _evenly(start: int, stop: int, limit: int) -> list[slice]:
+    """[start, stop) in slices of at most `limit`, of nearly the same size."""
+    count = max(1, -(-(stop - start) // limit))
+    edges = [start + (stop - start) * i // count for i in range(count + 1)]
+    return [slice(a, b) for a, b in zip(edges, edges[1:]) if a < b]
 
 
 class Operands(NamedTuple):
@@ -91,6 +97,22 @@ class Operands(NamedTuple):
 
     def of(self, tile: slice) -> Tensor:
         return self.hidden[cpu.places(self.hidden, self.rows.index[tile])]
+
+    @property
+    def few(self) -> int:
+        return max(1, PART_BYTES // (4 * self.hidden.shape[-1]))
+
+    def parts(self, tile: slice) -> Iterator[tuple[slice, slice]]:
+        """The tile's rows as GEMMs take them, and where they stand in the tile: of a wide head on a CPU a few at a time.
+        A GPU's GEMMs stay whole: there a row of logits is much larger than one of hidden states."""
+        limit = self.few if self.hidden.device.type == "cpu" else max(1, tile.stop - tile.start)
+        for part in _evenly(tile.start, tile.stop, limit):
+            yield part, slice(part.start - tile.start, part.stop - tile.start)
+
+    def logits(self, tile: slice, out: Tensor) -> Tensor:
+        for part, of_tile in self.parts(tile):
+            self.head.project(self.of(part), out[of_tile])
+        return out
 
 
 class Gradients:
@@ -107,16 +129,20 @@ class Gradients:
         operands = self._operands
         head, rows = operands.head, operands.rows
         gradient = head.differentiate_(logits, rows.label[tile], statistics.shift, statistics.total, scale)
-        if self._needs[0]:
-            self.hidden[rows.index[tile]] = head.hidden_gradient(gradient).to(self.hidden.dtype)
-        if self._needs[1] or self._needs[2]:
-            # 0 * NaN: rows without a coefficient (an inert pair, say) have no part, whatever their hidden states are
-            self._head.add(gradient, operands.of(tile).masked_fill((scale == 0)[:, None], 0))
+        for part, of_tile in operands.parts(tile):
+            if self._needs[0]:
+                self.hidden[rows.index[part]] = head.hidden_gradient(gradient[of_tile]).to(self.hidden.dtype)
+            if self._needs[1] or self._needs[2]:
+                # 0 * NaN: rows without a coefficient (an inert pair, say) have no part, whatever their hidden states are
+                hidden = operands.of(part).masked_fill_((scale[of_tile] == 0)[:, None], 0)
+                self._head.add(gradient[of_tile], hidden)
 
-    def multiply_(self, index: Tensor, factor: Tensor) -> None:
-        """All there is so far, which came from the rows `index`, times a number."""
+    def multiply_(self, tile: slice, factor: Tensor) -> None:
+        """All there is so far, which came from the tile's rows, times a number: of each row, if only d hidden is made."""
         if self._needs[0]:
-            self.hidden[index] = (self.hidden[index] * factor).to(self.hidden.dtype)
+            index, few = self._operands.rows.index[tile], self._operands.few
+            for part, factors in zip(index.split(few), factor.expand(len(index)).split(few)):
+                self.hidden[part] = _scaled(self.hidden[part], factors)
         self._head.multiply_(factor)
 
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -130,7 +156,7 @@ def _zero_rows(hidden: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _statistics(operands: Operands, tile: slice, buffer: Buffer) -> tuple[Tensor, Statistics]:
-    logits = operands.head.project(operands.of(tile), buffer.rows(tile.stop - tile.start))
+    logits = operands.logits(tile, buffer.rows(tile.stop - tile.start))
     return logits, operands.head.statistics(logits, operands.rows.label[tile])
 
 
@@ -175,15 +201,14 @@ def loss(
         if anchor is not None:
             logps = torch.cat(_rows_logps(anchor, start, stop, buffer))
             anchor_sums += _sums_of(rows, logps, start, stop)
-        tiles, found, units = buffer.tiles(start, stop), [], []
+        tiles, found = buffer.tiles(start, stop), []
         unit = len(tiles) > 1 and needs[0] and not (needs[1] or needs[2])
         ahead = len(tiles) > 1 and (needs[1] or needs[2]) and shares is not None and not every
         for tile in tiles:
             logits, statistics = _statistics(operands, tile, buffer)
-            if unit:
-                units.append(_unit(head, logits, rows.label[tile], statistics))
-            elif ahead:
-                gradients.add(tile, logits, statistics, shares[rows.sequence[tile]])
+            if unit or ahead:
+                share = shares[rows.sequence[tile]] if ahead else torch.ones_like(statistics.total)
+                gradients.add(tile, logits, statistics, share)
             found.append(statistics)
         every += found
         sums += _sums_of(rows, torch.cat([statistics.logps for statistics in found]), start, stop)
@@ -193,17 +218,13 @@ def loss(
         # Those of pairs still to come are not read.
         coefficients = pair_results(sums, rows.counts, margin, **options).coefficients
         scale = coefficients[rows.sequence[start:stop]]
-        if ahead:
-            gradients.multiply_(rows.index[start:stop], _common(coefficients, shares, rows.sequence[start]))
-            continue
-        if unit:
-            for tile, hidden_unit in zip(tiles, units):
-                scaled = _scaled(hidden_unit, scale[tile.start - start : tile.stop - start])
-                gradients.hidden[rows.index[tile]] = scaled.to(gradients.hidden.dtype)
+        if unit or ahead:
+            factor = _common(coefficients, shares, rows.sequence[start]) if ahead else scale
+            gradients.multiply_(slice(start, stop), factor)
             continue
         for tile, statistics in zip(tiles, found):
             if len(tiles) > 1:
-                logits = head.project(operands.of(tile), buffer.rows(tile.stop - tile.start))
+                logits = operands.logits(tile, buffer.rows(tile.stop - tile.start))
             gradients.add(tile, logits, statistics, scale[tile.start - start : tile.stop - start])
     if anchor is not None:
         anchor_margin = _margin(anchor_sums, rows.counts, options)
@@ -267,37 +288,30 @@ def logps(
     if keep and (needs[1] or needs[2]) and kept + _least_tile(kept) <= buffer.limit:
         logits_kept = torch.empty(kept, vocabulary, dtype=head.buffer_dtype, device=hidden.device)
         buffer = _beside_kept(head, kept, max_logits_bytes)
-    unit = torch.empty(kept, hidden.shape[-1], dtype=_unit_dtype(head), device=hidden.device) if needs[0] else None
+    # Not rounded to 16 bits before a coefficient scales it.
+    unit = hidden.new_empty(kept, hidden.shape[-1], dtype=cpu.accumulation_dtype(hidden)) if needs[0] else None
     every: list[Statistics] = []
     for tile in buffer.tiles(0, kept):
         out = buffer.rows(tile.stop - tile.start) if logits_kept is None else logits_kept[tile]
-        logits = head.project(operands.of(tile), out)
+        logits = operands.logits(tile, out)
         statistics = head.statistics(logits, rows.label[tile])
         every.append(statistics)
         if unit is not None:
             if logits_kept is not None:
                 logits = buffer.rows(tile.stop - tile.start).copy_(logits)
-            unit[tile] = _unit(head, logits, rows.label[tile], statistics)
+            ones = torch.ones_like(statistics.total)
+            gradient = head.differentiate_(logits, rows.label[tile], statistics.shift, statistics.total, ones)
+            for part, of_tile in operands.parts(tile):
+                unit[part] = head.hidden_gradient(gradient[of_tile])
     if unit is not None and head.shard is not None:
         torch.distributed.all_reduce(unit, group=head.shard.group)
     row_logps = torch.cat([s.logps for s in every]) if every else hidden.new_zeros(0)
     return LogpsResults(rows.sums(row_logps), *_joined(every, hidden), unit, logits_kept)
 
 
-def _unit(head: Head, logits: Tensor, labels: Tensor, statistics: Statistics) -> Tensor:
-    """d(-log-prob of the row's label) / d hidden (R, H), which a coefficient scales: not rounded to 16 bits before. The
-    logits are used up."""
-    ones = torch.ones_like(statistics.total)
-    return head.hidden_gradient(head.differentiate_(logits, labels, statistics.shift, statistics.total, ones))
-
-
 def _scaled(unit: Tensor, scale: Tensor) -> Tensor:
-    """scale (R,) * unit, zero where the scale is, whatever the unit is."""
+    """scale (R,) * unit (R, H), zero where the scale is, whatever the unit is."""
     return (unit * scale[:, None].to(unit.dtype)).masked_fill_((scale == 0)[:, None], 0)
-
-
-def _unit_dtype(head: Head) -> torch.dtype:
-    return torch.promote_types(head.weight.dtype, torch.float32)
 
 
 def _least_tile(kept: int) -> int:
@@ -342,16 +356,20 @@ def logps_gradients(
         tile_scale = shares[rows.sequence] if ahead else row_scale
         for tile in tiles:
             out = buffer.rows(tile.stop - tile.start)
-            tile_logits = head.project(operands.of(tile), out) if logits is None else out.copy_(logits[tile])
+            tile_logits = operands.logits(tile, out) if logits is None else out.copy_(logits[tile])
             if shift is None:
                 statistics = head.statistics(tile_logits, rows.label[tile])
             else:
                 statistics = Statistics(shift[tile], total[tile], total[tile])
             gradients.add(tile, tile_logits, statistics, tile_scale[tile])
         if ahead:
-            gradients.multiply_(rows.index[start:stop], _common(scale, shares, rows.sequence[start]))
-    found = [None if gradient is None else gradient.to(hidden.dtype) for gradient in gradients.results()]
+            gradients.multiply_(slice(start, stop), _common(scale, shares, rows.sequence[start]))
+    found = list(gradients.results())
+    del gradients  # what is rounded below goes at once, one after the other
+    for i in range(len(found)):
+        found[i] = None if found[i] is None else found[i].to(hidden.dtype)
     if needs[0] and unit is not None:
         found[0] = _zero_rows(hidden, hidden.dtype)
-        found[0][rows.index] = _scaled(unit, row_scale).to(hidden.dtype)
+        for index, part, scales in zip(*(t.split(operands.few) for t in (rows.index, unit, row_scale))):
+            found[0][index] = _scaled(part, scales).to(hidden.dtype)
     return tuple(found)

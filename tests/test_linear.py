@@ -201,6 +201,18 @@ def test_gradcheck():
         assert torch.autograd.gradcheck(logps, (hidden, weight, bias))
 
 
+@pytest.mark.parametrize("frozen", [(), ("weight",)], ids=str)
+def test_a_wide_heads_rows_go_through_the_gemms_a_few_at_a_time(frozen, monkeypatch):
+    monkeypatch.setattr(linear_engine, "PART_BYTES", 2 * 4 * WIDTH)
+    hidden, weight, _, labels, anchor, _ = problem()
+    for name, options in (("fused_linear_gapo_loss", dict(anchor_hidden=anchor)), ("linear_sequence_logps", {})):
+        expected = run(getattr(reference, name), hidden, weight, None, labels, frozen=frozen, **options)
+        for budget in (5 * ROW, 2**30):
+            options.update(frozen=frozen, max_logits_bytes=budget)
+            found = run(globals()[name], hidden, weight, None, labels, **options)
+            assert_equal(*((r if isinstance(r[0], tuple) else ((r[0],), r[1])) for r in (found, expected)))
+
+
 # ---- What is computed, and how often ----
 
 
@@ -697,9 +709,9 @@ def logps_as_in_a_step(*head, **options):
         linear_sequence_logps(*head, **options)
     kept.sum().backward()
 def run(length):
-    hidden = torch.randn(8, length, 64, requires_grad=True)
-    weight = torch.randn(32768, 64, requires_grad=True)
-    labels = torch.randint(32768, (8, length))
+    hidden = torch.randn(8, length, {width}, requires_grad=True)
+    weight = torch.randn({vocabulary}, {width}, requires_grad=True)
+    labels = torch.randint({vocabulary}, (8, length))
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
     {call}(hidden, weight, labels, max_logits_bytes={mib} * 2**20)
@@ -711,12 +723,16 @@ print(run({length}))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-# All logits are 1 MiB a position. In the last row they fit, with a buffer beside them, and are kept for the backward.
-@pytest.mark.parametrize("mib, length", [(8, 256), (32, 256), (64, 256), (160, 128)])
+# All logits of the narrow head are 1 MiB a position. In the last row they fit, with a buffer beside them, and are kept for
+# the backward. The wide head's hidden states are as large as its logits: nothing the size of them may be made on the way.
+@pytest.mark.parametrize(
+    "mib, length, width, vocabulary",
+    [(8, 256, 64, 32768), (32, 256, 64, 32768), (64, 256, 64, 32768), (32, 512, 2048, 2048), (160, 128, 64, 32768)],
+)
 @pytest.mark.parametrize("call", ["loss", "loss_of_each_pair", "logps", "logps_as_in_a_step"])
-def test_peak_memory_is_the_budget_and_at_most_64_mib(call, mib, length):
+def test_peak_memory_is_the_budget_and_at_most_64_mib(call, mib, length, width, vocabulary):
     """Eager holds all logits several times."""
-    script = PEAK.format(call=call, mib=mib, length=length)
+    script = PEAK.format(call=call, mib=mib, length=length, width=width, vocabulary=vocabulary)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     if "PermissionError" in done.stderr:
         pytest.skip("the kernel does not let the peak be reset")
