@@ -408,6 +408,7 @@ def linear_sequence_logps(
     Raises:
         ValueError, TypeError: as `sequence_logps`; TypeError for a head that is a DTensor, quantised, or a module.
     """
+    validation.check_group(vocab_parallel_group)
     weight, bias = _own_rows(vocab_parallel_group, weight, bias)
     hidden, weight, bias = _autocast(hidden, weight, bias)
     validation.check_linear(hidden, weight, labels, bias, cu_seqlens, ignore_index, softcap, logit_scale)
@@ -497,6 +498,7 @@ def fused_linear_gapo_loss(
     Raises:
         ValueError, TypeError: as `fused_gapo_loss`; TypeError for a head that is a DTensor, quantised, or a module.
     """
+    validation.check_group(vocab_parallel_group)
     weight, bias, anchor_weight = _own_rows(vocab_parallel_group, weight, bias, anchor_weight)
     hidden, weight, bias = _autocast(hidden, weight, bias)
     validation.check_hyperparameters(beta, gamma, label_smoothing, loss_type, reduction, sft_weight)

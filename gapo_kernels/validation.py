@@ -99,8 +99,7 @@ def check_linear(
     logit_scale: float,
 ) -> None:
     """Hidden states, their labels and the LM head."""
-    if getattr(hidden, "device_mesh", None) is not None:
-        raise TypeError("hidden must be a plain tensor, got a DTensor; pass hidden.full_tensor()")
+    check_plain(hidden=hidden, labels=labels)
     _check_rows_and_labels(hidden, labels, cu_seqlens, ignore_index, "hidden", "H", "width of at least 1")
     check_head(weight, hidden, "weight")
     if bias is not None:
@@ -118,6 +117,24 @@ def check_linear(
         check_number(softcap, "softcap")
         if softcap <= 0:
             raise ValueError(f"softcap must be > 0 or None, got {softcap}")
+
+
+def check_plain(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if getattr(tensor, "device_mesh", None) is not None:
+            raise TypeError(f"{name} must be a plain tensor, got a DTensor; pass {name}.full_tensor()")
+
+
+def check_group(group: object) -> None:
+    if group is None or isinstance(group, torch.distributed.ProcessGroup):
+        return
+    non_member = torch.distributed.GroupMember.NON_GROUP_MEMBER
+    if type(group) is type(non_member) and group == non_member:
+        raise TypeError("vocab_parallel_group is GroupMember.NON_GROUP_MEMBER: this rank is none of the group's")
+    remedy = "; pass mesh.get_group()" if hasattr(group, "get_group") else ""
+    raise TypeError(
+        f"vocab_parallel_group must be a torch.distributed process group, got {type(group).__name__}{remedy}"
+    )
 
 
 def check_head(weight: Tensor, hidden: Tensor, name: str) -> None:
@@ -154,6 +171,7 @@ def check_linear_anchor(
     anchor_weight: Tensor | None,
     anchor_margin: Tensor | None,
 ) -> None:
+    check_plain(anchor_hidden=anchor_hidden)
     check_anchor(hidden, cu_seqlens, anchor_hidden, anchor_margin, "hidden")
     if anchor_weight is not None:
         if anchor_hidden is None:

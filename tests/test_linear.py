@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch import nn
+from torch.distributed import GroupMember
 
 from gapo_kernels import (
     GeometricAnchor,
@@ -513,6 +514,9 @@ def test_hidden_states_that_are_not_contiguous():
 class OfMesh(torch.Tensor):
     device_mesh, placements = "a mesh", "(Shard(0),)"
 
+    class DeviceMesh:
+        get_group = None
+
 
 class Quantised(torch.Tensor):
     """As torchao's: a floating-point tensor to all appearances, around integers and a scale."""
@@ -559,6 +563,11 @@ class Quantised(torch.Tensor):
         (dict(softcap=0.0), ValueError, "softcap must be > 0 or None, got 0.0"),
         (dict(logit_scale=0.0), ValueError, "logit_scale must not be 0"),
         (dict(max_logits_bytes=0), ValueError, "max_logits_bytes must be > 0, got 0"),
+        (dict(labels=torch.zeros(6, LENGTH).as_subclass(OfMesh)), TypeError, r"DTensor; pass labels.full_tensor\(\)"),
+        (dict(vocab_parallel_group=OfMesh.DeviceMesh()), TypeError, r"process group, got DeviceMesh; pass mesh.get_group"),
+        (dict(vocab_parallel_group="tp"), TypeError, "must be a torch.distributed process group, got str$"),
+        (dict(vocab_parallel_group=0), TypeError, "must be a torch.distributed process group, got int$"),
+        (dict(vocab_parallel_group=GroupMember.NON_GROUP_MEMBER), TypeError, "this rank is none of the group's"),
         (dict(max_logits_bytes=1e9), TypeError, "max_logits_bytes must be an int, got float"),
     ],
     ids=str,
@@ -581,6 +590,7 @@ def test_what_is_refused(function, change, error, message):
             "anchor_hidden and anchor_margin were both",
         ),
         (dict(anchor_hidden=torch.zeros(1, 2, 3).double()), ValueError, "anchor_hidden must have hidden's shape"),
+        (dict(anchor_hidden=torch.zeros(6, LENGTH, WIDTH).as_subclass(OfMesh)), TypeError, "pass anchor_hidden.full_te"),
         (dict(anchor_margin=torch.zeros(2)), ValueError, r"anchor_margin must have shape \(3,\)"),
         (dict(beta=0.0), ValueError, "beta must be > 0"),
         (dict(reduction="sum"), ValueError, "reduction must be one of"),

@@ -358,7 +358,8 @@ def vocabulary_parallel(rank, sizes, dtype="float64", loss_options={}, masked=0,
 
 
 def vocabulary_parallel_dtensor(rank):
-    """A head that is a DTensor: refused without its group; with it, the gradient is a DTensor, too."""
+    """A head that is a DTensor: refused without its group, and with its mesh; with the group, the gradient is a DTensor,
+    too."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -367,17 +368,18 @@ def vocabulary_parallel_dtensor(rank):
     labels = torch.randint(11, (2, 3))
     mesh = init_device_mesh("cpu", (RANKS,))
     sharded = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
-    try:
-        linear_sequence_logps(hidden, sharded, labels)
-        message = "accepted"
-    except TypeError as error:
-        message = str(error)
+    messages = []
+    for group in (None, mesh):
+        try:
+            linear_sequence_logps(hidden, sharded, labels, vocab_parallel_group=group)
+        except TypeError as error:
+            messages.append(str(error))
     out = fused_linear_gapo_loss(hidden, sharded, labels, vocab_parallel_group=mesh.get_group())
     out.loss.backward()
     weight.requires_grad_()
     expected = fused_linear_gapo_loss(hidden, weight, labels)
     expected.loss.backward()
-    return message, out.loss.detach(), expected.loss.detach(), sharded.grad.full_tensor(), weight.grad
+    return messages, out.loss.detach(), expected.loss.detach(), sharded.grad.full_tensor(), weight.grad
 
 
 def vocabulary_parallel_label_out_of_range(rank):

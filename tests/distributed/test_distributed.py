@@ -220,8 +220,9 @@ def test_a_head_sharded_by_vocabulary(on_two_ranks, options):
 
 
 def test_a_head_that_is_a_dtensor(on_two_ranks):
-    for message, loss, expected, gradient, wanted in on_two_ranks("vocabulary_parallel_dtensor"):
-        assert "vocab_parallel_group" in message
+    for messages, loss, expected, gradient, wanted in on_two_ranks("vocabulary_parallel_dtensor"):
+        of_dtensor, of_mesh = messages
+        assert "vocab_parallel_group" in of_dtensor and "got DeviceMesh; pass mesh.get_group()" in of_mesh
         torch.testing.assert_close(loss, expected, atol=1e-12, rtol=0)
         torch.testing.assert_close(gradient, wanted, atol=1e-12, rtol=0)
 
