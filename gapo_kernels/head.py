@@ -5,11 +5,12 @@
 Arithmetic: the GEMMs are torch's, in the dtype of the operands with float32 accumulation; 16-bit operands on a CPU are
 computed in float32, a slice of the vocabulary at a time. The softmax is a back end's launchers', each row by itself.
 With a process group the vocabulary is sharded over its ranks: a row's maximum and sum are combined, O(rows) numbers.
+Slices of the vocabulary, where not even a row of logits is to be in memory, are shards on one rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from types import ModuleType
 from typing import NamedTuple
@@ -31,7 +32,7 @@ class Statistics(NamedTuple):
 
 
 class VocabularyShard(NamedTuple):
-    group: torch.distributed.ProcessGroup
+    group: torch.distributed.ProcessGroup | None  # None: a slice of a rank's own rows
     start: int  # the first token whose row of the weight is on this rank
     largest: int  # rows of the largest shard: all ranks must cut their tiles alike
     vocabulary: int  # rows of all of them
@@ -65,6 +66,18 @@ class Head(NamedTuple):
         vocabulary = self.weight.shape[0] if self.shard is None else self.shard.largest
         return vocabulary * self.buffer_dtype.itemsize
 
+    def slices(self, columns: int) -> Iterator[tuple[slice, Head]]:
+        """The head in slices of so many tokens, and where they begin and end; itself, if it has no more."""
+        size, first = self.weight.shape[0], 0 if self.shard is None else self.shard.start
+        if columns >= size:
+            yield slice(0, size), self
+            return
+        for start in range(0, size, columns):
+            part = slice(start, min(start + columns, size))
+            shard = VocabularyShard(None, first + start, columns, self.vocabulary)
+            bias = None if self.bias is None else self.bias[part]
+            yield part, self._replace(weight=self.weight[part], bias=bias, shard=shard)
+
     def project(self, hidden: Tensor, out: Tensor) -> Tensor:
         """The logits (R, V) of hidden (R, H), in `out`."""
         hidden = hidden.to(out.dtype)
@@ -83,6 +96,11 @@ class Head(NamedTuple):
 
     def statistics(self, logits: Tensor, labels: Tensor) -> Statistics:
         """Of logits (R, V) and their labels (R,)."""
+        part = self.partial(logits, labels)
+        return part if self.shard is None else self.combined([part])
+
+    def partial(self, logits: Tensor, labels: Tensor) -> Statistics:
+        """Of a shard: with the label's logit, 0 if that is another's, in the log-probability's place."""
         shard_labels, elsewhere = self._local(labels)
         options = (_rows_apart(logits), False, False, _NO_LABEL)
         logps, _, shift, total = self.launchers.logps_forward(logits, shard_labels, *options)
@@ -90,15 +108,20 @@ class Head(NamedTuple):
             return Statistics(shift, total, logps)
         own = logits.gather(1, shard_labels[:, None]).squeeze(1).to(shift.dtype).masked_fill(elsewhere, 0)
         own.masked_fill_((labels < 0) | (labels >= self.vocabulary), torch.nan)  # no rank's: as the launchers have it
-        return self._combined(shift, total, own)
+        return Statistics(shift, total, own)
 
-    def _combined(self, shift: Tensor, total: Tensor, label_logit: Tensor) -> Statistics:
+    def combined(self, parts: list[Statistics]) -> Statistics:
+        """Of all the slices of this rank's, and all ranks'."""
+        shift, total, label_logit = (torch.stack(part) for part in zip(*parts))
+        group = None if self.shard is None else self.shard.group
         # A shard whose logits are all -inf takes no part: its sum is 0 (exp(-inf - -inf) made it NaN), its maximum finite.
         total = total.masked_fill(shift == -torch.inf, 0)
-        largest = (shift + total.log()).nan_to_num(nan=torch.inf, neginf=torch.finfo(shift.dtype).min)
-        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=self.shard.group)
-        sums = torch.stack([total * (shift - largest).exp(), label_logit])
-        torch.distributed.all_reduce(sums, group=self.shard.group)
+        largest = (shift + total.log()).nan_to_num(nan=torch.inf, neginf=torch.finfo(shift.dtype).min).amax(0)
+        if group is not None:
+            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=group)
+        sums = torch.stack([(total * (shift - largest).exp()).sum(0), label_logit.sum(0)])
+        if group is not None:
+            torch.distributed.all_reduce(sums, group=group)
         return Statistics(largest, sums[0], sums[1] - largest - sums[0].log())
 
     def differentiate_(self, logits: Tensor, labels: Tensor, shift: Tensor, total: Tensor, scale: Tensor) -> Tensor:
@@ -171,21 +194,26 @@ class WeightGradient:
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
 
-    def add(self, gradient: Tensor, hidden: Tensor) -> None:
+    def add(self, gradient: Tensor, hidden: Tensor, columns: slice = slice(None)) -> None:
+        """gradient (R, C), of the tokens `columns`."""
+        if gradient.shape[1] < self._like.shape[0]:
+            self.results()  # the zeros that slices are added to
         if self._wanted[1]:
             dtype = torch.promote_types(gradient.dtype, torch.float32)
             part = gradient.sum(0, dtype=dtype)
-            self.bias = part if self.bias is None else self.bias.add_(part)
+            if self.bias is None:
+                self.bias = part
+            else:
+                self.bias[columns].add_(part)
         if not self._wanted[0]:
             return
+        total = None if self.weight is None else self.weight[columns]
         if self._direct or gradient.dtype not in HALF:
             hidden = hidden.to(gradient.dtype)
-            if self.weight is None:
-                self.weight = gradient.t() @ hidden
-            else:
-                self.weight.addmm_(gradient.t(), hidden)
+            total = gradient.t() @ hidden if total is None else total.addmm_(gradient.t(), hidden)
         else:
-            self.weight = _added_float32(self.weight, gradient.t(), hidden)
+            total = _added_float32(total, gradient.t(), hidden)
+        self.weight = total if self.weight is None else self.weight
 
     def multiply_(self, factor: Tensor) -> None:
         for total in (self.weight, self.bias):

@@ -395,7 +395,7 @@ def linear_sequence_logps(
         bias: (V,), the head's.
         softcap: > 0, as Gemma-2's final_logit_softcapping.
         logit_scale: not 0, as Cohere's logit_scale, or 1 / Granite's logits_scaling.
-        max_logits_bytes: at most this much logits at a time (but one row always).
+        max_logits_bytes: at most this much logits at a time; one logit or more. Below one row's it is slow.
         vocab_parallel_group: the ranks over which the rows of weight (and bias) are sharded, in their order; hidden and
             labels are the same on all of them, and d hidden comes out whole on all of them. The head may be a DTensor
             with placements (Shard(0),), or this rank's rows.
@@ -412,7 +412,7 @@ def linear_sequence_logps(
     weight, bias = _own_rows(vocab_parallel_group, weight, bias)
     hidden, weight, bias = _autocast(hidden, weight, bias)
     validation.check_linear(hidden, weight, labels, bias, cu_seqlens, ignore_index, softcap, logit_scale)
-    validation.check_budget(max_logits_bytes)
+    validation.check_budget(max_logits_bytes, hidden)
     validation.check_flags(length_normalized=length_normalized, shift=shift)
     backend = ops.resolve_backend(backend, hidden.device)
     if backend == "reference":
@@ -503,7 +503,7 @@ def fused_linear_gapo_loss(
     hidden, weight, bias = _autocast(hidden, weight, bias)
     validation.check_hyperparameters(beta, gamma, label_smoothing, loss_type, reduction, sft_weight)
     validation.check_linear(hidden, weight, labels, bias, cu_seqlens, ignore_index, softcap, logit_scale)
-    validation.check_budget(max_logits_bytes)
+    validation.check_budget(max_logits_bytes, hidden)
     validation.check_flags(length_normalized=length_normalized, shift=shift)
     validation.check_pairs(hidden, cu_seqlens)
     anchor_hidden, anchor_weight, _ = _autocast(anchor_hidden, anchor_weight, None)

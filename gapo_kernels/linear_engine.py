@@ -3,7 +3,8 @@
 Rows that predict nothing are left out before any GEMM. With kept rows K: the logits cost 2 K H V flops, d hidden and
 d weight as much each. Where a tile holds whole pairs their loss, and so every row's coefficient, is known while their
 logits are still there: the gradient is written over them, and nothing is computed twice. A pair beyond the budget is
-computed twice, unless the weight is frozen: then each sequence's d hidden is made up to its coefficient, at once.
+computed twice, unless the weight is frozen: then each sequence's d hidden is made up to its coefficient, at once. Below
+the budget of one row there are slices of the vocabulary, too: all their logits are computed again for the gradient.
 """
 
 from __future__ import annotations
@@ -69,15 +70,16 @@ class Buffer:
 
     def __init__(self, head: Head, kept: int, max_logits_bytes: int) -> None:
         self.limit = max(1, max_logits_bytes // head.row_bytes)
+        self.columns = min(head.weight.shape[0], max(1, max_logits_bytes // head.buffer_dtype.itemsize))
         self._rows = min(self.limit, max(kept, 1))
         self._head = head
         self._memory: Tensor | None = None
 
-    def rows(self, count: int) -> Tensor:
+    def rows(self, count: int, columns: int | None = None) -> Tensor:
         if self._memory is None:
-            shape = (self._rows, self._head.weight.shape[0])
+            shape = (self._rows, self.columns)
             self._memory = host_memory.uninitialized(shape, self._head.buffer_dtype, self._head.weight.device)
-        return self._memory[:count]
+        return self._memory[:count, :columns]
 
     def tiles(self, start: int, stop: int) -> list[slice]:
         return _evenly(start, stop, self.limit)
@@ -103,42 +105,61 @@ class Operands(NamedTuple):
         return max(1, PART_BYTES // (4 * self.hidden.shape[-1]))
 
     def parts(self, tile: slice) -> Iterator[tuple[slice, slice]]:
-        """The tile's rows as GEMMs take them, and where they stand in the tile: of a wide head on a CPU a few at a time.
-        A GPU's GEMMs stay whole: there a row of logits is much larger than one of hidden states."""
+        """The tile's rows as GEMMs take them, and where they stand in it: of a wide head on a CPU a few at a time. A
+        GPU's GEMMs stay whole: there a row of logits is much larger than one of hidden states."""
         limit = self.few if self.hidden.device.type == "cpu" else max(1, tile.stop - tile.start)
         for part in _evenly(tile.start, tile.stop, limit):
             yield part, slice(part.start - tile.start, part.stop - tile.start)
 
-    def logits(self, tile: slice, out: Tensor) -> Tensor:
+    def logits(self, tile: slice, buffer: Buffer, out: Tensor | None = None) -> Tensor:
+        if out is None:
+            out = buffer.rows(tile.stop - tile.start, self.head.weight.shape[0])
         for part, of_tile in self.parts(tile):
             self.head.project(self.of(part), out[of_tile])
         return out
 
 
 class Gradients:
-    """d hidden, d weight and d bias, as they are needed, tile by tile; 16-bit operands' in float32."""
+    """d hidden, d weight and d bias, as they are needed, tile by tile; 16-bit operands' in float32.
 
-    def __init__(self, operands: Operands, needs: Sequence[bool], one_tile: bool) -> None:
-        self._operands, self._needs = operands, needs
-        dtype = cpu.accumulation_dtype(operands.hidden)
-        self.hidden = _zero_rows(operands.hidden, dtype) if needs[0] else None  # (all rows, H)
+    `kept_only`: d hidden (K, H) of the kept rows, instead of all.
+    """
+
+    def __init__(
+        self,
+        operands: Operands,
+        needs: Sequence[bool],
+        buffer: Buffer,
+        one_tile: bool = False,
+        kept_only: bool = False,
+    ) -> None:
+        self._operands, self._needs, self._buffer, self._kept_only = operands, needs, buffer, kept_only
+        self.hidden: Tensor | None = None
+        if needs[0]:
+            dtype, kept = cpu.accumulation_dtype(operands.hidden), operands.rows.index.shape[0]
+            shape = (kept if kept_only else operands.hidden.shape[:-1].numel(), operands.hidden.shape[-1])
+            self.hidden = (torch.empty if kept_only else torch.zeros)(shape, dtype=dtype, device=operands.hidden.device)
         self._head = WeightGradient(operands.head, needs[1], needs[2], one_tile)
 
-    def add(self, tile: slice, logits: Tensor, statistics: Statistics, scale: Tensor) -> None:
-        """`scale` (rows of the tile,): of d(-log-prob). The logits are used up."""
-        operands = self._operands
-        head, rows = operands.head, operands.rows
-        gradient = head.differentiate_(logits, rows.label[tile], statistics.shift, statistics.total, scale)
-        for part, of_tile in operands.parts(tile):
-            if self._needs[0]:
-                self.hidden[rows.index[part]] = head.hidden_gradient(gradient[of_tile]).to(self.hidden.dtype)
-            if self._needs[1] or self._needs[2]:
-                # 0 * NaN: rows without a coefficient (an inert pair, say) have no part, whatever their hidden states are
-                hidden = operands.of(part).masked_fill_((scale[of_tile] == 0)[:, None], 0)
-                self._head.add(gradient[of_tile], hidden)
+    def add(self, tile: slice, logits: Tensor | None, statistics: Statistics, scale: Tensor) -> None:
+        """`scale` (rows of the tile,): of d(-log-prob). The logits are used up; None: they are computed again."""
+        rows = self._operands.rows
+        for columns, head in self._operands.head.slices(self._buffer.columns):
+            operands = self._operands._replace(head=head)
+            own = operands.logits(tile, self._buffer) if logits is None else logits
+            gradient = head.differentiate_(own, rows.label[tile], statistics.shift, statistics.total, scale)
+            for part, of_tile in operands.parts(tile):
+                if self._needs[0]:
+                    at = part if self._kept_only else rows.index[part]
+                    d_hidden = head.hidden_gradient(gradient[of_tile])
+                    self.hidden[at] = d_hidden if columns.start == 0 else d_hidden.add_(self.hidden[at])
+                if self._needs[1] or self._needs[2]:
+                    # 0 * NaN: rows without a coefficient (an inert pair, say) have no part, whatever they are
+                    hidden = operands.of(part).masked_fill_((scale[of_tile] == 0)[:, None], 0)
+                    self._head.add(gradient[of_tile], hidden, columns)
 
     def multiply_(self, tile: slice, factor: Tensor) -> None:
-        """All there is so far, which came from the tile's rows, times a number: of each row, if only d hidden is made."""
+        """All there is so far, which came from the tile's rows, times a number; each row's, if only d hidden is."""
         if self._needs[0]:
             index, few = self._operands.rows.index[tile], self._operands.few
             for part, factors in zip(index.split(few), factor.expand(len(index)).split(few)):
@@ -151,13 +172,16 @@ class Gradients:
         return (self.hidden, *self._head.results())
 
 
-def _zero_rows(hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    return hidden.new_zeros(hidden.shape[:-1].numel(), hidden.shape[-1], dtype=dtype)
-
-
-def _statistics(operands: Operands, tile: slice, buffer: Buffer) -> tuple[Tensor, Statistics]:
-    logits = operands.logits(tile, buffer.rows(tile.stop - tile.start))
-    return logits, operands.head.statistics(logits, operands.rows.label[tile])
+def _statistics(
+    operands: Operands, tile: slice, buffer: Buffer, out: Tensor | None = None
+) -> tuple[Tensor | None, Statistics]:
+    """And the logits, in `out` or the buffer; None if that does not hold a row of them."""
+    head, label = operands.head, operands.rows.label[tile]
+    if buffer.columns == head.weight.shape[0]:
+        logits = operands.logits(tile, buffer, out)
+        return logits, head.statistics(logits, label)
+    slices = (part for _, part in head.slices(buffer.columns))
+    return None, head.combined([s.partial(operands._replace(head=s).logits(tile, buffer), label) for s in slices])
 
 
 def _rows_logps(operands: Operands, start: int, stop: int, buffer: Buffer) -> list[Tensor]:
@@ -192,7 +216,7 @@ def loss(
     anchor = None if anchor_hidden is None else Operands(anchor_hidden, rows, anchor_head)
     pairs, kept = rows.counts.shape[0] // 2, rows.index.shape[0]
     buffer = Buffer(head, kept, max_logits_bytes)
-    gradients = Gradients(operands, needs, one_tile=False)
+    gradients = Gradients(operands, needs, buffer)
     every: list[Statistics] = []
     sums = torch.zeros(2 * pairs, dtype=torch.float64, device=hidden.device)
     anchor_sums = torch.zeros_like(sums)
@@ -223,9 +247,8 @@ def loss(
             gradients.multiply_(slice(start, stop), factor)
             continue
         for tile, statistics in zip(tiles, found):
-            if len(tiles) > 1:
-                logits = operands.logits(tile, buffer.rows(tile.stop - tile.start))
-            gradients.add(tile, logits, statistics, scale[tile.start - start : tile.stop - start])
+            own = logits if len(tiles) == 1 else None
+            gradients.add(tile, own, statistics, scale[tile.start - start : tile.stop - start])
     if anchor is not None:
         anchor_margin = _margin(anchor_sums, rows.counts, options)
     dtype = cpu.accumulation_dtype(hidden)
@@ -289,24 +312,17 @@ def logps(
         logits_kept = torch.empty(kept, vocabulary, dtype=head.buffer_dtype, device=hidden.device)
         buffer = _beside_kept(head, kept, max_logits_bytes)
     # Not rounded to 16 bits before a coefficient scales it.
-    unit = hidden.new_empty(kept, hidden.shape[-1], dtype=cpu.accumulation_dtype(hidden)) if needs[0] else None
+    unit = Gradients(operands, (needs[0], False, False), buffer, kept_only=True)
     every: list[Statistics] = []
     for tile in buffer.tiles(0, kept):
-        out = buffer.rows(tile.stop - tile.start) if logits_kept is None else logits_kept[tile]
-        logits = operands.logits(tile, out)
-        statistics = head.statistics(logits, rows.label[tile])
+        logits, statistics = _statistics(operands, tile, buffer, None if logits_kept is None else logits_kept[tile])
         every.append(statistics)
-        if unit is not None:
+        if needs[0]:
             if logits_kept is not None:
                 logits = buffer.rows(tile.stop - tile.start).copy_(logits)
-            ones = torch.ones_like(statistics.total)
-            gradient = head.differentiate_(logits, rows.label[tile], statistics.shift, statistics.total, ones)
-            for part, of_tile in operands.parts(tile):
-                unit[part] = head.hidden_gradient(gradient[of_tile])
-    if unit is not None and head.shard is not None:
-        torch.distributed.all_reduce(unit, group=head.shard.group)
+            unit.add(tile, logits, statistics, torch.ones_like(statistics.total))
     row_logps = torch.cat([s.logps for s in every]) if every else hidden.new_zeros(0)
-    return LogpsResults(rows.sums(row_logps), *_joined(every, hidden), unit, logits_kept)
+    return LogpsResults(rows.sums(row_logps), *_joined(every, hidden), unit.results()[0], logits_kept)
 
 
 def _scaled(unit: Tensor, scale: Tensor) -> Tensor:
@@ -334,9 +350,9 @@ def logps_gradients(
     head: Head,
     max_logits_bytes: int,
     scale: Tensor,  # (S,) of d(-log-prob) of each sequence's rows
-    shift: Tensor | None,  # (K,), and all that LogpsResults has
-    total: Tensor | None,
-    unit: Tensor | None,
+    shift: Tensor,  # (K,)
+    total: Tensor,  # (K,)
+    unit: Tensor | None,  # as LogpsResults has them
     logits: Tensor | None,
     needs: Sequence[bool],
     in_pairs: bool,
@@ -348,20 +364,16 @@ def logps_gradients(
     hidden_needed = needs[0] and unit is None
     buffer = Buffer(head, kept, max_logits_bytes) if logits is None else _beside_kept(head, kept, max_logits_bytes)
     operands = Operands(hidden, rows, head)
-    gradients = Gradients(operands, (hidden_needed, *needs[1:]), one_tile=kept <= buffer.limit)
+    one_tile = kept <= buffer.limit and buffer.columns == head.weight.shape[0]
+    gradients = Gradients(operands, (hidden_needed, *needs[1:]), buffer, one_tile)
     groups = _whole_pairs(rows, buffer.limit) if in_pairs else [(0, kept)]
     for start, stop in groups if hidden_needed or needs[1] or needs[2] else []:
         tiles = buffer.tiles(start, stop)
         ahead = start == 0 and len(tiles) > 1 and (needs[1] or needs[2]) and shares is not None
         tile_scale = shares[rows.sequence] if ahead else row_scale
         for tile in tiles:
-            out = buffer.rows(tile.stop - tile.start)
-            tile_logits = operands.logits(tile, out) if logits is None else out.copy_(logits[tile])
-            if shift is None:
-                statistics = head.statistics(tile_logits, rows.label[tile])
-            else:
-                statistics = Statistics(shift[tile], total[tile], total[tile])
-            gradients.add(tile, tile_logits, statistics, tile_scale[tile])
+            own = None if logits is None else buffer.rows(tile.stop - tile.start).copy_(logits[tile])
+            gradients.add(tile, own, Statistics(shift[tile], total[tile], total[tile]), tile_scale[tile])
         if ahead:
             gradients.multiply_(slice(start, stop), _common(scale, shares, rows.sequence[start]))
     found = list(gradients.results())
@@ -369,7 +381,7 @@ def logps_gradients(
     for i in range(len(found)):
         found[i] = None if found[i] is None else found[i].to(hidden.dtype)
     if needs[0] and unit is not None:
-        found[0] = _zero_rows(hidden, hidden.dtype)
+        found[0] = hidden.new_zeros(hidden.shape[:-1].numel(), hidden.shape[-1])
         for index, part, scales in zip(*(t.split(operands.few) for t in (rows.index, unit, row_scale))):
             found[0][index] = _scaled(part, scales).to(hidden.dtype)
     return tuple(found)

@@ -183,11 +183,12 @@ def check_linear_anchor(
             )
 
 
-def check_budget(max_logits_bytes: int) -> None:
+def check_budget(max_logits_bytes: int, hidden: Tensor) -> None:
     if isinstance(max_logits_bytes, bool) or not isinstance(max_logits_bytes, int):
         raise TypeError(f"max_logits_bytes must be an int, got {type(max_logits_bytes).__name__}")
-    if max_logits_bytes <= 0:
-        raise ValueError(f"max_logits_bytes must be > 0, got {max_logits_bytes}")
+    least = max(4, hidden.element_size())
+    if max_logits_bytes < least:
+        raise ValueError(f"max_logits_bytes must be at least one logit's, {least}, got {max_logits_bytes}")
     if max_logits_bytes >= 2**63:
         raise ValueError(f"max_logits_bytes must be below 2**63, got {max_logits_bytes}")
 

@@ -22,7 +22,13 @@ from gapo_kernels import head as lm_head
 
 VOCABULARY, WIDTH, LENGTH, PAIRS = 37, 5, 6, 3
 ROW = VOCABULARY * 8  # bytes of a row of float64 logits
-BUDGETS = {"one row": ROW, "a few rows": 3 * ROW, "one pair": 2 * LENGTH * ROW, "all": 2**30}
+BUDGETS = {
+    "a third of a row": ROW // 3,
+    "one row": ROW,
+    "a few rows": 3 * ROW,
+    "one pair": 2 * LENGTH * ROW,
+    "all": 2**30,
+}
 HEADS = {
     "plain": {},
     "bias": dict(bias=True),
@@ -96,6 +102,39 @@ def test_loss_fields_and_gradients(budget, head, frozen, backend, device):
     assert_equal(found, expected)
 
 
+@pytest.mark.parametrize(
+    "dtype, tolerance",
+    [
+        pytest.param(torch.float64, 1e-10, marks=pytest.mark.kernels),
+        (torch.float32, 1e-5),
+        (torch.bfloat16, 2e-2),
+    ],
+)
+@pytest.mark.parametrize("name", ["fused_linear_gapo_loss", "linear_sequence_logps"])
+def test_one_logit_at_a_time(name, dtype, tolerance, backend, device):
+    hidden, weight, bias, labels, _, _ = problem(pairs=1, dtype=dtype, bias=True, device=device)
+    expected = run(getattr(reference, name), hidden, weight, bias, labels, **HEADS["softcap"])
+    options = dict(HEADS["softcap"], max_logits_bytes=max(4, dtype.itemsize), backend=backend)
+    found = run(globals()[name], hidden, weight, bias, labels, **options)
+    assert_equal(*((r if isinstance(r[0], tuple) else ((r[0],), r[1])) for r in (found, expected)), tolerance)
+
+
+@pytest.mark.parametrize("function", [fused_linear_gapo_loss, linear_sequence_logps])
+@pytest.mark.parametrize("budget", [8, *BUDGETS.values()], ids=["one logit", *BUDGETS])
+def test_no_more_logits_than_the_budget_are_in_memory(function, budget, monkeypatch):
+    hidden, weight, _, labels, _, _ = problem()
+    written, project = {}, linear_engine.Head.project
+
+    def measured(head, hidden, out):
+        storage = out.untyped_storage()
+        written[storage.data_ptr()] = storage.nbytes()
+        return project(head, hidden, out)
+
+    monkeypatch.setattr(linear_engine.Head, "project", measured)
+    run(function, hidden, weight, None, labels, max_logits_bytes=budget)
+    assert 0 < max(written.values()) <= budget
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("empty", [(), (1,), (0, 4), (0, 1, 2)], ids=str)
@@ -155,7 +194,7 @@ def test_length_normalised_dpo_is_ligers(bias):
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("budget", [ROW, 4 * ROW, 2**30])
+@pytest.mark.parametrize("budget", [ROW // 3, ROW, 4 * ROW, 2**30])
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize("frozen", [(), ("weight", "bias"), ("hidden",)], ids=str)
 def test_logps_with_arbitrary_upstream_gradients(budget, head, frozen, backend, device):
@@ -189,7 +228,7 @@ def test_counts():
 def test_gradcheck():
     hidden, weight, bias, labels, _, _ = problem(pairs=1, bias=True)
     margin = torch.tensor([0.3], dtype=torch.float64)
-    for budget, sft_weight in ((ROW, 0.2), (ROW, 0.0), (2**30, 0.2)):
+    for budget, sft_weight in ((ROW // 3, 0.2), (ROW, 0.2), (ROW, 0.0), (2**30, 0.2)):
 
         def loss(hidden, weight, bias):
             options = dict(bias=bias, softcap=2.0, logit_scale=0.5, anchor_margin=margin, sft_weight=sft_weight)
@@ -345,7 +384,7 @@ def test_half_precision_is_as_close_as_a_float32_accumulated_eager_path(dtype, b
     torch.testing.assert_close(found[0].gap, eager[0].gap, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("budget", [8 * VOCABULARY * 2, 2**30])
+@pytest.mark.parametrize("budget", [VOCABULARY * 2 // 3, 8 * VOCABULARY * 2, 2**30])
 @pytest.mark.parametrize("upstream", [1.0, 1 / 3])
 def test_d_weight_of_16_bit_logits_is_as_close_as_an_eager_path(budget, upstream, monkeypatch):
     """The buffer as it is on a GPU, with the CPU's GEMMs."""
@@ -562,9 +601,9 @@ class Quantised(torch.Tensor):
         (dict(bias=torch.zeros(VOCABULARY)), TypeError, "bias must have hidden's dtype"),
         (dict(softcap=0.0), ValueError, "softcap must be > 0 or None, got 0.0"),
         (dict(logit_scale=0.0), ValueError, "logit_scale must not be 0"),
-        (dict(max_logits_bytes=0), ValueError, "max_logits_bytes must be > 0, got 0"),
+        (dict(max_logits_bytes=7), ValueError, "max_logits_bytes must be at least one logit's, 8, got 7"),
         (dict(labels=torch.zeros(6, LENGTH).as_subclass(OfMesh)), TypeError, r"DTensor; pass labels.full_tensor\(\)"),
-        (dict(vocab_parallel_group=OfMesh.DeviceMesh()), TypeError, r"process group, got DeviceMesh; pass mesh.get_group"),
+        (dict(vocab_parallel_group=OfMesh.DeviceMesh()), TypeError, r"group, got DeviceMesh; pass mesh.get_group"),
         (dict(vocab_parallel_group="tp"), TypeError, "must be a torch.distributed process group, got str$"),
         (dict(vocab_parallel_group=0), TypeError, "must be a torch.distributed process group, got int$"),
         (dict(vocab_parallel_group=GroupMember.NON_GROUP_MEMBER), TypeError, "this rank is none of the group's"),
@@ -590,7 +629,7 @@ def test_what_is_refused(function, change, error, message):
             "anchor_hidden and anchor_margin were both",
         ),
         (dict(anchor_hidden=torch.zeros(1, 2, 3).double()), ValueError, "anchor_hidden must have hidden's shape"),
-        (dict(anchor_hidden=torch.zeros(6, LENGTH, WIDTH).as_subclass(OfMesh)), TypeError, "pass anchor_hidden.full_te"),
+        (dict(anchor_hidden=torch.zeros(6, LENGTH, WIDTH).as_subclass(OfMesh)), TypeError, "anchor_hidden.full_tensor"),
         (dict(anchor_margin=torch.zeros(2)), ValueError, r"anchor_margin must have shape \(3,\)"),
         (dict(beta=0.0), ValueError, "beta must be > 0"),
         (dict(reduction="sum"), ValueError, "reduction must be one of"),
@@ -657,7 +696,7 @@ def test_a_compiled_backward_of_nothing_with_a_transposed_weight():
     assert not hidden.grad.any() and not weight.grad.any()
 
 
-@pytest.mark.parametrize("budget", [ROW, 3 * ROW])
+@pytest.mark.parametrize("budget", [ROW // 3, ROW, 3 * ROW])
 def test_a_second_backward_makes_the_same_gradients(budget):
     hidden, weight, _, labels, _, _ = problem()
     loss = fused_linear_gapo_loss(hidden, weight, labels, max_logits_bytes=budget).loss
@@ -733,8 +772,8 @@ print(run({length}))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-# All logits of the narrow head are 1 MiB a position. In the last row they fit, with a buffer beside them, and are kept for
-# the backward. The wide head's hidden states are as large as its logits: nothing the size of them may be made on the way.
+# All logits of the narrow head are 1 MiB a position. In the last row they fit, with a buffer beside them, and are kept
+# for the backward. The wide head's hidden states are as large as its logits: no more of that size may be made.
 @pytest.mark.parametrize(
     "mib, length, width, vocabulary",
     [(8, 256, 64, 32768), (32, 256, 64, 32768), (64, 256, 64, 32768), (32, 512, 2048, 2048), (160, 128, 64, 32768)],

@@ -100,7 +100,7 @@ def test_an_inert_pair_of_nan_has_no_gradient_through_a_softcap(backend, device)
     hidden[0, 1] = torch.nan
     labels = torch.ones(4, 3, dtype=torch.int64, device=device)
     labels[2] = -100
-    for budget in (1, 2**30):
+    for budget in (12, 28, 2**30):
         operands = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
         out = fused_linear_gapo_loss(*operands, labels, softcap=30.0, max_logits_bytes=budget, backend=backend)
         d_hidden, d_weight = torch.autograd.grad(out.loss, operands)
@@ -123,7 +123,7 @@ def test_a_frozen_heads_bfloat16_gradient_is_rounded_once(backend, device):
 
     truth = gradient(reference.fused_linear_gapo_loss, torch.float64)
     eager = gradient(reference.fused_linear_gapo_loss, torch.bfloat16)
-    found = gradient(fused_linear_gapo_loss, torch.bfloat16, max_logits_bytes=1, backend=backend)
+    found = gradient(fused_linear_gapo_loss, torch.bfloat16, max_logits_bytes=4 * 67, backend=backend)
     assert (found - truth).norm() <= 1.2 * (eager - truth).norm()
 
 

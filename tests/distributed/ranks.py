@@ -358,8 +358,7 @@ def vocabulary_parallel(rank, sizes, dtype="float64", loss_options={}, masked=0,
 
 
 def vocabulary_parallel_dtensor(rank):
-    """A head that is a DTensor: refused without its group, and with its mesh; with the group, the gradient is a DTensor,
-    too."""
+    """A head that is a DTensor: refused without its group or with a mesh; with it, the gradient is a DTensor, too."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 

@@ -199,9 +199,11 @@ def test_all_ranks_refuse_what_is_not_finite_on_one(on_two_ranks):
     [
         dict(sizes=(20, 17)),
         dict(sizes=(2, 35), softcap=2.0, logit_scale=0.5, max_logits_bytes=1000),
+        dict(sizes=(2, 35), softcap=2.0, logit_scale=0.5, max_logits_bytes=100),
         dict(sizes=(20, 17), loss_options=dict(reduction="none", sft_weight=0.2, loss_type="hinge")),
         dict(sizes=(20, 17), dtype="bfloat16"),
         dict(sizes=(20, 17), masked=17),  # all of a shard
+        dict(sizes=(20, 17), masked=17, max_logits_bytes=100),  # and, of that, all of its slices
     ],
     ids=str,
 )

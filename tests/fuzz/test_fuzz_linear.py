@@ -50,7 +50,7 @@ class Linear(NamedTuple):
     banned: bool  # -inf in the bias of tokens that are no label
     softcap: float | None
     logit_scale: float
-    budget: int | None  # rows of logits; 0 is less than one, None all
+    budget: int | None  # rows of logits; 0 is a third of one, None all
     needs: tuple[bool, bool, bool]  # of the operands, which ones require grad
     again: bool  # the gradient compared is that of a second backward on the same graph
     upstream: float
@@ -203,7 +203,7 @@ class Problem:
         truth = self.eager(eager_function, in_float64, upstream, without, **anchors_in_float64, **options)
         eager = self.eager(eager_function, operands, upstream, without, **anchors, **options)
         row = case.vocabulary * max(4, case.dtype.itemsize)
-        budget = 2**30 if case.budget is None else max(1, case.budget * row)
+        budget = 2**30 if case.budget is None else case.budget * row or max(8, row // 3)
         found = self.run(function, operands, upstream, max_logits_bytes=budget, backend=backend, **anchors, **options)
         for placed in self._placed:
             placed.check()
