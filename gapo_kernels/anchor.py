@@ -124,7 +124,7 @@ class GeometricAnchor:
         validation.check_choice(geometry, GEOMETRIES, "geometry")
         validation.check_choice(direction, DIRECTIONS, "direction")
         validation.check_choice(rounding, ROUNDINGS, "rounding")
-        if isinstance(seed, bool) or not isinstance(seed, int):
+        if not _is_int(seed):
             raise TypeError(f"seed must be an int, got {type(seed).__name__}")
         if not isinstance(compute_dtype, (torch.dtype, type(None))):
             raise TypeError(f"compute_dtype must be a torch.dtype or None, got {type(compute_dtype).__name__}")
@@ -171,7 +171,7 @@ class GeometricAnchor:
         return {"step": self._step, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        if not isinstance(state, dict) or any(type(state.get(key)) is not int for key in ("step", "seed")):
+        if not isinstance(state, dict) or not all(_is_int(state.get(key)) for key in ("step", "seed")):
             raise ValueError(f"expected what state_dict() returns, the ints 'step' and 'seed', got {state}")
         self._step, self.seed = state["step"], state["seed"]
 
@@ -186,7 +186,7 @@ class GeometricAnchor:
         """Inside the context the weights are theta~; after it, whatever happened, they are theta bit for bit.
 
         Autograd is not told of the move, so a graph built before the context stays usable after it. Nothing is
-        written to `.grad`. A Ctrl-C inside waits until the weights are back; a second one does not wait, and they are
+        written to `.grad`, but of what asked for it (`retain_grad()` on a tensor of the graph). A Ctrl-C inside waits until the weights are back; a second one does not wait, and they are
         put back all the same. The original weights wait in the memory of the objective's gradients: beyond those
         nothing of the model's size is held (with `grads` or noise one copy of the parameters that move).
 
@@ -281,7 +281,7 @@ class GeometricAnchor:
                 f"{validation.describe(grads) if isinstance(grads, Tensor) else len(grads)}"
             )
         else:
-            directions = list(grads)
+            directions = [grad if p.requires_grad else None for grad, p in zip(grads, self.params)]
         del grads
         for number, (name, param) in enumerate(zip(self.names, self.params)):
             grad, directions[number] = directions[number], None
@@ -361,6 +361,10 @@ class GeometricAnchor:
                 f"the casts' rounding. Pass compute_dtype={dtype} to the anchor, or train without autocast",
                 stacklevel=1,
             )
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class _OfShardedModel(list):

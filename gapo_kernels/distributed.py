@@ -184,6 +184,14 @@ class ShardedModel:
         for group in self._groups():
             group.wait_for_unshard()
             group._to_sharded()
+        # A backward gathers on streams of FSDP's own, which wait for a change of the shards before a forward only.
+        states = (module._get_fsdp_state() for module in self._modules)
+        for state in {id(state._comm_ctx): state for state in states}.values():
+            context = state._comm_ctx
+            if hasattr(context, "all_gather_copy_in_stream"):  # made with the first forward
+                now = state._device_handle.current_stream()
+                context.all_gather_copy_in_stream.wait_stream(now)
+                context.all_gather_stream.wait_stream(now)
 
     def compute_dtypes(self) -> dict[int, torch.dtype | None]:
         """For every sharded parameter's id the dtype of its MixedPrecisionPolicy, if that has one."""

@@ -201,5 +201,5 @@ def round_stochastically_(x: Tensor, grid: torch.dtype, bits: Tensor) -> Tensor:
     power = power.clamp_(_FLOAT16_LEAST_NORMAL, _FLOAT16_LARGEST_POWER)
     quotient = magnitude.div_(power).mul_(_FLOAT16_DIGITS)  # exact: both are powers of two
     whole = quotient.floor()
-    up = (bits + 0.5) * 2.0**-16 < quotient - whole
+    up = bits.float().add_(0.5).mul_(2.0**-16) < quotient - whole
     return x.copy_(torch.copysign((whole + up).mul_(power).div_(_FLOAT16_DIGITS), x))

@@ -94,7 +94,7 @@ def normal(start: int, count: int, number: int, shard: int, step: int, seed: int
     Box-Muller: counter c serves the elements 4 c .. 4 c + 3, two from each pair of words.
     """
     c0 = torch.arange(start // 4, start // 4 + -(-count // 4), device=device)
-    uniform = [((word + 0.5) * 2.0**-32) for word in philox(c0, 2 * shard + NOISE, number, step, seed)]
+    uniform = [((word.float() + 0.5) * 2.0**-32) for word in philox(c0, 2 * shard + NOISE, number, step, seed)]
     values = []
     for u, v in (uniform[:2], uniform[2:]):
         radius, angle = u.double().log_().mul_(-2).sqrt_(), v.double().mul_(2 * math.pi)

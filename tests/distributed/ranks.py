@@ -20,6 +20,7 @@ from gapo_kernels import (
     sequence_logps,
     validation,
 )
+from gapo_kernels.displacement import Displacement
 
 RANKS, PAIRS, RHO = 2, 4, 0.3
 
@@ -262,6 +263,26 @@ def fsdp_fails_inside(rank, where):
         logits = model(input_ids=ids).logits
         expected = tiny_models.build("llama")(input_ids=ids).logits
     return error, restored, gradients, torch.equal(logits, expected)
+
+
+def fsdp_streams(rank):
+    """How many of the streams that a backward gathers on wait for the weights to be back."""
+    model = _shard(tiny_models.build("llama"))
+    anchor = GeometricAnchor.from_model(model, rho=RHO)
+    gapo_step(logps_of(model, rank), anchor).loss.backward()  # makes the streams
+    context, waited, restore = model._get_fsdp_state()._comm_ctx, set(), Displacement.restore
+
+    class Stream:
+        def wait_stream(self, other):
+            waited.add(self)
+
+    def restore_with_other_streams(move):
+        restore(move)
+        context.all_gather_copy_in_stream, context.all_gather_stream = Stream(), Stream()
+
+    Displacement.restore = restore_with_other_streams
+    gapo_step(logps_of(model, rank), anchor)
+    return len(waited)
 
 
 def fsdp_mixed_precision(rank):

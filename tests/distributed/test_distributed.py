@@ -124,6 +124,10 @@ def test_fsdp2_restores_its_shards(on_two_ranks, where, error):
         assert found == (error, True, True, True)
 
 
+def test_what_fsdp2_gathers_in_the_backward_waits_for_the_weights(on_two_ranks):
+    assert on_two_ranks("fsdp_streams") == [2, 2]
+
+
 def test_fsdp2_mixed_precision_is_perturbed_on_its_own_grid(on_two_ranks):
     for on_grid, unchanged, restored, changed in on_two_ranks("fsdp_mixed_precision"):
         assert on_grid and restored and 0 < changed < 1
