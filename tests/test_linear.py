@@ -38,7 +38,7 @@ HEADS = {
     "everything": dict(bias=True, softcap=2.0, logit_scale=-1.3),
 }
 if os.environ.get("TRITON_INTERPRET") == "1":  # slow: what "everything" has is not run once more by itself
-    HEADS = {name: HEADS[name] for name in ("plain", "everything")}
+    HEADS = {name: HEADS[name] for name in ("plain", "softcap", "everything")}
 FIELDS = reference.GAPOOutput._fields
 
 
