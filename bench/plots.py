@@ -241,6 +241,8 @@ def _bars(runs: Sequence[Run]) -> dict:
                 {"name": name, "ms": time["median_ms"], "from": time["quartile_1_ms"], "to": time["quartile_3_ms"]}
                 for name, time in case["times"].items()
             ]
+            for bar in bars:
+                bar["share"] = case["of_authors"].get(bar["name"], {}).get("median")
             bars.sort(key=lambda bar: STEP_ORDER.index(bar["name"]))
             allocator = ", allocator told to keep freed memory" if run.tuned else ""
             groups.append({"title": f"{case['name']}{allocator}", "bars": bars})
@@ -260,13 +262,12 @@ def _draw_bars(data: dict):
     grid = figure.subplots(len(groups), 1, squeeze=False, sharex=True, gridspec_kw={"height_ratios": sizes})[:, 0]
     for axes, group in zip(grid, groups):
         bars = group["bars"]
-        authors = next(bar["ms"] for bar in bars if bar["name"] == "authors")
         for place, bar in enumerate(bars):
             colour = STYLES.get(bar["name"], OTHER)[0]
             middle, low, high = (bar[key] / divisor for key in ("ms", "from", "to"))
             axes.barh(place, middle, color=colour, height=0.7, alpha=0.85)
             axes.errorbar(middle, place, xerr=[[middle - low], [high - middle]], color="#7F7F7F", capsize=3)
-            share = "" if bar["name"] == "authors" else f", {bar['ms'] / authors:.2f} of the authors'"
+            share = "" if bar["share"] is None else f", {bar['share']:.2f} of the authors'"
             axes.text(high + 0.012 * longest, place, f"{milliseconds(bar['ms'])}{share}", va="center")
         names = [CONTENDERS.get(bar["name"], bar["name"]).replace("`", "") for bar in bars]
         axes.set_yticks(range(len(bars)), names)

@@ -319,24 +319,25 @@ def _steps(run: Run) -> str:
     """Each recipe's time, and as a share of the authors' of the same case; peak memory; the gaps' error."""
     rows, passes = [], []
     for case in run.cases:
-        authors = case["ratios"]["authors"]["median"]
         for name, times in case["times"].items():
-            over_ours = 1.0 if name == "ours" else case["ratios"][name]["median"]
+            share = case["of_authors"][name]["median"] if name in case["of_authors"] else 1
             row = [case["name"], CONTENDERS.get(name, name), milliseconds(times["median_ms"])]
-            row += [f"{over_ours / authors:.2f}", _peak(case, name), percent(case["gap_errors"][name])]
+            row += [f"{share:.2f}", _peak(case, name), percent(case["gap_errors"][name])]
             rows.append(row)
         if "passes" in case:
             share, spent = case["passes_share_of_step"], milliseconds(case["passes"]["median_ms"])
             passes.append(f" Of ours on {case['name']} the passes over the weights are {percent(share)}, {spent}.")
     titles = ["model, batch", "recipe", "time", "of the authors' time", "memory", "gap error"]
-    return f"{_origin(run)}:\n\n{table(titles, rows)}{_notes(run.cases)}{''.join(passes)}"
+    moved = [share["spread"] for case in run.cases for share in case["of_authors"].values() if share["spread"] is not None]
+    spread = f"\n\nBetween the thirds of a run the shares moved by at most {100 * max(moved):.0f} %." if moved else "\n\n"
+    return f"{_origin(run)}:\n\n{table(titles, rows)}{spread}{''.join(passes)}"
 
 
 def _step_floor(run: Run) -> str:
     """What doing six forwards' worth of work instead of seven would give, and gave, with the same eager head."""
     bound, rows = 6 / 7, []
     for case in run.cases:
-        share = 1 / case["same_head"]["median"]
+        share = case["of_authors"]["ours-eager-head"]["median"]
         rows.append([case["name"], f"{bound:.3f}", f"{share:.3f}", f"{100 * bound / share:.0f} %"])
     titles = ["model, batch", "floor, of the authors' time", "ours, eager head", "floor / ours"]
     return f"{_origin(run)}:\n\n{table(titles, rows)}"
