@@ -144,6 +144,7 @@ class GAPOTrainer(Trainer):
             )
         _refuse_parallelism(self.accelerator.parallelism_config)
         self.anchor = self._make_anchor()
+        self._before = None
         with self.accelerator.autocast():
             check_logps(self.accelerator.unwrap_model(self.model), base, args.padding_free)
         self._record = metrics.TrainingRecord(args.record_pairs)
@@ -189,6 +190,7 @@ class GAPOTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one update, and in place of Trainer's number of tokens the pairs in them, on all
         processes together."""
+        self._before = self.state.global_step, self.anchor.state_dict()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         pairs = sum(len(batch["index"]) for batch in batches)
         if self.args.world_size > 1:
@@ -233,7 +235,10 @@ class GAPOTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            write_json(self.anchor.state_dict(), Path(output_dir) / ANCHOR_FILE)
+            # Of an update that is half done, the next run does all micro-batches again.
+            step, counter = self._before or (None, None)
+            half_done = step == self.state.global_step
+            write_json(counter if half_done else self.anchor.state_dict(), Path(output_dir) / ANCHOR_FILE)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from conftest import made_up_pairs, tiny_model
 from safetensors.torch import load_file
 
 from gapo_trainer import cli, settings
+from gapo_trainer.trainer import GAPOTrainer
 
 # Sends itself SIGTERM between two layers of the forward under the anchor, in the second micro-batch of the fourth of
 # six steps; "moved" says that the weights were the anchor's.
@@ -93,6 +95,38 @@ def test_killed_under_the_anchor_it_resumes_to_the_same_bits(recipe, tmp_path, c
     (weights, losses), (expected, expected_losses) = final(cut), final(whole)
     assert losses == expected_losses and len(losses) == 6
     assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [["--direction=gaussian"], ["--dtype=bfloat16", "--direction=pessimistic"]],
+    ids=["noise", "stochastic rounding"],
+)
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM, saved by transformers"])
+def test_saved_with_an_update_half_done_it_resumes_to_the_same_bits(recipe, tmp_path, monkeypatch, how, changes):
+    """The first of two micro-batches is then done twice, with the random numbers of the first time."""
+    interrupted = how == "Ctrl-C"
+    changes += ["--save_strategy=epoch", "--max_steps=-1", "--num_train_epochs=2"]
+    changes += [] if interrupted else ["--enable_jit_checkpoint=true"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert cli.main([str(recipe), f"--output_dir={whole}", *changes]) == 0
+    logps, sent = GAPOTrainer._logps, []
+
+    def watched(self, model, inputs):
+        if self.state.global_step == 4 and not torch.is_grad_enabled() and not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGINT if interrupted else signal.SIGTERM))
+            time.sleep(0 if interrupted else 3.5)  # transformers waits for 3 s before it asks for a checkpoint
+        return logps(self, model, inputs)
+
+    previous = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(GAPOTrainer, "_logps", watched)
+        assert cli.main([str(recipe), f"--output_dir={cut}", *changes]) == (130 if interrupted else 0)
+    assert sent and (cut / "checkpoint-4").is_dir()
+    assert cli.main([str(recipe), f"--output_dir={cut}", *changes]) == 0
+    signal.signal(signal.SIGTERM, previous)
+    (weights, _), (expected, _) = final(cut), final(whole)
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
