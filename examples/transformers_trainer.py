@@ -14,10 +14,9 @@ from decoder import load
 
 
 class PreferenceTrainer(Trainer):
-    loss_is_scaled_for_ga = False  # ours is the mean over a micro-batch: Trainer divides it by their number
-
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False  # ours is a micro-batch's mean: Trainer divides it by their number
         assert self.args.world_size == 1  # model.model below bypasses DDP's forward; gapo_trainer runs on several
         compute_dtype = torch.bfloat16 if self.args.bf16 else None  # what autocast computes with
         self.anchor = GeometricAnchor.from_model(self.model, rho=0.05, compute_dtype=compute_dtype)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from gapo_kernels import GeometricAnchor
+
 pytest.importorskip("gapo_trainer.preferences")
 FOLDER = Path(__file__).parents[1] / "examples"
 EXAMPLES = ["plain_loop", "transformers_trainer", "trl_trainer", "trl_dpo_subclass", "lightning_module", "fsdp2"]
@@ -36,6 +38,24 @@ def test_an_example_trains(example):
     assert len(losses) == len(gaps) == 30
     assert all(map(math.isfinite, losses)) and losses[-1] < losses[0] - 0.02
     assert all(abs(gap) > 1e-6 for gap in gaps)
+
+
+@pytest.mark.parametrize("example", ["transformers_trainer"], indirect=True)
+def test_the_example_on_trainer_accumulates_means(example, monkeypatch):
+    """Two micro-batches of half the size; without a radius, since each has an anchor of its own."""
+    options, logged = example.TrainingArguments, []
+    monkeypatch.setattr(example, "GeometricAnchor", MotionlessAnchor)
+    for accumulation in (1, 2):
+        sizes = dict(per_device_train_batch_size=8 // accumulation, gradient_accumulation_steps=accumulation)
+        monkeypatch.setattr(example, "TrainingArguments", lambda sizes=sizes, **given: options(**given | sizes))
+        _, history = example.main(["--steps=1"])
+        logged += [(entry["loss"], entry["grad_norm"]) for entry in history if "loss" in entry]
+    assert logged[1] == pytest.approx(logged[0], rel=1e-3) and len(logged) == 2
+
+
+class MotionlessAnchor:
+    def from_model(self, **options):
+        return GeometricAnchor.from_model(self, **options | {"rho": 0.0})
 
 
 def test_sharded_over_two_processes():

@@ -125,6 +125,7 @@ class GAPOTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        self.model_accepts_loss_kwargs = True  # what transformers 5.17 reads in the place of loss_is_scaled_for_ga
         if self.accelerator.mixed_precision not in ("no", "bf16"):
             raise ValueError(
                 f"expected no mixed precision or bf16, got {self.accelerator.mixed_precision}: the probe's gradient has no "

@@ -144,6 +144,24 @@ def test_accumulated_gradient_is_the_mean_over_all_pairs_of_the_update(tokenizer
     assert [record["index"] for record in trainer.pair_records] == list(range(pairs))
 
 
+class WithoutLossArguments(type(tiny_model())):
+    accepts_loss_kwargs = False
+
+
+def test_micro_batches_count_by_their_pairs_whatever_the_models_loss_takes(tokenizer, tmp_path):
+    """transformers 5.17 divides the loss of models that do not take the number of items."""
+    logged = []
+    for size, steps in ((4, 1), (2, 2)):
+        model = tiny_model()
+        model.__class__ = WithoutLossArguments
+        settings = dict(per_device_train_batch_size=size, gradient_accumulation_steps=steps, max_steps=1, rho=0.0)
+        trainer = make_trainer(tokenizer, tmp_path, model, pairs=4, train_sampling_strategy="sequential", **settings)
+        trainer.train()
+        entry = trainer.state.log_history[0]
+        logged.append((entry["loss"], entry["grad_norm"]))
+    assert logged[1] == pytest.approx(logged[0], rel=1e-6)
+
+
 def authors_batch(pairs, tokenizer, max_length, max_prompt_length):
     """input_ids, attention_mask, labels (2B, T) of conversational pairs, from their texts: the end-of-text token ends a
     completion; a pair that is too long keeps the end of its prompt, and if that is still too long the completions' start."""
