@@ -66,6 +66,17 @@ def test_changes_reach_into_mappings_and_keep_types():
         assert settings.parse(TINY | {"fsdp": fsdp, "fsdp_config": {"version": 2}})[-1].fsdp is fsdp
 
 
+def test_lists_are_lists():
+    """Also where a text would do, of which the parser makes a text."""
+    config = settings.parse(TINY | {"report_to": ["tensorboard", "wandb"], "optim_target_modules": ["attn", "mlp"]})[-1]
+    assert (config.report_to, config.optim_target_modules) == (["tensorboard", "wandb"], ["attn", "mlp"])
+    config = settings.parse(settings.change(TINY, ["--report_to=[]", "--optim_target_modules=attn"]))[-1]
+    assert (config.report_to, config.optim_target_modules) == ([], "attn")
+    config = settings.parse(TINY | {"fsdp": ["full_shard", "offload"], "fsdp_config": {"version": 2}})[-1]
+    assert config.fsdp is True and config.fsdp_config["cpu_offload"] and config.fsdp_config["reshard_after_forward"]
+    assert settings.parse(TINY | {"label_names": ["labels"]})[-1].label_names == ["labels"]
+
+
 def test_print_config_is_a_config(capsys, tmp_path):
     assert cli.main(["smollm2-135m-offline", "--rho=0.125", "--print-config"]) == 0
     printed = capsys.readouterr().out
