@@ -107,10 +107,11 @@ def make_trainer(data_args, model_args, config, **options):
     from .trainer import GAPOTrainer
 
     train, test = load_datasets(data_args, config.seed)
-    if test is None and config.eval_strategy != "no":
-        from .settings import SettingsError
+    for name in ("eval_strategy", "eval_on_start"):
+        if test is None and (value := getattr(config, name)) not in ("no", False):
+            from .settings import SettingsError
 
-        raise SettingsError(f"eval_strategy = {config.eval_strategy!s} needs a dataset_test_split, got none")
+            raise SettingsError(f"{name} = {value!s} needs a dataset_test_split, got none")
     model, tokenizer = load_model(model_args)
     targets = model_args.lora_target_modules
     if isinstance(targets, str) and re.fullmatch(r"[\w.]+", targets):

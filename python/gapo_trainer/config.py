@@ -47,7 +47,8 @@ _RANGES = {
     "gradient_accumulation_steps": _COUNT,
     "dataloader_num_workers": _NOT_NEGATIVE,
 }
-_MAY_BE_NONE = ("max_length", "pad_to_multiple_of", "dataset_num_proc", "max_grad_norm")
+_MAY_BE_NONE = ("max_length", "pad_to_multiple_of", "dataset_num_proc")
+_MAY_BE_INFINITE = ("max_grad_norm",)  # which measures the norm and clips nothing
 
 
 def nearest(value, among):
@@ -180,7 +181,7 @@ class GAPOConfig(TrainingArguments):
 
     def _require(self, name, holds, expected):
         value = getattr(self, name)
-        if not (math.isfinite(value) and holds):
+        if not (holds and (math.isfinite(value) or name in _MAY_BE_INFINITE)):
             raise ValueError(f"{name} must be finite and {expected}, got {value!r}")
 
     @classmethod

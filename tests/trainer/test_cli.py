@@ -136,6 +136,11 @@ def test_numbers_in_mappings_are_numbers():
         (["smollm2-135m-offline", "--dataset_name=/no/such.jsonl"], "dataset_name = '/no/such.jsonl'"),
         (["smollm2-135m-offline", "--resume_from_checkpoint=lst"], "folder or 'last', got 'lst'; did you mean 'last'"),
         (["smollm2-135m-offline", "--dataset_test_split=null", "--eval_strategy=epoch"], "needs a dataset_test_split"),
+        (
+            ["smollm2-135m-offline", "--dataset_test_split=null", "--eval_strategy=no", "--eval_on_start=true"],
+            "eval_on_start = True needs a dataset_test_split",
+        ),
+        (["smollm2-135m-offline", "--max_grad_norm=null"], "max_grad_norm must be a number, got None"),
     ],
 )
 def test_wrong_settings_are_named(arguments, message, capsys):
@@ -206,6 +211,11 @@ def test_the_seed_is_that_of_the_flips():
     assert list(load_datasets(data, 3)[0]) == flip_labels(pairs, 0.2, 3) != flip_labels(pairs, 0.2, 0)
 
 
+def test_gradients_may_go_unclipped(recipe, tmp_path):
+    assert cli.main([recipe(), "--max_grad_norm=inf", "--max_steps=1"]) == 0
+    assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"][0]["grad_norm"] > 0
+
+
 def test_one_target_of_lora_is_a_name(recipe, tmp_path, capsys):
     """TRL makes text of a list of one, and PEFT takes text for a pattern."""
     path = recipe(use_peft=True, max_steps=1)
@@ -223,6 +233,7 @@ def test_one_target_of_lora_is_a_name(recipe, tmp_path, capsys):
         ("--output_dir=/dev/null/out", "Not a directory: '/dev/null/out'"),
         ("--lr_scheduler_type=inverse_sqrt --lr_scheduler_kwargs.timescale=[1]", "unsupported operand"),
         ("--dataset_train_split=trian", "a file has no splits, expected 'train', got 'trian'"),
+        ("--dataset_test_split=test", "for a file, dataset_test_split is another file, .json, .jsonl, .parquet, .csv"),
     ],
 )
 def test_what_training_cannot_begin_with_is_named(recipe, capsys, change, message):
