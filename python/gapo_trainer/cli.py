@@ -83,7 +83,7 @@ def run(data_args, model_args, config):
             trainer.train(resume_from_checkpoint=checkpoint)
             trainer.save_model()
             trainer.save_state()
-    except (ImportError, NotImplementedError, OSError, TypeError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         if stop.has_begun:
             raise
         raise SettingsError(str(error)) from error  # also of what train() makes first: loader, optimizer, scheduler

@@ -19,6 +19,7 @@ import yaml
 from peft import TaskType
 from torch.utils.checkpoint import checkpoint
 from transformers import HfArgumentParser, PreTrainedModel
+from transformers.debug_utils import DebugOption
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
@@ -192,7 +193,7 @@ def parse(settings):
         return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     except SettingsError:
         raise
-    except (TypeError, ValueError) as error:
+    except (AttributeError, ImportError, OSError, TypeError, ValueError) as error:
         raise SettingsError(str(error)) from error
 
 
@@ -207,6 +208,7 @@ def _choices(action):
         "report_to": ["all", "none", *INTEGRATION_TO_CALLBACK],
         "attn_implementation": ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()],
         "lora_task_type": TaskType,
+        "debug": DebugOption,
     }
     return [str(getattr(choice, "value", choice)) for choice in action.choices or known.get(action.dest, ())]
 

@@ -140,6 +140,9 @@ def test_numbers_in_mappings_are_numbers():
             ["smollm2-135m-offline", "--dataset_test_split=null", "--eval_strategy=no", "--eval_on_start=true"],
             "eval_on_start = True needs a dataset_test_split",
         ),
+        (["smollm2-135m-offline", "--debug=underflow"], "got 'underflow'; did you mean 'underflow_overflow'"),
+        (["smollm2-135m-offline", "--fsdp_config=/no/such.json", "--fsdp=true"], "No such file or directory: '/no/"),
+        (["smollm2-135m-offline", "--gradient_checkpointing_kwargs=x"], "'str' object has no attribute"),
         (["smollm2-135m-offline", "--max_grad_norm=null"], "max_grad_norm must be a number, got None"),
     ],
 )
@@ -240,6 +243,15 @@ def test_what_training_cannot_begin_with_is_named(recipe, capsys, change, messag
     assert cli.main([recipe(), *change.split()]) == 2
     error = capsys.readouterr().err
     assert error.count("gapo-train: error:") == 1 and message in error
+
+
+def test_what_a_library_cannot_do_here_is_one_line(recipe, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise RuntimeError("0 active drivers")
+
+    monkeypatch.setattr("gapo_trainer.trainer.GAPOTrainer._prepare_for_training", fail)
+    assert cli.main([recipe()]) == 2
+    assert capsys.readouterr().err.endswith("gapo-train: error: 0 active drivers\n")
 
 
 def test_errors_of_training_itself_are_not_of_the_settings(recipe, monkeypatch):
