@@ -188,6 +188,13 @@ class GAPOTrainer(Trainer):
         self._record = metrics.TrainingRecord(self.args.record_pairs)
         return super().train(*args, **kwargs)
 
+    def _prepare_for_training(self, *args, **kwargs):
+        # An evaluation before it prepares the model without DDP, and accelerate would leave it so: each process would
+        # train alone.
+        if self.args.world_size > 1 and not self._fsdp2 and self.model_wrapped is self.model:
+            self.model._is_accelerate_prepared = False
+        return super()._prepare_for_training(*args, **kwargs)
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one update, and in place of Trainer's number of tokens the pairs in them, on all
         processes together."""

@@ -14,7 +14,10 @@ def run(rank, world, folder, port, kind, settings):
     addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), **addresses)
     torch.set_num_threads(1)
+    evaluate_first = settings.pop("evaluate_first", False)
     trainer = make_trainer(folder, world, kind, settings)
+    if evaluate_first:
+        trainer.evaluate()
     trainer.train()
     if kind == "fsdp2":
         assert "DTensor" in type(trainer.anchor.params[0]).__name__, "nothing was sharded"
