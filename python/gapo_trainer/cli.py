@@ -104,7 +104,7 @@ def make_trainer(data_args, model_args, config, **options):
     from trl import get_peft_config
 
     from .sources import load_datasets, load_model
-    from .trainer import GAPOTrainer
+    from .trainer import GAPOTrainer, check_targets
 
     train, test = load_datasets(data_args, config.seed)
     for name in ("eval_strategy", "eval_on_start"):
@@ -116,13 +116,15 @@ def make_trainer(data_args, model_args, config, **options):
     targets = model_args.lora_target_modules
     if isinstance(targets, str) and re.fullmatch(r"[\w.]+", targets):
         model_args.lora_target_modules = [targets]  # TRL unwraps lists of one, whose text PEFT takes for a pattern
+    peft_config = get_peft_config(model_args)
+    check_targets(model, peft_config, any)
     return GAPOTrainer(
         model,
         config,
         train_dataset=train,
         eval_dataset=test,
         processing_class=tokenizer,
-        peft_config=get_peft_config(model_args),
+        peft_config=peft_config,
         **options,
     )
 

@@ -393,13 +393,19 @@ def _with_adapters(model, peft_config, seed):
         raise ValueError(
             "expected a model without adapters beside a peft_config, got a PeftModel: leave one of them out"
         )
-    targets, names = getattr(peft_config, "target_modules", None), [name for name, _ in model.named_modules()]
-    for target in () if isinstance(targets, str) else targets or ():  # a str is a pattern
-        if not any(f".{name}".endswith(f".{target}") for name in names):
-            near = nearest(target, {name.rpartition(".")[2] for name in names})
-            raise ValueError(f"expected target_modules that are modules of the model, got {target!r}{near}")
+    check_targets(model, peft_config, all)  # as PEFT: one list may serve several models
     set_seed(seed)  # Trainer does so too late for the adapters' first weights
     return peft.get_peft_model(model, peft_config)
+
+
+def check_targets(model, peft_config, quantifier):
+    """Raises ValueError if any, or all (the quantifier), of a list of target_modules are no modules of the model."""
+    targets, names = getattr(peft_config, "target_modules", None), [name for name, _ in model.named_modules()]
+    targets = [] if isinstance(targets, str) else sorted(targets or ())  # a str is a pattern
+    missing = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
+    if missing and quantifier(target in missing for target in targets):
+        near = nearest(missing[0], {name.rpartition(".")[2] for name in names})
+        raise ValueError(f"expected target_modules that are modules of the model, got {missing[0]!r}{near}")
 
 
 def _disable_dropout(model):
