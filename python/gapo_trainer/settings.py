@@ -174,7 +174,7 @@ def parse(settings):
         if isinstance(value, str) and str in typing.get_args(kinds[key]):
             actions[key].type = str  # of "bool or str" the parser makes bool
         is_switch = actions[key].const is True  # fsdp is one, and text as well: "True" would not do
-        # Of "text or a list" the parser makes text alone; so it does of fsdp, which transformers reads as a list as well.
+        # Of "text or a list" the parser makes text alone, and of fsdp, which transformers reads as a list as well.
         takes_list = list in map(typing.get_origin, typing.get_args(kinds[key])) or key == "fsdp"
         is_list = isinstance(value, list) and takes_list and actions[key].nargs in (None, "?")
         if value is None or is_list or (is_switch and value is False):

@@ -81,7 +81,8 @@ def _split(data_args, split):
             # Of a file, the training split is the file itself, and the test split another file.
             file = name if split == data_args.dataset_train_split else split
             if Path(file).suffix not in READERS:
-                raise ValueError(f"for a file, dataset_test_split is another file, {', '.join(READERS)}, got {split!r}")
+                kinds = ", ".join(READERS)
+                raise ValueError(f"for a file, dataset_test_split is another file, {kinds}, got {split!r}")
             return datasets.load_dataset(READERS[Path(file).suffix], data_files=file, split="train")
         if Path(name).is_dir() and (Path(name) / "dataset_dict.json").exists():
             return datasets.load_from_disk(name)[split]
