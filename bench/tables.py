@@ -295,8 +295,12 @@ def _notes(cases: Sequence[Case]) -> str:
     spreads = [value for case in cases for value in case["ratio_spread"].values() if value is not None]
     notes = [f"Not measured: {reasons}."] if absent else []
     if spreads:
-        notes.append(f"Between the thirds of a run the ratios moved by at most {100 * max(spreads):.0f} %.")
+        notes.append(_moved("ratios", spreads))
     return f"\n\n{' '.join(notes)}" if notes else ""
+
+
+def _moved(what: str, spreads: Sequence[float]) -> str:
+    return f"Between the thirds of a run the {what} moved by at most {100 * max(spreads):.0f} %."
 
 
 def _bandwidth(runs: Sequence[Run]) -> str:
@@ -317,7 +321,7 @@ def _bandwidth(runs: Sequence[Run]) -> str:
 
 def _steps(run: Run) -> str:
     """Each recipe's time, and as a share of the authors' of the same case; peak memory; the gaps' error."""
-    rows, passes = [], []
+    rows, notes = [], []
     for case in run.cases:
         for name, times in case["times"].items():
             share = case["of_authors"][name]["median"] if name in case["of_authors"] else 1
@@ -326,11 +330,12 @@ def _steps(run: Run) -> str:
             rows.append(row)
         if "passes" in case:
             share, spent = case["passes_share_of_step"], milliseconds(case["passes"]["median_ms"])
-            passes.append(f" Of ours on {case['name']} the passes over the weights are {percent(share)}, {spent}.")
+            notes.append(f"Of ours on {case['name']} the passes over the weights are {percent(share)}, {spent}.")
     titles = ["model, batch", "recipe", "time", "of the authors' time", "memory", "gap error"]
-    moved = [share["spread"] for case in run.cases for share in case["of_authors"].values() if share["spread"] is not None]
-    spread = f"\n\nBetween the thirds of a run the shares moved by at most {100 * max(moved):.0f} %." if moved else "\n\n"
-    return f"{_origin(run)}:\n\n{table(titles, rows)}{spread}{''.join(passes)}"
+    spreads = [share["spread"] for case in run.cases for share in case["of_authors"].values()]
+    if None not in spreads:
+        notes.insert(0, _moved("shares", spreads))
+    return f"{_origin(run)}:\n\n{table(titles, rows)}\n\n{' '.join(notes)}"
 
 
 def _step_floor(run: Run) -> str:

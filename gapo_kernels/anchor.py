@@ -186,9 +186,10 @@ class GeometricAnchor:
         """Inside the context the weights are theta~; after it, whatever happened, they are theta bit for bit.
 
         Autograd is not told of the move, so a graph built before the context stays usable after it. Nothing is
-        written to `.grad`, but of what asked for it (`retain_grad()` on a tensor of the graph). A Ctrl-C inside waits until the weights are back; a second one does not wait, and they are
-        put back all the same. The original weights wait in the memory of the objective's gradients: beyond those
-        nothing of the model's size is held (with `grads` or noise one copy of the parameters that move).
+        written to `.grad`, but of what asked for it (`retain_grad()` on a tensor of the graph). A Ctrl-C inside waits
+        until the weights are back; a second one does not wait, and they are put back all the same. The original weights
+        wait in the memory of the objective's gradients: beyond those nothing of the model's size is held (with `grads`
+        or noise one copy of the parameters that move).
 
         Args:
             objective: scalar with a graph; theta~ is uphill of it. Not used by direction="gaussian".
@@ -207,6 +208,9 @@ class GeometricAnchor:
         grids = self._grids()
         self._warn_of_autocast(grids)
         directions, ours = self._directions(objective, grads, retain_graph)
+        for number, param in enumerate(self.params):
+            if not param.requires_grad:  # frozen since
+                directions[number] = None
         if all(direction is None for direction in directions):
             raise ValueError("no parameter of the anchor has a gradient under the objective")
         elements = sum(param.numel() for param in self.params)
@@ -268,8 +272,7 @@ class GeometricAnchor:
     ) -> tuple[list[Tensor | None], bool]:
         """g for every parameter, or its shard, averaged over the ranks; and whether its memory may be written."""
         if self.direction == "gaussian":
-            noise = displacement.noise(self.params, self._step, self.seed % 2**64)
-            return [direction if p.requires_grad else None for direction, p in zip(noise, self.params)], True
+            return displacement.noise(self.params, self._step, self.seed % 2**64), True
         if (objective is None) == (grads is None):
             raise ValueError(f"expected an objective or its grads, got {'neither' if grads is None else 'both'}")
         ours = grads is None
@@ -281,7 +284,7 @@ class GeometricAnchor:
                 f"{validation.describe(grads) if isinstance(grads, Tensor) else len(grads)}"
             )
         else:
-            directions = [grad if p.requires_grad else None for grad, p in zip(grads, self.params)]
+            directions = list(grads)
         del grads
         for number, (name, param) in enumerate(zip(self.names, self.params)):
             grad, directions[number] = directions[number], None
@@ -309,7 +312,7 @@ class GeometricAnchor:
         if self._sharded is not None:
             return self._sharded.gradients(objective, self.params, retain_graph)
         with distributed.no_iteration_of_ddp(objective):
-            moving = [param for param in self.params if param.requires_grad]  # some may have been frozen since
+            moving = [param for param in self.params if param.requires_grad]
             found = torch.autograd.grad(objective, moving, retain_graph=retain_graph, allow_unused=True) if moving else ()
         found = list(found)
         return [found.pop(0) if param.requires_grad else None for param in self.params]
