@@ -7,6 +7,7 @@ Contenders, on the same tokens and weights and in turns:
     ours             gapo_step with linear_sequence_logps
     ours-logits      gapo_step with sequence_logps
     ours-eager-head  gapo_step with the authors' eager head: two forwards and two backwards instead of three and two
+    ours-shared, ours-shared-eager-head  the same two with share_backward: two forwards and one and a half backwards
 
 `gap_errors` are || gaps - truth || / || truth || over the pairs, the truth computed in float32: what a recipe's speed
 costs. `of_authors` is a recipe's time over the authors', round by round.
@@ -121,8 +122,8 @@ class Recipe:
         hidden = self.model.model(input_ids=self._tokens.ids, attention_mask=self._tokens.mask).last_hidden_state
         return linear_sequence_logps(hidden, self.model.lm_head.weight, self._tokens.labels)
 
-    def ours(self, logps: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        out = gapo_step(logps, self.anchor, beta=BETA, gamma=GAMMA)
+    def ours(self, logps: Callable[[], torch.Tensor], **options) -> tuple[torch.Tensor, torch.Tensor]:
+        out = gapo_step(logps, self.anchor, beta=BETA, gamma=GAMMA, **options)
         out.loss.backward()
         return out.loss.detach(), out.gap
 
@@ -205,6 +206,8 @@ def measure(
         "ours": (recipe, lambda: recipe.ours(recipe.linear_logps)),
         "ours-logits": (recipe, lambda: recipe.ours(recipe.fused_logps)),
         "ours-eager-head": (recipe, lambda: recipe.ours(recipe.eager_logps)),
+        "ours-shared": (recipe, lambda: recipe.ours(recipe.linear_logps, share_backward=True)),
+        "ours-shared-eager-head": (recipe, lambda: recipe.ours(recipe.eager_logps, share_backward=True)),
     }
     if recipe is not exact:
         steps["authors-float32"] = (exact, exact.authors)
@@ -223,7 +226,7 @@ def measure(
     # The eager head keeps log-probs in bfloat16, which is what the loss then shows: gap_errors says how much.
     judge, judged, loss_limit, gradient_limit = "authors", list(steps), 1e-5, 1e-3
     if recipe is not exact:
-        judge, judged, loss_limit, gradient_limit = "authors-float32", ["ours", "ours-logits"], 0.1, 0.5
+        judge, judged, loss_limit, gradient_limit = "authors-float32", ["ours", "ours-logits", "ours-shared"], 0.1, 0.5
     for name in judged:
         off = abs(losses[name].item() / losses[judge].item() - 1)
         worst = ((gradients[name] - gradients[judge]).norm() / gradients[judge].norm()).item()

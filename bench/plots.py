@@ -31,6 +31,8 @@ STYLES = {
     "ours-64mib": ("#0072B2", "o", "--"),
     "ours-logits": ("#56B4E9", "o", "-"),
     "ours-eager-head": ("#56B4E9", "o", "--"),
+    "ours-shared": ("#0072B2", "o", "-"),
+    "ours-shared-eager-head": ("#56B4E9", "o", "--"),
     "eager": ("#000000", "s", "-"),
     "eager-view": ("#000000", "s", "--"),
     "compiled": ("#D55E00", "^", "-"),
@@ -43,7 +45,7 @@ STYLES = {
     "authors": ("#000000", "s", "-"),
     "authors-float32": ("#7F7F7F", "s", "-"),
 }
-STEP_ORDER = ("authors-float32", "authors", "ours-eager-head", "ours-logits", "ours")
+STEP_ORDER = "authors-float32 authors ours-eager-head ours-logits ours ours-shared-eager-head ours-shared".split()
 OTHER = ("#7F7F7F", "x", "-")
 FLOOR = {"color": "#7F7F7F", "linestyle": ":", "linewidth": 1.5}
 # One operation is a multiplication, an addition, a comparison or an exponential. A logit takes four in each of its three

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch._functorch.config
@@ -14,6 +14,7 @@ from gapo_kernels.anchor import GeometricAnchor
 from gapo_kernels.objective import gapo_objective, sft_terms
 from gapo_kernels.outputs import GAPOOutput
 from gapo_kernels.scope import UnmovedLayers
+from gapo_kernels.shared_backward import SharedBackward
 
 PROBES = ("loss", "margin")
 
@@ -29,6 +30,7 @@ def gapo_step(
     loss_type: str = "sigmoid",
     sft_weight: float = 0.0,
     allow_dropout: bool = False,
+    share_backward: bool = False,
 ) -> GAPOOutput:
     """One GAPO step's loss (arXiv 2602.04909) with two forwards; the caller runs `out.loss.backward()`.
 
@@ -55,6 +57,11 @@ def gapo_step(
         label_smoothing, loss_type: of the final loss, as in `fused_gapo_loss` (the hinge has no smoothing).
         sft_weight: adds sft_weight * NLL over the chosen tokens; needs counts and length-normalised logps.
         allow_dropout: let logps_fn draw random numbers, and have the anchor's run draw the same ones.
+        share_backward: take the gradients of activations, which are linear in one number a sequence, from the probe's
+            backward: the final one then computes gradients of weights alone. About a backward's half is saved, and the
+            gradients are the same to rounding, not to the bit. It keeps the gradients of the layers' outputs until
+            then, and makes all of the parameters' at once. For models that keep sequences apart, in a batch (S, T): the
+            first step is compared with a real backward. Without a probe nothing is shared.
 
     Returns:
         GAPOOutput; only its `loss` carries gradient.
@@ -62,10 +69,13 @@ def gapo_step(
     Raises:
         ValueError: sft_weight without counts, shapes or hyperparameters out of range, no parameter has a gradient.
         FloatingPointError: the probe's gradient is not finite; the weights are where they were.
-        RuntimeError: logps_fn draws random numbers, without allow_dropout.
+        RuntimeError: logps_fn draws random numbers, without allow_dropout; with share_backward, sequences are not apart.
+        NotImplementedError: share_backward with an anchor of scope k, FSDP2, packed rows, checkpointed activations,
+            a compiled model, float16, or a layer that is another library's own function.
     """
     validation.check_hyperparameters(beta, gamma, label_smoothing, loss_type, sft_weight=sft_weight)
     validation.check_choice(probe, PROBES, "probe")
+    validation.check_flags(allow_dropout=allow_dropout, share_backward=share_backward)
     if not callable(logps_fn):
         raise TypeError(f"logps_fn must be a function without arguments, got {type(logps_fn).__name__}")
     if not isinstance(anchor, (GeometricAnchor, type(None))):
@@ -79,6 +89,10 @@ def gapo_step(
     pairs = margin.shape[0]
     valid = torch.ones_like(margin, dtype=torch.bool) if counts is None else (counts > 0).view(2, pairs).all(0)
 
+    options = dict(beta=beta, gamma=gamma, label_smoothing=label_smoothing, loss_type=loss_type)
+    sharing = None
+    if share_backward and anchor is not None and anchor.direction != "gaussian":
+        sharing = SharedBackward(logps, anchor.params)
     counter = None if anchor is None else anchor.state_dict()
     try:
         anchor_margin = torch.zeros_like(margin)
@@ -92,21 +106,18 @@ def gapo_step(
                 )
             objective = None if anchor.direction == "gaussian" else _probe(probe, margin, beta, gamma, valid)
             # A backward of dynamic shapes is compiled when it first runs, which is in the probe.
-            with _kept_buffers(), anchor.perturbed(objective, retain_graph=True), torch.no_grad():
+            recorded = nullcontext() if sharing is None else sharing.recorded()
+            with _kept_buffers(), recorded, anchor.perturbed(objective, retain_graph=True), torch.no_grad():
+                if sharing is not None and not sharing.tells_apart(valid):
+                    sharing = None
                 with randomness.repeated() if drawn else unmoved.replayed():
                     anchor_margin = _margin(logps_fn())[0]
-        return _packed(
-            margin,
-            anchor_margin,
-            logps,
-            counts,
-            valid,
-            sft_weight,
-            beta=beta,
-            gamma=gamma,
-            label_smoothing=label_smoothing,
-            loss_type=loss_type,
-        )
+        if sharing is None:
+            return _packed(logps, anchor_margin, counts, valid, sft_weight, options)
+        sharing.compare(logps, anchor)
+        logps = logps.detach().requires_grad_()
+        out = _packed(logps, anchor_margin, counts, valid, sft_weight, options)
+        return out._replace(loss=sharing.loss(out.loss, logps))
     except BaseException:
         if anchor is not None:  # a step that failed is repeated with the same random numbers
             anchor.load_state_dict(counter)
@@ -128,16 +139,11 @@ def _kept_buffers() -> Iterator[None]:
 
 
 def _packed(
-    margin: Tensor,
-    anchor_margin: Tensor,
-    logps: Tensor,
-    counts: Tensor | None,
-    valid: Tensor,
-    sft_weight: float,
-    **options,
+    logps: Tensor, anchor_margin: Tensor, counts: Tensor | None, valid: Tensor, sft_weight: float, options: dict
 ) -> GAPOOutput:
     """The loss and the output's other fields."""
-    pairs = margin.shape[0]
+    pairs = anchor_margin.shape[0]
+    margin = logps[:pairs] - logps[pairs:]
     loss, weight = gapo_objective(margin, anchor_margin, valid=valid, **options)
     sft_loss = torch.zeros_like(loss)
     if sft_weight:

@@ -115,6 +115,13 @@ class GAPOConfig(TrainingArguments):
     max_logits_bytes: int = field(
         default=2**30, metadata={"help": "At most this much of logits is held at a time, in bytes."}
     )
+    share_backward: bool = field(
+        default=False,
+        metadata={
+            "help": "Take the gradients of activations from the probe's backward, so that the final one is half as long; "
+            "the same to rounding. See gapo_step."
+        },
+    )
     record_pairs: bool = field(
         default=False, metadata={"help": "Keep step, index, gap and weight of every pair trained on."}
     )

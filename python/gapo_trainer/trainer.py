@@ -225,6 +225,7 @@ class GAPOTrainer(Trainer):
             label_smoothing=args.label_smoothing,
             loss_type=args.loss_type,
             sft_weight=args.sft_weight,
+            share_backward=args.share_backward,
         )
         self._record.add(self.state.global_step + 1, metrics.table(out, inputs))
         pairs = len(inputs["index"])
@@ -361,6 +362,12 @@ def _refuse_what_has_no_place(args, options):
     for name, (is_set, why) in refused.items():
         if is_set:
             raise ValueError(f"{name} is not supported: {why}")
+    if args.share_backward:
+        without = ("gradient_checkpointing", "torch_compile", "padding_free", "fsdp")
+        found = [f"{name} = {getattr(args, name)!r}" for name in without if getattr(args, name)]
+        found += [f"scope = {args.scope!r}"] if isinstance(args.scope, int) else []
+        if found:
+            raise ValueError(f"share_backward needs the probe's backward of a whole, padded batch, got {', '.join(found)}")
     if args.use_liger_kernel:  # its head would take the place of ours when training begins
         args.liger_kernel_config = liger | {"fused_linear_cross_entropy": False}
 

@@ -65,11 +65,11 @@ def one_process(model, anchor, steps=1, lr=0.0, compute_dtype=None):
     return _train(model, anchor, logps, steps, lr)
 
 
-def _train(model, anchor, logps, steps, lr, whole=lambda tensor: tensor):
+def _train(model, anchor, logps, steps, lr, whole=lambda tensor: tensor, **options):
     found = []
     for _ in range(steps):
         model.zero_grad()
-        out = gapo_step(logps, anchor)
+        out = gapo_step(logps, anchor, **options)
         out.loss.backward()
         gradients = {
             n.removeprefix("_orig_mod.").removeprefix("module."): whole(p.grad)
@@ -89,7 +89,9 @@ def full(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def ddp(rank, model="llama", steps=2, lr=0.05, checkpointing=False, compiled=False, ddp_options={}, **options):
+def ddp(
+    rank, model="llama", steps=2, lr=0.05, checkpointing=False, compiled=False, ddp_options={}, step_options={}, **options
+):
     model = tiny_models.build(model)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -99,7 +101,7 @@ def ddp(rank, model="llama", steps=2, lr=0.05, checkpointing=False, compiled=Fal
     if compiled == "outside":
         wrapped = torch.compile(wrapped, backend="aot_eager")
     anchor = GeometricAnchor.from_model(wrapped, rho=RHO, **options)
-    return _train(wrapped, anchor, logps_of(wrapped, rank), steps, lr)
+    return _train(wrapped, anchor, logps_of(wrapped, rank), steps, lr, **step_options)
 
 
 def ddp_bfloat16(rank):
@@ -330,6 +332,18 @@ def fsdp_refused(rank, what):
     try:
         gapo_step(logps_of(model, rank), anchor)
     except RuntimeError as error:
+        return str(error)
+
+
+def sharing_refused(rank, kind):
+    model = tiny_models.build("gpt2")
+    if kind == "fsdp":
+        model = _shard(model)
+    else:
+        model = nn.parallel.DistributedDataParallel(model, static_graph=True)
+    try:
+        gapo_step(logps_of(model, rank), GeometricAnchor.from_model(model, rho=RHO), share_backward=True)
+    except NotImplementedError as error:
         return str(error)
 
 

@@ -57,13 +57,15 @@ DDP = [
     dict(ddp_options=dict(find_unused_parameters=True)),
     dict(compiled="inside"),
     dict(compiled="outside", scope=1),
+    dict(model="gpt2", step_options=dict(share_backward=True)),
+    dict(model="gpt2", step_options=dict(share_backward=True), ddp_options=dict(find_unused_parameters=True)),
 ]
 
 
 @pytest.mark.parametrize("options", DDP, ids=str)
 def test_ddp(on_two_ranks, options):
     found = on_two_ranks("ddp", **options)
-    skipped = ("model", "checkpointing", "compiled", "ddp_options")
+    skipped = ("model", "checkpointing", "compiled", "ddp_options", "step_options")
     rest = {key: value for key, value in options.items() if key not in skipped}
     assert_steps_equal(found, options.get("model", "llama"), **rest)
 
@@ -145,6 +147,12 @@ def test_fsdp2_mixed_precision_is_perturbed_on_its_own_grid(on_two_ranks):
 )
 def test_fsdp2_refuses_what_would_make_the_probe_wrong(on_two_ranks, what, message):
     for found in on_two_ranks("fsdp_refused", what=what):
+        assert message in found
+
+
+@pytest.mark.parametrize("kind, message", [("fsdp", "sharded parameters"), ("static graph", "static_graph=True")])
+def test_a_shared_backward_refuses_what_would_wait_for_a_real_one(on_two_ranks, kind, message):
+    for found in on_two_ranks("sharing_refused", kind=kind):
         assert message in found
 
 

@@ -1,0 +1,320 @@
+"""`gapo_step(share_backward=True)`: the gradients of an ordinary step, without a second pass through the activations."""
+
+import copy
+
+import pytest
+import tiny_models
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gapo_kernels import GeometricAnchor, gapo_step, linear_sequence_logps, sequence_logps
+
+RHO = 0.3
+
+
+def eager_logps(logits, labels):
+    kept = labels[:, 1:] != -100
+    logps = logits[:, :-1].log_softmax(-1).gather(-1, labels[:, 1:].clamp(min=0)[..., None]).squeeze(-1)
+    return (logps * kept).sum(1) / kept.sum(1).clamp(min=1), kept.sum(1)
+
+
+def through(head, model, ids, labels):
+    """() -> (logps, counts), by way of each head."""
+    if head == "linear":
+        softcap = getattr(model.config, "final_logit_softcapping", None)
+
+        def logps():
+            hidden = model.base_model(ids).last_hidden_state
+            return linear_sequence_logps(hidden, model.lm_head.weight, labels, softcap=softcap, return_counts=True)
+
+        return logps
+    if head == "logits":
+        return lambda: sequence_logps(model(ids).logits, labels, return_counts=True)
+    return lambda: eager_logps(model(ids).logits, labels)
+
+
+def stepped(model, logps, shared, scope="backbone", upstream=1.0, anchor=None, **options):
+    """The step's output, and every parameter's gradient."""
+    model.zero_grad()
+    anchor = anchor or GeometricAnchor.from_model(model, scope=scope, rho=RHO)
+    out = gapo_step(logps, anchor, share_backward=shared, **options)
+    assert all(param.grad is None for param in model.parameters())
+    (out.loss * upstream).backward()
+    return out, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(found, expected, tolerance):
+    for one, other in zip(found[0], expected[0]):
+        torch.testing.assert_close(one.detach(), other.detach(), atol=0, rtol=0)  # nothing but the gradients differs
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        largest = gradient.abs().max()
+        torch.testing.assert_close(found[1][name], gradient, atol=tolerance * largest, rtol=0, msg=name)
+
+
+# transformers computes the norms of Llama and Gemma-2 in float32: two orders of the same sums differ by its rounding.
+TOLERANCE = {"llama": 1e-5, "gemma2": 1e-5, "gpt2": 1e-12}
+OPTIONS = [
+    {},
+    dict(probe="margin", scope="all"),
+    dict(sft_weight=0.3, label_smoothing=0.1, upstream=-2.5),
+    dict(loss_type="hinge", beta=1.2, gamma=0.2),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("head", ["linear", "logits", "eager"])
+@pytest.mark.parametrize("name", tiny_models.NAMES)
+def test_gradients_are_those_of_an_ordinary_step(name, head, options):
+    model = tiny_models.build(name)
+    logps = through(head, model, *tiny_models.preference_batch())
+    expected = stepped(model, logps, False, **options)
+    assert_same(stepped(model, logps, True, **options), expected, TOLERANCE[name])
+
+
+@pytest.mark.parametrize("probe", ["loss", "margin"])
+def test_in_float64_to_the_last_digits(probe):
+    """Beside the model's own float32 there is none."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 11)).double()
+    ids, labels = (torch.randint(11, (10, 7)) for _ in range(2))
+    anchor = GeometricAnchor(model.named_parameters(), rho=RHO)
+
+    def logps():
+        return sequence_logps(model(ids), labels)
+
+    expected = stepped(model, logps, False, anchor=anchor, probe=probe)
+    assert_same(stepped(model, logps, True, anchor=anchor, probe=probe), expected, 1e-13)
+
+
+class Products(TorchDispatchMode):
+    """Counts multiplications of matrices."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_final_backward_is_one_product_for_each_weight():
+    """A real one has two for each, and attention's."""
+    model = tiny_models.build("llama")
+    layers = sum(isinstance(module, nn.Linear) for module in model.modules())
+    logps = through("eager", model, *tiny_models.preference_batch())
+    anchor = GeometricAnchor.from_model(model, rho=RHO)
+    counts = []
+    for _ in range(2):  # the first step also compares
+        with Products() as whole:
+            out = gapo_step(logps, anchor, share_backward=True)
+        with Products() as products:
+            out.loss.backward()
+        counts.append((whole.count, products.count))
+    assert counts[1][1] == counts[0][1] == layers
+    assert counts[0][0] - counts[1][0] > 2 * layers
+
+
+@pytest.mark.parametrize("name", tiny_models.NAMES)
+def test_bfloat16_loses_no_more_than_an_ordinary_step(name):
+    exact, model = tiny_models.build(name), tiny_models.build(name, torch.bfloat16)
+    exact.load_state_dict(model.state_dict())
+    batch = tiny_models.preference_batch(pairs=8)
+    anchor_margin = torch.linspace(-0.5, 0.5, 8)
+    # The anchor's margins given, that the two differ in the gradients alone.
+    results = []
+    for owner, shared in ((exact, False), (model, False), (model, True)):
+        logps = through("eager", owner, *batch)
+        runs = []
+
+        def with_margin(logps=logps, runs=runs):
+            found, counts = logps()
+            runs.append(found)
+            return (found, counts) if len(runs) % 2 else (torch.cat([anchor_margin, 0 * anchor_margin]), counts)
+
+        results.append(stepped(owner, with_margin, shared)[1])
+    truth, ordinary, shared = ({n: g.double() for n, g in gradients.items()} for gradients in results)
+    errors = [sum((g[n] - truth[n]).square().sum() for n in truth).sqrt() for g in (ordinary, shared)]
+    assert 0 < errors[1] <= 1.5 * errors[0]
+
+
+def test_autocast_with_float32_masters():
+    model = tiny_models.build("llama", torch.float32)
+    batch = tiny_models.preference_batch()
+
+    def logps():
+        with torch.autocast("cpu", torch.bfloat16):
+            return through("logits", model, *batch)()
+
+    options = dict(anchor=GeometricAnchor.from_model(model, rho=3.0, compute_dtype=torch.bfloat16))
+    expected = stepped(model, logps, False, **options)
+    options["anchor"].load_state_dict({"step": 0, "seed": 0})
+    assert_same(stepped(model, logps, True, **options), expected, 0.05)
+
+
+def test_frozen_parts_and_an_inert_pair():
+    model = tiny_models.build("llama")
+    model.model.embed_tokens.requires_grad_(False)
+    model.model.layers[1].requires_grad_(False)
+    ids, labels = tiny_models.preference_batch()
+    labels[4] = -100
+    logps = through("linear", model, ids, labels)
+    expected = stepped(model, logps, False)
+    found = stepped(model, logps, True)
+    assert_same(found, expected, TOLERANCE["llama"])
+    assert not found[0].valid[1] and "model.embed_tokens.weight" not in found[1]
+
+
+def test_adapters_alone():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(tiny_models.build("llama"), config).double()
+    ids, labels = tiny_models.preference_batch()
+
+    def logps():
+        return sequence_logps(model(ids).logits, labels)
+
+    expected = stepped(model, logps, False)
+    assert_same(stepped(model, logps, True), expected, TOLERANCE["llama"])
+
+
+def test_micro_batches_accumulate_and_steps_repeat():
+    model = tiny_models.build("llama")
+    results = []
+    for shared in (False, True, True):
+        model.zero_grad()
+        anchor = GeometricAnchor.from_model(model, rho=RHO)
+        for pairs in (2, 3):
+            logps = through("linear", model, *tiny_models.preference_batch(pairs))
+            gapo_step(logps, anchor, share_backward=shared).loss.backward()
+        results.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(*two) for two in zip(*results[1:]))
+    for one, other in zip(*results[:2]):
+        torch.testing.assert_close(one, other, atol=1e-5 * other.abs().max(), rtol=0)
+
+
+def test_a_probe_without_weight_is_not_divided_by():
+    """Margins so large that the probe's loss has no gradient left: then there is a real backward."""
+    model = tiny_models.build("gpt2")
+    inner = through("linear", model, *tiny_models.preference_batch())
+
+    def logps():
+        found, counts = inner()
+        return found + torch.tensor([0, 200.0, 0, 0, 0, 0]), counts
+
+    expected = stepped(model, logps, False)
+    assert_same(stepped(model, logps, True), expected, 0)
+
+
+def test_nothing_to_share_without_a_probe():
+    model = tiny_models.build("gpt2")
+    logps = through("linear", model, *tiny_models.preference_batch())
+    for make in (lambda: None, lambda: GeometricAnchor.from_model(model, direction="gaussian")):
+        gradients = []
+        for shared in (False, True):
+            model.zero_grad()
+            gapo_step(logps, make(), share_backward=shared).loss.backward()
+            gradients.append([p.grad.clone() for p in model.parameters()])
+        assert all(torch.equal(*two) for two in zip(*gradients))
+
+
+def test_a_second_backward_is_refused():
+    model = tiny_models.build("gpt2")
+    out = gapo_step(
+        through("linear", model, *tiny_models.preference_batch()), GeometricAnchor.from_model(model), share_backward=True
+    )
+    out.loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="has one backward"):
+        out.loss.backward()
+
+
+# ---- What cannot be shared ----
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        return gradient * weight, (gradient * x).sum((0, 1))
+
+
+def refused_logps(what, model, ids, labels):
+    if what == "checkpointed":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if what == "compiled":
+        compiled = torch.compile(model, backend="aot_eager")
+        return lambda: sequence_logps(compiled(ids).logits, labels)
+    if what == "packed":
+        ends = torch.arange(0, ids.numel() + 1, ids.shape[1], dtype=torch.int32)
+        return lambda: sequence_logps(model(ids.view(1, -1)).logits[0], labels.flatten(), cu_seqlens=ends)
+    if what == "foreign function":
+        norm = model.model.norm
+        norm.forward = lambda x: Doubled.apply(x, norm.weight)
+    return lambda: sequence_logps(model(ids, use_cache=False).logits, labels)
+
+
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ("checkpointed", "checkpointed or offloaded"),
+        ("compiled", "compiled, reentrantly checkpointed"),
+        ("packed", "the 6 sequences as their first dimension"),
+        ("foreign function", "another library's own function"),
+        ("scope", "the probe's backward stops before it"),
+        ("float16", "float16"),
+    ],
+)
+def test_what_is_refused(what, message):
+    model = tiny_models.build("llama", torch.float16 if what == "float16" else torch.float64)
+    before = copy.deepcopy(model.state_dict())
+    anchor = GeometricAnchor.from_model(model, scope=1 if what == "scope" else "backbone")
+    logps = refused_logps(what, model, *tiny_models.preference_batch())
+    with pytest.raises(NotImplementedError, match=message):
+        gapo_step(logps, anchor, share_backward=True)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert anchor.state_dict()["step"] == 0
+    gapo_step(logps, anchor).loss.backward()  # and without it there is nothing wrong
+
+
+class Mixing(nn.Module):
+    """Whose sequences have a part in one another, or change places."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.what, self.embedding, self.head = what, nn.Embedding(11, 6), nn.Linear(6, 11)
+
+    def forward(self, ids):
+        hidden = self.embedding(ids)
+        if self.what == "normalised over the batch":
+            hidden = hidden / hidden.square().mean(0, keepdim=True).sqrt()
+        if self.what == "in another order":
+            return self.head(hidden.flip(0)).flip(0)
+        return self.head(hidden)
+
+
+@pytest.mark.parametrize("what", ["normalised over the batch", "in another order", "not at all"])
+def test_sequences_that_are_not_apart_are_seen(what):
+    torch.manual_seed(0)
+    model = Mixing(what).double()
+    ids, labels = (torch.randint(11, (6, 7)) for _ in range(2))
+    anchor = GeometricAnchor(model.named_parameters(), rho=RHO)
+
+    def step():
+        return gapo_step(lambda: sequence_logps(model(ids), labels), anchor, share_backward=True)
+
+    if what == "not at all":
+        return step().loss.backward()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="mixes the sequences"):
+            step()
+    assert anchor.state_dict()["step"] == 0
+
+
+def test_a_flag_is_a_flag():
+    with pytest.raises(TypeError, match="share_backward must be True or False, got 'yes'"):
+        gapo_step(lambda: None, None, share_backward="yes")
