@@ -194,8 +194,10 @@ class WeightGradient:
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
 
-    def add(self, gradient: Tensor, hidden: Tensor, columns: slice = slice(None)) -> None:
-        """gradient (R, C), of the tokens `columns`."""
+    def add(
+        self, gradient: Tensor, hidden: Tensor, columns: slice = slice(None), factor: Tensor | None = None
+    ) -> None:
+        """gradient (R, C), of the tokens `columns`; `factor` (): that of what there is of these so far."""
         if gradient.shape[1] < self._like.shape[0]:
             self.results()  # the zeros that slices are added to
         if self._wanted[1]:
@@ -204,21 +206,22 @@ class WeightGradient:
             if self.bias is None:
                 self.bias = part
             else:
-                self.bias[columns].add_(part)
+                _times(self.bias[columns], factor).add_(part)
         if not self._wanted[0]:
             return
         total = None if self.weight is None else self.weight[columns]
         if self._direct or gradient.dtype not in HALF:
             hidden = hidden.to(gradient.dtype)
-            total = gradient.t() @ hidden if total is None else total.addmm_(gradient.t(), hidden)
+            if total is None:
+                total = gradient.t() @ hidden
+            elif factor is not None and factor.device.type == "cpu":  # in the GEMM: no pass of its own
+                total.addmm_(gradient.t(), hidden, beta=factor.item())
+            else:
+                _times(total, factor).addmm_(gradient.t(), hidden)
         else:
+            total = None if total is None else _times(total, factor)
             total = _added_float32(total, gradient.t(), hidden)
         self.weight = total if self.weight is None else self.weight
-
-    def multiply_(self, factor: Tensor) -> None:
-        for total in (self.weight, self.bias):
-            if total is not None:
-                total.mul_(factor.to(total.dtype))
 
     def results(self) -> tuple[Tensor | None, Tensor | None]:
         """Yet to be rounded, unless an only tile's GEMM did; zeros if there was no tile."""
@@ -228,6 +231,10 @@ class WeightGradient:
         if self._wanted[1] and self.bias is None:
             self.bias = self._like.new_zeros(self._like.shape[0], dtype=dtype)
         return self.weight, self.bias
+
+
+def _times(total: Tensor, factor: Tensor | None) -> Tensor:
+    return total if factor is None else total.mul_(factor.to(total.dtype))
 
 
 @lru_cache

@@ -141,9 +141,20 @@ class Gradients:
             self.hidden = (torch.empty if kept_only else torch.zeros)(shape, dtype=dtype, device=operands.hidden.device)
         self._head = WeightGradient(operands.head, needs[1], needs[2], one_tile)
 
-    def add(self, tile: slice, logits: Tensor | None, statistics: Statistics, scale: Tensor) -> None:
-        """`scale` (rows of the tile,): of d(-log-prob). The logits are used up; None: they are computed again."""
+    def add(
+        self,
+        tile: slice,
+        logits: Tensor | None,
+        statistics: Statistics,
+        scale: Tensor,
+        factor: Tensor | None = None,
+        start: int = 0,
+    ) -> None:
+        """`scale` (rows of the tile,): of d(-log-prob). The logits are used up; None: they are computed again. `factor` ():
+        that of all there is so far, which came from the rows from `start` on."""
         rows = self._operands.rows
+        if factor is not None:
+            self.scale_hidden(slice(start, tile.start), factor)
         for columns, head in self._operands.head.slices(self._buffer.columns):
             operands = self._operands._replace(head=head)
             own = operands.logits(tile, self._buffer) if logits is None else logits
@@ -156,15 +167,14 @@ class Gradients:
                 if self._needs[1] or self._needs[2]:
                     # 0 * NaN: rows without a coefficient (an inert pair, say) have no part, whatever they are
                     hidden = operands.of(part).masked_fill_((scale[of_tile] == 0)[:, None], 0)
-                    self._head.add(gradient[of_tile], hidden, columns)
+                    self._head.add(gradient[of_tile], hidden, columns, factor if part.start == tile.start else None)
 
-    def multiply_(self, tile: slice, factor: Tensor) -> None:
-        """All there is so far, which came from the tile's rows, times a number; each row's, if only d hidden is."""
+    def scale_hidden(self, tile: slice, factor: Tensor) -> None:
+        """The tile's rows of d hidden, times a number () or one for each."""
         if self._needs[0]:
             index, few = self._operands.rows.index[tile], self._operands.few
             for part, factors in zip(index.split(few), factor.expand(len(index)).split(few)):
                 self.hidden[part] = _scaled(self.hidden[part], factors)
-        self._head.multiply_(factor)
 
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         if self._needs[0] and self._operands.head.shard is not None:
@@ -230,7 +240,7 @@ def loss(
         ahead = len(tiles) > 1 and (needs[1] or needs[2]) and shares is not None and not every
         for tile in tiles:
             logits, statistics = _statistics(operands, tile, buffer)
-            if unit or ahead:
+            if unit or ahead and tile.stop < stop:
                 share = shares[rows.sequence[tile]] if ahead else torch.ones_like(statistics.total)
                 gradients.add(tile, logits, statistics, share)
             found.append(statistics)
@@ -242,9 +252,12 @@ def loss(
         # Those of pairs still to come are not read.
         coefficients = pair_results(sums, rows.counts, margin, **options).coefficients
         scale = coefficients[rows.sequence[start:stop]]
-        if unit or ahead:
-            factor = _common(coefficients, shares, rows.sequence[start]) if ahead else scale
-            gradients.multiply_(slice(start, stop), factor)
+        if unit:
+            gradients.scale_hidden(slice(start, stop), scale)
+            continue
+        if ahead:
+            factor = _common(coefficients, shares, rows.sequence[start])
+            gradients.add(tile, logits, statistics, scale[tile.start - start :], factor, start)
             continue
         for tile, statistics in zip(tiles, found):
             own = logits if len(tiles) == 1 else None
@@ -370,12 +383,12 @@ def logps_gradients(
     for start, stop in groups if hidden_needed or needs[1] or needs[2] else []:
         tiles = buffer.tiles(start, stop)
         ahead = start == 0 and len(tiles) > 1 and (needs[1] or needs[2]) and shares is not None
-        tile_scale = shares[rows.sequence] if ahead else row_scale
         for tile in tiles:
             own = None if logits is None else buffer.rows(tile.stop - tile.start).copy_(logits[tile])
-            gradients.add(tile, own, Statistics(shift[tile], total[tile], total[tile]), tile_scale[tile])
-        if ahead:
-            gradients.multiply_(slice(start, stop), _common(scale, shares, rows.sequence[start]))
+            last = tile.stop == stop
+            tile_scale = row_scale[tile] if last or not ahead else shares[rows.sequence[tile]]
+            factor = _common(scale, shares, rows.sequence[start]) if last and ahead else None
+            gradients.add(tile, own, Statistics(shift[tile], total[tile], total[tile]), tile_scale, factor, start)
     found = list(gradients.results())
     del gradients  # what is rounded below goes at once, one after the other
     for i in range(len(found)):
