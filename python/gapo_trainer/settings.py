@@ -16,6 +16,8 @@ from importlib import resources
 from pathlib import Path
 
 import yaml
+from accelerate.utils import DynamoBackend
+from accelerate.utils.constants import FSDP_AUTO_WRAP_POLICY
 from peft import TaskType
 from torch.utils.checkpoint import checkpoint
 from transformers import HfArgumentParser, PreTrainedModel
@@ -160,6 +162,8 @@ def parse(settings):
         unknown = [key for key in nested if key not in known] if isinstance(nested, dict) else []
         if unknown:
             raise SettingsError("\n".join(f"unknown setting '{name}.{key}'{nearest(key, known)}" for key in unknown))
+        for key in ("auto_wrap_policy", "fsdp_auto_wrap_policy") if isinstance(nested, dict) else ():
+            _check_choice(f"{name}.{key}", FSDP_AUTO_WRAP_POLICY, nested.get(key))
     arguments = []
     defaults = {name: value for kind in dataclass_types() for name, value in _defaults(kind).items()}
     # Not the fields' own types, which the parser rewrites.
@@ -209,11 +213,21 @@ def _choices(action):
         "attn_implementation": ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()],
         "lora_task_type": TaskType,
         "debug": DebugOption,
+        "fsdp": ["full_shard", "shard_grad_op", "offload", "auto_wrap"],  # of FSDP2
     }
+    if action.dest == "torch_compile_backend":
+        import torch._dynamo
+
+        accelerates = {backend.value.lower() for backend in DynamoBackend}
+        return [backend for backend in torch._dynamo.list_backends(None) if backend in accelerates]
     return [str(getattr(choice, "value", choice)) for choice in action.choices or known.get(action.dest, ())]
 
 
 def _check_choice(name, choices, value):
+    if name == "fsdp":  # a switch, a list, or a text of several
+        value = [] if isinstance(value, bool) else value.split() if isinstance(value, str) else value
+    if name == "torch_compile_backend" and isinstance(value, str):
+        value = value.lower()
     for one in value if isinstance(value, list) else [value]:
         is_kernel = name == "attn_implementation" and "/" in str(one)  # a hub name
         if choices and value is not None and str(one) not in choices and not is_kernel:

@@ -1,6 +1,7 @@
 """`GAPOTrainer`: transformers' Trainer, on TRL's preference data, with the loss, evaluation and log of GAPO."""
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ logger = logging.get_logger(__name__)
 
 ANCHOR_FILE = "anchor.json"
 INPUTS = ("input_ids", "position_ids", "cu_seqlens")
+ALL_LINEAR = "all-linear"  # PEFT's word for target_modules that are all linear layers but the head
 PACKED_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
 
@@ -399,13 +401,25 @@ def _with_adapters(model, peft_config, seed):
 
 
 def check_targets(model, peft_config, quantifier):
-    """Raises ValueError if any, or all (the quantifier), of a list of target_modules are no modules of the model."""
+    """Raises ValueError if any, or all (the quantifier), of a list of target_modules are no modules of the model, or if
+    a text, which is a pattern, matches none."""
     targets, names = getattr(peft_config, "target_modules", None), [name for name, _ in model.named_modules()]
-    targets = [] if isinstance(targets, str) else sorted(targets or ())  # a str is a pattern
-    missing = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
+    if isinstance(targets, str):
+        targets = [targets]
+        missing = [] if targets[0].lower() == ALL_LINEAR or _matches_any(targets[0], names) else targets
+    else:
+        targets = sorted(targets or ())
+        missing = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
     if missing and quantifier(target in missing for target in targets):
-        near = nearest(missing[0], {name.rpartition(".")[2] for name in names})
+        near = nearest(missing[0], {ALL_LINEAR} - {*missing} | {name.rpartition(".")[2] for name in names})
         raise ValueError(f"expected target_modules that are modules of the model, got {missing[0]!r}{near}")
+
+
+def _matches_any(pattern, names):
+    try:
+        return any(re.fullmatch(pattern, name) for name in names)
+    except re.error:
+        return False
 
 
 def _disable_dropout(model):

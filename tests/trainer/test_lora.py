@@ -1,5 +1,7 @@
 """Adapters: they alone are moved and trained, and not on the head."""
 
+import re
+
 import pytest
 import torch
 from conftest import made_up_pairs, tiny_model
@@ -79,6 +81,14 @@ def test_virtual_tokens_are_refused(tokenizer, tmp_path):
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     with pytest.raises(ValueError, match="adapters on the model's weights, LoRA say, got PromptTuningConfig"):
         lora_trainer(tokenizer, tmp_path, tiny_model(), config, scope="all")
+
+
+def test_patterns_that_match_no_modules_are_refused(tokenizer, tmp_path):
+    for pattern in ("all-linea", "*.q_proj"):
+        with pytest.raises(ValueError, match=f"modules of the model, got '{re.escape(pattern)}'; did you mean '"):
+            lora_trainer(tokenizer, tmp_path, tiny_model(), LoraConfig(target_modules=pattern))
+    for pattern in ("all-linear", "ALL-LINEAR", r".*\.[qv]_proj"):
+        lora_trainer(tokenizer, tmp_path, tiny_model(), LoraConfig(target_modules=pattern))
 
 
 class Quantized(torch.nn.Linear):
