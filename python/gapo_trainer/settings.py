@@ -164,6 +164,13 @@ def parse(settings):
             raise SettingsError("\n".join(f"unknown setting '{name}.{key}'{nearest(key, known)}" for key in unknown))
         for key in ("auto_wrap_policy", "fsdp_auto_wrap_policy") if isinstance(nested, dict) else ():
             _check_choice(f"{name}.{key}", FSDP_AUTO_WRAP_POLICY, nested.get(key))
+    nested = settings.get("accelerator_config")
+    for key, hint in typing.get_type_hints(AcceleratorConfig).items():
+        value = nested.get(key) if isinstance(nested, dict) else None
+        is_boolean = value is None or str(value).lower() in ("true", "false", "0", "1")  # transformers converts text
+        if bool in (hint, *typing.get_args(hint)) and not is_boolean:
+            near = nearest(value, ("true", "false"))
+            raise SettingsError(f"accelerator_config.{key} must be True or False, got {value!r}{near}")
     arguments = []
     defaults = {name: value for kind in dataclass_types() for name, value in _defaults(kind).items()}
     # Not the fields' own types, which the parser rewrites.
@@ -211,7 +218,7 @@ def _choices(action):
     known = {
         "report_to": ["all", "none", *INTEGRATION_TO_CALLBACK],
         "attn_implementation": ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()],
-        "lora_task_type": TaskType,
+        "lora_task_type": [TaskType.CAUSAL_LM],
         "debug": DebugOption,
         "fsdp": ["full_shard", "shard_grad_op", "offload", "auto_wrap"],  # of FSDP2
     }

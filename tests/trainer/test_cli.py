@@ -128,6 +128,12 @@ def test_numbers_in_mappings_are_numbers():
             "'SIZE_BASED_WARP'; did you mean 'SIZE_BASED_WRAP'",
         ),
         (["smollm2-135m-offline", "--torch_compile_backend=inductr"], "got 'inductr'; did you mean 'inductor'"),
+        (["smollm2-135m-offline", "--lora_task_type=SEQ_CLS", "--rho=big"], "must be one of CAUSAL_LM, got 'SEQ_CLS'"),
+        (
+            ["smollm2-135m-offline", "--accelerator_config.split_batches=maybe", "--rho=big"],
+            "accelerator_config.split_batches must be True or False, got 'maybe'",
+        ),
+        (["smollm2-135m-offline", "--accelerator_config.dispatch_batches=flase", "--rho=big"], "did you mean 'false'"),
         (["smollm2-135m-offline", "--torch_dtype=bfloat16"], "unknown setting 'torch_dtype'; did you mean 'dtype'"),
         (["smollm2-135m-offline", "--model_name_or_path=smollm2-135m-ofline"], "did you mean 'smollm2-135m-instruct-off"),
         (["smollm2-135m-offline", "--dataset_name=./gapo_preference"], "did you mean 'gapo-preferences'"),
@@ -220,6 +226,7 @@ def test_the_keys_of_mappings_are_those_that_are_read():
         "torch_compile_backend=INDUCTOR",
         "fsdp=full_shard auto_wrap",
         "fsdp_config.fsdp_auto_wrap_policy=NO_WRAP",
+        "accelerator_config={even_batches: 'false', dispatch_batches: null, non_blocking: true}",
     ):
         settings.parse(settings.change(TINY, [f"--{name}"]))
 
