@@ -21,6 +21,7 @@ logger = logging.get_logger(__name__)
 
 ANCHOR_FILE = "anchor.json"
 INPUTS = ("input_ids", "position_ids", "cu_seqlens")
+WITHOUT_TRITON = ("cpu", "mps")
 ALL_LINEAR = "all-linear"  # PEFT's word for target_modules that are all linear layers but the head
 PACKED_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
@@ -347,6 +348,10 @@ def _refuse_what_has_no_place(args, options):
         "liger_kernel_config.fused_linear_cross_entropy": (
             args.use_liger_kernel and liger.get("fused_linear_cross_entropy"),
             "the loss has a fused head of its own",
+        ),
+        "use_liger_kernel": (
+            args.use_liger_kernel and args.device.type in WITHOUT_TRITON,
+            f"Liger's kernels expect a GPU, got the device {args.device.type}",
         ),
         "neftune_noise_alpha": (args.neftune_noise_alpha, "the anchor's forward would draw other noise"),
         "train_sampling_strategy": (

@@ -538,6 +538,7 @@ def test_mixed_precision_set_by_accelerate_reaches_the_anchor(tokenizer, tmp_pat
     [
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha is not supported"),
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy is not supported"),
+        ({"use_liger_kernel": True}, "use_liger_kernel is not supported: Liger's kernels expect a GPU, got the device cpu"),
         ({"train_sampling_strategy": "batch_rebalance"}, "train_sampling_strategy is not supported"),
         ({"accelerator_config": {"dispatch_batches": True}}, "accelerator_config.dispatch_batches is not supported"),
     ],
@@ -677,6 +678,7 @@ def test_ligers_head_does_not_replace_ours(tokenizer, tmp_path, monkeypatch):
             model.forward = lambda *args, **kwargs: pytest.fail("the head is Liger's")
 
     monkeypatch.setattr("transformers.trainer.apply_liger_kernel", apply)
+    monkeypatch.setattr("gapo_trainer.trainer.WITHOUT_TRITON", ())
     settings = dict(use_liger_kernel=True, max_steps=1)
     make_trainer(tokenizer, tmp_path, liger_kernel_config={"rope": False}, **settings).train()
     with pytest.raises(ValueError, match="fused_linear_cross_entropy is not supported: the loss has a fused head"):
