@@ -466,6 +466,8 @@ def test_heads_of_other_models(architecture, settings):
         ({"dataloader_num_workers": -1}, "dataloader_num_workers must be"),
         ({"num_train_epochs": 0}, "num_train_epochs must be finite and > 0, with no max_steps, got 0"),
         ({"optim_args": "momentum"}, "optim_args must be key=value,key=value,..., got 'momentum'"),
+        ({"lr_scheduler_kwargs": "text"}, "lr_scheduler_kwargs must be a mapping, got 'text'"),
+        ({"gradient_checkpointing_kwargs": [1]}, r"gradient_checkpointing_kwargs must be a mapping, got \[1\]"),
         ({"loss_type": "hinge", "label_smoothing": 0.1}, "'hinge' has no label_smoothing, expected 0, got 0.1"),
         ({"probe": "margins"}, "probe must be one of loss, margin, got 'margins'"),
         ({"scope": "head"}, "scope must be"),
