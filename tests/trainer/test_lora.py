@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 from conftest import made_up_pairs, tiny_model
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
-from test_trainer import make_trainer
+from peft import LoHaConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from test_trainer import make_trainer, other_model
 
 from gapo_trainer.config import GAPOConfig
 from gapo_trainer.trainer import GAPOTrainer
@@ -89,6 +89,16 @@ def test_patterns_that_match_no_modules_are_refused(tokenizer, tmp_path):
             lora_trainer(tokenizer, tmp_path, tiny_model(), LoraConfig(target_modules=pattern))
     for pattern in ("all-linear", "ALL-LINEAR", r".*\.[qv]_proj"):
         lora_trainer(tokenizer, tmp_path, tiny_model(), LoraConfig(target_modules=pattern))
+
+
+def test_noise_is_the_adapters_or_the_models(tokenizer, tmp_path):
+    """LoHa draws random numbers in training whatever its dropout."""
+    config = LoHaConfig(target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="dropout or noise in LoHaConfig: train other adapters, LoRA say; two forwards"):
+        lora_trainer(tokenizer, tmp_path, tiny_model(), config)
+    noisy, config = other_model("Falcon", hidden_dropout=0.5), LoraConfig(target_modules=["query_key_value"])
+    with pytest.raises(ValueError, match="dropout or noise in FalconForCausalLM: set it to 0 in model.config"):
+        lora_trainer(tokenizer, tmp_path, noisy, config)
 
 
 class Quantized(torch.nn.Linear):
