@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 import math
+import numbers
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -146,8 +147,10 @@ class GAPOConfig(TrainingArguments):
             value = getattr(self, name)
             if value is None and name in _MAY_BE_NONE:
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise ValueError(f"{name} must be a number, got {value!r}")
+            if not isinstance(value, (int, float)):  # numpy's, which the checkpoint's JSON does not take
+                setattr(self, name, int(value) if isinstance(value, numbers.Integral) else float(value))
         for name in (*CHECKPOINTING, "lr_scheduler_kwargs"):
             if not _is_mapping(value := getattr(self, name, None)):
                 raise ValueError(f"{name} must be a mapping, got {value!r}")

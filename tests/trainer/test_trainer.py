@@ -2,10 +2,12 @@
 
 import copy
 import importlib
+import json
 import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -479,6 +481,15 @@ def test_heads_of_other_models(architecture, settings):
 def test_settings_out_of_range_are_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         GAPOConfig(output_dir=str(tmp_path), **settings)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    settings = dict(learning_rate=np.float32(0.5), per_device_train_batch_size=np.int64(3), rho=np.float64(0.25))
+    config = GAPOConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
+    read = json.loads(config.to_json_string())
+    assert {name: read[name] for name in settings} == settings
+    with pytest.raises(ValueError, match="beta must be a number, got .*True"):
+        GAPOConfig(output_dir=str(tmp_path), beta=np.True_)
 
 
 def test_settings_from_a_command_line(tmp_path):
