@@ -26,6 +26,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.utils import is_liger_kernel_available
 
 from .config import CHECKPOINTING, GAPOConfig, nearest
 
@@ -249,6 +250,12 @@ def _nested_keys(settings):
     transformers_own = _parameters(enable, "POSITIONAL_OR_KEYWORD") - {"self", *CHECKPOINTING}
     torchs = _parameters(checkpoint, "KEYWORD_ONLY") | {"preserve_rng_state"}
     keys |= dict.fromkeys(CHECKPOINTING, transformers_own | torchs)
+    if isinstance(settings.get("liger_kernel_config"), dict) and is_liger_kernel_available():
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+        # One recipe may serve several models; Liger passes over what is not the model's.
+        known = (_parameters(patch, "POSITIONAL_OR_KEYWORD") for patch in MODEL_TYPE_TO_APPLY_LIGER_FN.values())
+        keys["liger_kernel_config"] = set().union(*known) - {"model"}
     # Known nowhere but in the code that reads them.
     code = inspect.getsource(GAPOConfig._process_fsdp_args)
     fsdp = re.findall(r'self\.fsdp_config(?:\.get\(|\.setdefault\(|\[)"(\w+)"', code)

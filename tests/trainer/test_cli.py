@@ -232,6 +232,13 @@ def test_the_keys_of_mappings_are_those_that_are_read():
         settings.parse(settings.change(TINY, [f"--{name}"]))
 
 
+def test_the_keys_of_liger_are_some_models():
+    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
+    settings.parse(TINY | {"liger_kernel_config": {"rope": False, "swiglu": False, "layer_norm": False}})
+    with pytest.raises(settings.SettingsError, match="'liger_kernel_config.rms_nrm'; did you mean 'rms_norm'"):
+        settings.parse(TINY | {"liger_kernel_config": {"rms_nrm": False}})
+
+
 def test_the_seed_is_that_of_the_flips():
     data = settings.DataConfig(dataset_name="gapo-preferences", flip_labels=0.2)
     pairs = load_preferences("train")
