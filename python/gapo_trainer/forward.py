@@ -104,8 +104,8 @@ def check_logps(model, base, padding_free):
                 if torch.equal(before, _random_state(device)):
                     where, remedy = type(model.active_peft_config).__name__, "train other adapters, LoRA say"
             raise ValueError(
-                f"expected a forward that draws no random numbers, got dropout or noise in {where}: {remedy}; two forwards "
-                "would differ by more than the anchor"
+                f"expected a forward that draws no random numbers, got dropout or noise in {where}: {remedy}; two "
+                "forwards would differ by more than the anchor"
             )
         places = torch.arange(5, device=device).repeat(2)[None]
         offsets = torch.tensor([0, 5, 10], dtype=torch.int32, device=device)

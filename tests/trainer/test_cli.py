@@ -157,7 +157,7 @@ def test_numbers_in_mappings_are_numbers():
         ),
         (["smollm2-135m-offline", "--debug=underflow"], "got 'underflow'; did you mean 'underflow_overflow'"),
         (["smollm2-135m-offline", "--fsdp_config=/no/such.json", "--fsdp=true"], "No such file or directory: '/no/"),
-        (["smollm2-135m-offline", "--gradient_checkpointing_kwargs=x"], "checkpointing_kwargs must be a mapping, got 'x'"),
+        (["smollm2-135m-offline", "--gradient_checkpointing_kwargs=x"], "_kwargs must be a mapping, got 'x'"),
         (["smollm2-135m-offline", "--lr_scheduler_kwargs={x"], "lr_scheduler_kwargs must be a mapping, got '{x'"),
         (["smollm2-135m-offline", "--max_grad_norm=null"], "max_grad_norm must be a number, got None"),
     ],

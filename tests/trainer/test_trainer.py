@@ -551,7 +551,7 @@ def test_mixed_precision_set_by_accelerate_reaches_the_anchor(tokenizer, tmp_pat
     [
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha is not supported"),
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy is not supported"),
-        ({"use_liger_kernel": True}, "use_liger_kernel is not supported: Liger's kernels expect a GPU, got the device cpu"),
+        ({"use_liger_kernel": True}, "use_liger_kernel is not supported: .* expect a GPU, got the device cpu"),
         ({"train_sampling_strategy": "batch_rebalance"}, "train_sampling_strategy is not supported"),
         ({"accelerator_config": {"dispatch_batches": True}}, "accelerator_config.dispatch_batches is not supported"),
     ],
