@@ -411,7 +411,8 @@ def check_targets(model, peft_config, quantifier):
     targets, names = getattr(peft_config, "target_modules", None), [name for name, _ in model.named_modules()]
     if isinstance(targets, str):
         targets = [targets]
-        missing = [] if targets[0].lower() == ALL_LINEAR or _matches_any(targets[0], names) else targets
+        others = getattr(peft_config, "target_parameters", None)  # beside which PEFT lets a pattern match nothing
+        missing = [] if others or targets[0].lower() == ALL_LINEAR or _matches_any(targets[0], names) else targets
     else:
         targets = sorted(targets or ())
         missing = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]

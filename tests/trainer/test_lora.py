@@ -9,7 +9,7 @@ from peft import LoHaConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft
 from test_trainer import make_trainer, other_model
 
 from gapo_trainer.config import GAPOConfig
-from gapo_trainer.trainer import GAPOTrainer
+from gapo_trainer.trainer import GAPOTrainer, check_targets
 
 LORA = dict(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
 
@@ -89,6 +89,7 @@ def test_patterns_that_match_no_modules_are_refused(tokenizer, tmp_path):
             lora_trainer(tokenizer, tmp_path, tiny_model(), LoraConfig(target_modules=pattern))
     for pattern in ("all-linear", "ALL-LINEAR", r".*\.[qv]_proj"):
         lora_trainer(tokenizer, tmp_path, tiny_model(), LoraConfig(target_modules=pattern))
+    check_targets(tiny_model(), LoraConfig(target_modules="none", target_parameters=["q_proj.weight"]), all)
 
 
 def test_noise_is_the_adapters_or_the_models(tokenizer, tmp_path):
