@@ -2,7 +2,9 @@
 
 import dataclasses
 import difflib
+import json
 import math
+import numbers
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -55,6 +57,17 @@ def nearest(value, among):
     """The end of a message about a wrong value: the valid one that it is closest to, or nothing."""
     found = difflib.get_close_matches(str(value), list(among), n=1, cutoff=0.5)
     return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def _is_mapping(value):
+    """Whether it is a dict, one as JSON, which transformers reads, or None."""
+    if isinstance(value, str):
+        try:
+            json.loads(value)
+        except ValueError:
+            return False
+        return value.startswith("{")
+    return value is None or isinstance(value, dict)
 
 
 @dataclass
@@ -141,8 +154,13 @@ class GAPOConfig(TrainingArguments):
             value = getattr(self, name)
             if value is None and name in _MAY_BE_NONE:
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise ValueError(f"{name} must be a number, got {value!r}")
+            if not isinstance(value, (int, float)):  # numpy's, which the checkpoint's JSON does not take
+                setattr(self, name, int(value) if isinstance(value, numbers.Integral) else float(value))
+        for name in (*CHECKPOINTING, "lr_scheduler_kwargs"):
+            if not _is_mapping(value := getattr(self, name, None)):
+                raise ValueError(f"{name} must be a mapping, got {value!r}")
         for name in CHECKPOINTING:
             if isinstance(options := getattr(self, name, None), dict):
                 options.setdefault("use_reentrant", False)  # torch's own default is True

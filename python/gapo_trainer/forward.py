@@ -96,9 +96,16 @@ def check_logps(model, base, padding_free):
         before = _random_state(device)
         found = model(input_ids=ids, sequence_labels=ids)[0].float()
         if not torch.equal(before, _random_state(device)):
+            where, remedy = type(base).__name__, "set it to 0 in model.config"
+            if hasattr(model, "disable_adapter"):
+                before = _random_state(device)
+                with model.disable_adapter():
+                    model(input_ids=ids, sequence_labels=ids)
+                if torch.equal(before, _random_state(device)):
+                    where, remedy = type(model.active_peft_config).__name__, "train other adapters, LoRA say"
             raise ValueError(
-                f"expected a forward that draws no random numbers, got dropout or noise in {type(base).__name__}: set it "
-                "to 0 in model.config; two forwards would differ by more than the anchor"
+                f"expected a forward that draws no random numbers, got dropout or noise in {where}: {remedy}; two "
+                "forwards would differ by more than the anchor"
             )
         places = torch.arange(5, device=device).repeat(2)[None]
         offsets = torch.tensor([0, 5, 10], dtype=torch.int32, device=device)

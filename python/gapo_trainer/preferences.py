@@ -68,6 +68,8 @@ def prepare_pairs(pairs, tokenizer, args):
         raise TypeError(
             f"expected preference pairs as a datasets.Dataset or a list of dicts, got {type(pairs).__name__}"
         )
+    if isinstance(pairs, datasets.Dataset):
+        pairs = pairs.with_format(None)  # one of tensors or arrays, say, has no lists of token ids
     if len(pairs) == 0:
         raise ValueError("expected at least one preference pair, got none")
     first = pairs[0]

@@ -16,6 +16,8 @@ from importlib import resources
 from pathlib import Path
 
 import yaml
+from accelerate.utils import DynamoBackend
+from accelerate.utils.constants import FSDP_AUTO_WRAP_POLICY
 from peft import TaskType
 from torch.utils.checkpoint import checkpoint
 from transformers import HfArgumentParser, PreTrainedModel
@@ -24,6 +26,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.utils import is_liger_kernel_available
 
 from .config import CHECKPOINTING, GAPOConfig, nearest
 
@@ -160,6 +163,15 @@ def parse(settings):
         unknown = [key for key in nested if key not in known] if isinstance(nested, dict) else []
         if unknown:
             raise SettingsError("\n".join(f"unknown setting '{name}.{key}'{nearest(key, known)}" for key in unknown))
+        for key in ("auto_wrap_policy", "fsdp_auto_wrap_policy") if isinstance(nested, dict) else ():
+            _check_choice(f"{name}.{key}", FSDP_AUTO_WRAP_POLICY, nested.get(key))
+    nested = settings.get("accelerator_config")
+    for key, hint in typing.get_type_hints(AcceleratorConfig).items():
+        value = nested.get(key) if isinstance(nested, dict) else None
+        is_boolean = value is None or str(value).lower() in ("true", "false", "0", "1")  # transformers converts text
+        if bool in (hint, *typing.get_args(hint)) and not is_boolean:
+            near = nearest(value, ("true", "false"))
+            raise SettingsError(f"accelerator_config.{key} must be True or False, got {value!r}{near}")
     arguments = []
     defaults = {name: value for kind in dataclass_types() for name, value in _defaults(kind).items()}
     # Not the fields' own types, which the parser rewrites.
@@ -207,13 +219,23 @@ def _choices(action):
     known = {
         "report_to": ["all", "none", *INTEGRATION_TO_CALLBACK],
         "attn_implementation": ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()],
-        "lora_task_type": TaskType,
+        "lora_task_type": [TaskType.CAUSAL_LM],
         "debug": DebugOption,
+        "fsdp": ["full_shard", "shard_grad_op", "offload", "auto_wrap"],  # of FSDP2
     }
+    if action.dest == "torch_compile_backend":
+        import torch._dynamo
+
+        accelerates = {backend.value.lower() for backend in DynamoBackend}
+        return [backend for backend in torch._dynamo.list_backends(None) if backend in accelerates]
     return [str(getattr(choice, "value", choice)) for choice in action.choices or known.get(action.dest, ())]
 
 
 def _check_choice(name, choices, value):
+    if name == "fsdp":  # a switch, a list, or a text of several
+        value = [] if isinstance(value, bool) else value.split() if isinstance(value, str) else value
+    if name == "torch_compile_backend" and isinstance(value, str):
+        value = value.lower()
     for one in value if isinstance(value, list) else [value]:
         is_kernel = name == "attn_implementation" and "/" in str(one)  # a hub name
         if choices and value is not None and str(one) not in choices and not is_kernel:
@@ -228,6 +250,12 @@ def _nested_keys(settings):
     transformers_own = _parameters(enable, "POSITIONAL_OR_KEYWORD") - {"self", *CHECKPOINTING}
     torchs = _parameters(checkpoint, "KEYWORD_ONLY") | {"preserve_rng_state"}
     keys |= dict.fromkeys(CHECKPOINTING, transformers_own | torchs)
+    if isinstance(settings.get("liger_kernel_config"), dict) and is_liger_kernel_available():
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+        # One recipe may serve several models; Liger passes over what is not the model's.
+        known = (_parameters(patch, "POSITIONAL_OR_KEYWORD") for patch in MODEL_TYPE_TO_APPLY_LIGER_FN.values())
+        keys["liger_kernel_config"] = set().union(*known) - {"model"}
     # Known nowhere but in the code that reads them.
     code = inspect.getsource(GAPOConfig._process_fsdp_args)
     fsdp = re.findall(r'self\.fsdp_config(?:\.get\(|\.setdefault\(|\[)"(\w+)"', code)

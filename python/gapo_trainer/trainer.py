@@ -1,6 +1,7 @@
 """`GAPOTrainer`: transformers' Trainer, on TRL's preference data, with the loss, evaluation and log of GAPO."""
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ logger = logging.get_logger(__name__)
 
 ANCHOR_FILE = "anchor.json"
 INPUTS = ("input_ids", "position_ids", "cu_seqlens")
+WITHOUT_TRITON = ("cpu", "mps")
+ALL_LINEAR = "all-linear"  # PEFT's word for target_modules that are all linear layers but the head
 PACKED_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
 
@@ -347,6 +350,10 @@ def _refuse_what_has_no_place(args, options):
             args.use_liger_kernel and liger.get("fused_linear_cross_entropy"),
             "the loss has a fused head of its own",
         ),
+        "use_liger_kernel": (
+            args.use_liger_kernel and args.device.type in WITHOUT_TRITON,
+            f"Liger's kernels expect a GPU, got the device {args.device.type}",
+        ),
         "neftune_noise_alpha": (args.neftune_noise_alpha, "the anchor's forward would draw other noise"),
         "train_sampling_strategy": (
             args.train_sampling_strategy in ("group_by_length", "batch_rebalance"),
@@ -406,13 +413,26 @@ def _with_adapters(model, peft_config, seed):
 
 
 def check_targets(model, peft_config, quantifier):
-    """Raises ValueError if any, or all (the quantifier), of a list of target_modules are no modules of the model."""
+    """Raises ValueError if any, or all (the quantifier), of a list of target_modules are no modules of the model, or if
+    a text, which is a pattern, matches none."""
     targets, names = getattr(peft_config, "target_modules", None), [name for name, _ in model.named_modules()]
-    targets = [] if isinstance(targets, str) else sorted(targets or ())  # a str is a pattern
-    missing = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
+    if isinstance(targets, str):
+        targets = [targets]
+        others = getattr(peft_config, "target_parameters", None)  # beside which PEFT lets a pattern match nothing
+        missing = [] if others or targets[0].lower() == ALL_LINEAR or _matches_any(targets[0], names) else targets
+    else:
+        targets = sorted(targets or ())
+        missing = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
     if missing and quantifier(target in missing for target in targets):
-        near = nearest(missing[0], {name.rpartition(".")[2] for name in names})
+        near = nearest(missing[0], {ALL_LINEAR} - {*missing} | {name.rpartition(".")[2] for name in names})
         raise ValueError(f"expected target_modules that are modules of the model, got {missing[0]!r}{near}")
+
+
+def _matches_any(pattern, names):
+    try:
+        return any(re.fullmatch(pattern, name) for name in names)
+    except re.error:
+        return False
 
 
 def _disable_dropout(model):

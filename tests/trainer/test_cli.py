@@ -119,6 +119,21 @@ def test_numbers_in_mappings_are_numbers():
         (["smollm2-135m-offline", "--report_to=wandbb"], "got 'wandbb'; did you mean 'wandb'"),
         (["smollm2-135m-offline", "--attn_implementation=sdpaa"], "got 'sdpaa'; did you mean 'sdpa'"),
         (["smollm2-135m-offline", "--lora_task_type=CAUSAL"], "got 'CAUSAL'; did you mean 'CAUSAL_LM'"),
+        (["smollm2-135m-offline", "--fsdp=full_shrad"], "got 'full_shrad'; did you mean 'full_shard'"),
+        (["smollm2-135m-offline", "--fsdp=[full_shard, ofload]"], "got 'ofload'; did you mean 'offload'"),
+        (["smollm2-135m-offline", "--fsdp=full_shard auto_warp"], "got 'auto_warp'; did you mean 'auto_wrap'"),
+        (
+            ["smollm2-135m-offline", "--fsdp=true", "--fsdp_config.auto_wrap_policy=SIZE_BASED_WARP"],
+            "fsdp_config.auto_wrap_policy must be one of TRANSFORMER_BASED_WRAP, SIZE_BASED_WRAP, NO_WRAP, got "
+            "'SIZE_BASED_WARP'; did you mean 'SIZE_BASED_WRAP'",
+        ),
+        (["smollm2-135m-offline", "--torch_compile_backend=inductr"], "got 'inductr'; did you mean 'inductor'"),
+        (["smollm2-135m-offline", "--lora_task_type=SEQ_CLS", "--rho=big"], "must be one of CAUSAL_LM, got 'SEQ_CLS'"),
+        (
+            ["smollm2-135m-offline", "--accelerator_config.split_batches=maybe", "--rho=big"],
+            "accelerator_config.split_batches must be True or False, got 'maybe'",
+        ),
+        (["smollm2-135m-offline", "--accelerator_config.dispatch_batches=flase", "--rho=big"], "did you mean 'false'"),
         (["smollm2-135m-offline", "--torch_dtype=bfloat16"], "unknown setting 'torch_dtype'; did you mean 'dtype'"),
         (["smollm2-135m-offline", "--model_name_or_path=smollm2-135m-ofline"], "did you mean 'smollm2-135m-instruct-off"),
         (["smollm2-135m-offline", "--dataset_name=./gapo_preference"], "did you mean 'gapo-preferences'"),
@@ -142,7 +157,8 @@ def test_numbers_in_mappings_are_numbers():
         ),
         (["smollm2-135m-offline", "--debug=underflow"], "got 'underflow'; did you mean 'underflow_overflow'"),
         (["smollm2-135m-offline", "--fsdp_config=/no/such.json", "--fsdp=true"], "No such file or directory: '/no/"),
-        (["smollm2-135m-offline", "--gradient_checkpointing_kwargs=x"], "'str' object has no attribute"),
+        (["smollm2-135m-offline", "--gradient_checkpointing_kwargs=x"], "_kwargs must be a mapping, got 'x'"),
+        (["smollm2-135m-offline", "--lr_scheduler_kwargs={x"], "lr_scheduler_kwargs must be a mapping, got '{x'"),
         (["smollm2-135m-offline", "--max_grad_norm=null"], "max_grad_norm must be a number, got None"),
     ],
 )
@@ -204,8 +220,23 @@ def test_the_keys_of_mappings_are_those_that_are_read():
     assert keys["gradient_checkpointing_kwargs"] == keys["activation_checkpointing_kwargs"]
     assert {"min_lr", "num_cycles"} <= keys["lr_scheduler_kwargs"] and "optimizer" not in keys["lr_scheduler_kwargs"]
     assert "lr_scheduler_kwargs" not in settings._nested_keys({"lr_scheduler_type": "reduce_lr_on_plateau"})
-    for name in ("attn_implementation=kernels-community/attention", "report_to=[tensorboard, wandb]", "report_to=all"):
+    for name in (
+        "attn_implementation=kernels-community/attention",
+        "report_to=[tensorboard, wandb]",
+        "report_to=all",
+        "torch_compile_backend=INDUCTOR",
+        "fsdp=full_shard auto_wrap",
+        "fsdp_config.fsdp_auto_wrap_policy=NO_WRAP",
+        "accelerator_config={even_batches: 'false', dispatch_batches: null, non_blocking: true}",
+    ):
         settings.parse(settings.change(TINY, [f"--{name}"]))
+
+
+def test_the_keys_of_liger_are_some_models():
+    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
+    settings.parse(TINY | {"liger_kernel_config": {"rope": False, "swiglu": False, "layer_norm": False}})
+    with pytest.raises(settings.SettingsError, match="'liger_kernel_config.rms_nrm'; did you mean 'rms_norm'"):
+        settings.parse(TINY | {"liger_kernel_config": {"rms_nrm": False}})
 
 
 def test_the_seed_is_that_of_the_flips():
@@ -227,6 +258,9 @@ def test_one_target_of_lora_is_a_name(recipe, tmp_path, capsys):
     assert saved and all(".q_proj." in name for name in saved)
     assert cli.main([path, "--lora_target_modules=[q_proj, v_prj]"]) == 2
     assert "got 'v_prj'; did you mean 'v_proj'" in capsys.readouterr().err
+    for target in ("all-linea", "alllinear"):
+        assert cli.main([path, f"--lora_target_modules={target}"]) == 2
+        assert capsys.readouterr().err.endswith(f"modules of the model, got '{target}'; did you mean 'all-linear'?\n")
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,15 @@
 """Adapters: they alone are moved and trained, and not on the head."""
 
+import re
+
 import pytest
 import torch
 from conftest import made_up_pairs, tiny_model
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
-from test_trainer import make_trainer
+from peft import LoHaConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from test_trainer import make_trainer, other_model
 
 from gapo_trainer.config import GAPOConfig
-from gapo_trainer.trainer import GAPOTrainer
+from gapo_trainer.trainer import GAPOTrainer, check_targets
 
 LORA = dict(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
 
@@ -79,6 +81,25 @@ def test_virtual_tokens_are_refused(tokenizer, tmp_path):
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     with pytest.raises(ValueError, match="adapters on the model's weights, LoRA say, got PromptTuningConfig"):
         lora_trainer(tokenizer, tmp_path, tiny_model(), config, scope="all")
+
+
+def test_patterns_that_match_no_modules_are_refused(tokenizer, tmp_path):
+    for pattern in ("all-linea", "*.q_proj"):
+        with pytest.raises(ValueError, match=f"modules of the model, got '{re.escape(pattern)}'; did you mean '"):
+            lora_trainer(tokenizer, tmp_path, tiny_model(), LoraConfig(target_modules=pattern))
+    for pattern in ("all-linear", "ALL-LINEAR", r".*\.[qv]_proj"):
+        lora_trainer(tokenizer, tmp_path, tiny_model(), LoraConfig(target_modules=pattern))
+    check_targets(tiny_model(), LoraConfig(target_modules="none", target_parameters=["q_proj.weight"]), all)
+
+
+def test_noise_is_the_adapters_or_the_models(tokenizer, tmp_path):
+    """LoHa draws random numbers in training whatever its dropout."""
+    config = LoHaConfig(target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="dropout or noise in LoHaConfig: train other adapters, LoRA say; two"):
+        lora_trainer(tokenizer, tmp_path, tiny_model(), config)
+    noisy, config = other_model("Falcon", hidden_dropout=0.5), LoraConfig(target_modules=["query_key_value"])
+    with pytest.raises(ValueError, match="dropout or noise in FalconForCausalLM: set it to 0 in model.config"):
+        lora_trainer(tokenizer, tmp_path, noisy, config)
 
 
 class Quantized(torch.nn.Linear):

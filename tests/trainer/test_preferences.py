@@ -238,6 +238,17 @@ def test_rows_that_trl_tokenised_get_their_numbers(tokenizer, kind):
     assert batch["index"].tolist() == [2, 0] and batch["is_flipped"].tolist() == [False, False]
 
 
+@pytest.mark.parametrize("are_tokens", [False, True], ids=["pairs", "rows"])
+@pytest.mark.parametrize("form", ["torch", "numpy"])
+def test_a_dataset_with_a_format_is_as_without(tokenizer, form, are_tokens):
+    given = Dataset.from_list(tokenize_pairs(made_up_pairs(3), tokenizer, 100) if are_tokens else made_up_pairs(3))
+    plain, formatted = (
+        PreferenceCollator(0)([prepare_pairs(pairs, tokenizer, GAPOConfig(use_cpu=True))[i] for i in (0, 2)])
+        for pairs in (given, given.with_format(form))
+    )
+    assert plain.keys() == formatted.keys() and all(plain[name].equal(formatted[name]) for name in plain)
+
+
 @pytest.mark.parametrize("kind", [list, Dataset.from_list], ids=["list", "Dataset"])
 def test_a_column_of_marks_is_found_whatever_it_holds(tokenizer, kind):
     pairs = made_up_pairs(2)

@@ -2,10 +2,12 @@
 
 import copy
 import importlib
+import json
 import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -470,6 +472,8 @@ def test_heads_of_other_models(architecture, settings):
         ({"dataloader_num_workers": -1}, "dataloader_num_workers must be"),
         ({"num_train_epochs": 0}, "num_train_epochs must be finite and > 0, with no max_steps, got 0"),
         ({"optim_args": "momentum"}, "optim_args must be key=value,key=value,..., got 'momentum'"),
+        ({"lr_scheduler_kwargs": "text"}, "lr_scheduler_kwargs must be a mapping, got 'text'"),
+        ({"gradient_checkpointing_kwargs": [1]}, r"gradient_checkpointing_kwargs must be a mapping, got \[1\]"),
         ({"loss_type": "hinge", "label_smoothing": 0.1}, "'hinge' has no label_smoothing, expected 0, got 0.1"),
         ({"probe": "margins"}, "probe must be one of loss, margin, got 'margins'"),
         ({"scope": "head"}, "scope must be"),
@@ -481,6 +485,15 @@ def test_heads_of_other_models(architecture, settings):
 def test_settings_out_of_range_are_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         GAPOConfig(output_dir=str(tmp_path), **settings)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    settings = dict(learning_rate=np.float32(0.5), per_device_train_batch_size=np.int64(3), rho=np.float64(0.25))
+    config = GAPOConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
+    read = json.loads(config.to_json_string())
+    assert {name: read[name] for name in settings} == settings
+    with pytest.raises(ValueError, match="beta must be a number, got .*True"):
+        GAPOConfig(output_dir=str(tmp_path), beta=np.True_)
 
 
 def test_settings_from_a_command_line(tmp_path):
@@ -542,6 +555,7 @@ def test_mixed_precision_set_by_accelerate_reaches_the_anchor(tokenizer, tmp_pat
     [
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha is not supported"),
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy is not supported"),
+        ({"use_liger_kernel": True}, "use_liger_kernel is not supported: .* expect a GPU, got the device cpu"),
         ({"train_sampling_strategy": "batch_rebalance"}, "train_sampling_strategy is not supported"),
         ({"accelerator_config": {"dispatch_batches": True}}, "accelerator_config.dispatch_batches is not supported"),
         ({"share_backward": True, "padding_free": True}, "share_backward needs .* got padding_free = True"),
@@ -684,6 +698,7 @@ def test_ligers_head_does_not_replace_ours(tokenizer, tmp_path, monkeypatch):
             model.forward = lambda *args, **kwargs: pytest.fail("the head is Liger's")
 
     monkeypatch.setattr("transformers.trainer.apply_liger_kernel", apply)
+    monkeypatch.setattr("gapo_trainer.trainer.WITHOUT_TRITON", ())
     settings = dict(use_liger_kernel=True, max_steps=1)
     make_trainer(tokenizer, tmp_path, liger_kernel_config={"rope": False}, **settings).train()
     with pytest.raises(ValueError, match="fused_linear_cross_entropy is not supported: the loss has a fused head"):
