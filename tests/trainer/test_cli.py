@@ -139,7 +139,7 @@ def test_numbers_in_mappings_are_numbers():
         (["smollm2-135m-offline", "--dataset_name=./gapo_preference"], "did you mean 'gapo-preferences'"),
         (["smollm2-135m-offline", "--eval_strategy=step"], "got 'step'; did you mean 'steps'"),
         (
-            ["smollm2-135m-offline", "--padding_free=true", "--pad_to_multiple_of=8"],
+            ["smollm2-135m-offline", "--padding_free=true", "--share_backward=false", "--pad_to_multiple_of=8"],
             "padding_free leaves nothing to pad",
         ),
         (["smollm2-135m-offline", "--rho=big"], "rho: invalid float value: 'big'"),
