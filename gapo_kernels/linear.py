@@ -340,16 +340,16 @@ class _LinearLogps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_logps, *_):
-        return _LinearLogps._gradients(ctx, grad_logps, _needed_now(ctx, ctx.needs))
+        return _LinearLogps._gradients(ctx, ctx.saved_tensors, grad_logps, _needed_now(ctx, ctx.needs))
 
     @staticmethod
-    def parameter_gradients(ctx, grad_logps, *_):
-        """`backward` without d hidden, also outside of one: what SharedBackward asks for."""
-        return _LinearLogps._gradients(ctx, grad_logps, [False, *ctx.needs[1:]])
+    def parameter_gradients(ctx, saved, grad_logps, *_):
+        """`backward` without d hidden, also outside of one: what leaf_uses asks for."""
+        return _LinearLogps._gradients(ctx, saved, grad_logps, [False, *ctx.needs[1:]])
 
     @staticmethod
-    def _gradients(ctx, grad_logps, needs):
-        hidden, weight, bias, labels, cu_seqlens, counts, row_shift, row_total, unit, logits = ctx.saved_tensors
+    def _gradients(ctx, saved, grad_logps, needs):
+        hidden, weight, bias, labels, cu_seqlens, counts, row_shift, row_total, unit, logits = saved
         scale = -grad_logps / counts.clamp(min=1) if ctx.length_normalized else -grad_logps
         results = linear_logps_backward(
             scale,

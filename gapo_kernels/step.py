@@ -59,9 +59,10 @@ def gapo_step(
         allow_dropout: let logps_fn draw random numbers, and have the anchor's run draw the same ones.
         share_backward: take the gradients of activations, which are linear in one number a sequence, from the probe's
             backward: the final one then computes gradients of weights alone. About a backward's half is saved, and the
-            gradients are the same to rounding, not to the bit. It keeps the gradients of the layers' outputs until
-            then, and makes all of the parameters' at once. For models that keep sequences apart, in a batch (S, T): the
-            first step is compared with a real backward. Without a probe nothing is shared.
+            gradients are the same to rounding, not to the bit. It keeps the layers' inputs and their outputs' gradients
+            until then, in the place of the graph, and makes all of the parameters' at once. For models that keep
+            sequences apart, in a batch (S, T): the first step is compared with a real backward. Without a probe nothing
+            is shared, and where it gave a pair no weight (below 1e-20) logps_fn may run once more, for a real backward.
 
     Returns:
         GAPOOutput; only its `loss` carries gradient.
@@ -69,7 +70,7 @@ def gapo_step(
     Raises:
         ValueError: sft_weight without counts, shapes or hyperparameters out of range, no parameter has a gradient.
         FloatingPointError: the probe's gradient is not finite; the weights are where they were.
-        RuntimeError: logps_fn draws random numbers, without allow_dropout; with share_backward, sequences are not apart.
+        RuntimeError: logps_fn draws random numbers, without allow_dropout; with share_backward, mixes sequences.
         NotImplementedError: share_backward with an anchor of scope k, FSDP2, packed rows, checkpointed activations,
             a compiled model, float16, or a layer that is another library's own function.
     """
@@ -92,7 +93,7 @@ def gapo_step(
     options = dict(beta=beta, gamma=gamma, label_smoothing=label_smoothing, loss_type=loss_type)
     sharing = None
     if share_backward and anchor is not None and anchor.direction != "gaussian":
-        sharing = SharedBackward(logps, anchor.params)
+        sharing = SharedBackward(logps, anchor, anchor.params)
     counter = None if anchor is None else anchor.state_dict()
     try:
         anchor_margin = torch.zeros_like(margin)
@@ -107,14 +108,18 @@ def gapo_step(
             objective = None if anchor.direction == "gaussian" else _probe(probe, margin, beta, gamma, valid)
             # A backward of dynamic shapes is compiled when it first runs, which is in the probe.
             recorded = nullcontext() if sharing is None else sharing.recorded()
-            with _kept_buffers(), recorded, anchor.perturbed(objective, retain_graph=True), torch.no_grad():
+            kept, again = sharing is None or sharing.needs_graph, False
+            with _kept_buffers(), recorded, anchor.perturbed(objective, retain_graph=kept), torch.no_grad():
                 if sharing is not None and not sharing.tells_apart(valid):
-                    sharing = None
+                    sharing, again = None, not kept
                 with randomness.repeated() if drawn else unmoved.replayed():
                     anchor_margin = _margin(logps_fn())[0]
+            if again:  # the graph that was not kept
+                with randomness.repeated() if drawn else nullcontext():
+                    logps = _margin(logps_fn())[1]
         if sharing is None:
             return _packed(logps, anchor_margin, counts, valid, sft_weight, options)
-        sharing.compare(logps, anchor)
+        sharing.compare(logps)
         logps = logps.detach().requires_grad_()
         out = _packed(logps, anchor_margin, counts, valid, sft_weight, options)
         return out._replace(loss=sharing.loss(out.loss, logps))

@@ -1,6 +1,7 @@
 """`gapo_step(share_backward=True)`: the gradients of an ordinary step, without a second pass through the activations."""
 
 import copy
+import weakref
 
 import pytest
 import tiny_models
@@ -193,17 +194,53 @@ def test_micro_batches_accumulate_and_steps_repeat():
         torch.testing.assert_close(one, other, atol=1e-5 * other.abs().max(), rtol=0)
 
 
-def test_a_probe_without_weight_is_not_divided_by():
-    """Margins so large that the probe's loss has no gradient left: then there is a real backward."""
-    model = tiny_models.build("gpt2")
+@pytest.mark.parametrize("name, runs", [("gpt2", 2), ("llama", 3)])
+def test_a_probe_without_weight_is_not_divided_by(name, runs):
+    """Margins so large that the probe's loss has no gradient left: then there is a real backward, of a second clean
+    forward where the first one's graph was not kept."""
+    model = tiny_models.build(name)
     inner = through("linear", model, *tiny_models.preference_batch())
+    offset, calls = torch.zeros(6), []
 
     def logps():
+        calls.append(torch.is_grad_enabled())
         found, counts = inner()
-        return found + torch.tensor([0, 200.0, 0, 0, 0, 0]), counts
+        return found + offset, counts
 
+    anchor = GeometricAnchor.from_model(model, rho=RHO)
+    stepped(model, logps, True, anchor=anchor)
+    offset[1] = 200
     expected = stepped(model, logps, False)
-    assert_same(stepped(model, logps, True), expected, 0)
+    calls.clear()
+    assert_same(stepped(model, logps, True, anchor=anchor), expected, 0)
+    assert calls == [True, False, True][:runs]
+
+
+def test_the_graph_is_not_kept():
+    """From the second step on: beside the inputs of layers nothing of it is there between probe and backward."""
+    model = tiny_models.build("llama")
+    ids, labels = tiny_models.preference_batch()
+    kept = []
+
+    class Kept(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, hidden):
+            big = torch.empty(1000)
+            kept.append(weakref.ref(big))
+            ctx.save_for_backward(big)
+            return hidden.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            ctx.saved_tensors
+            return gradient
+
+    model.model.layers[1].register_forward_hook(lambda module, args, output: Kept.apply(output))
+    anchor = GeometricAnchor.from_model(model, rho=RHO)
+    for shared, alive in ((True, True), (True, False), (False, True)):
+        out = gapo_step(lambda: sequence_logps(model(ids).logits, labels), anchor, share_backward=shared)
+        assert (kept[-2]() is not None) == alive, "of the run with grad; the anchor's came after it"
+        out.loss.backward()
 
 
 def test_nothing_to_share_without_a_probe():
