@@ -18,9 +18,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
-# What is made of a weight before it meets activations: of one tensor, with as many elements, and nothing saved.
-_SHAPES_AND_CASTS = "T Transpose Permute View UnsafeView ToCopy Clone Alias Unsqueeze Squeeze Add Neg"
-WAYS = tuple(f"{name}Backward0" for name in _SHAPES_AND_CASTS.split())
+VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
 # y = beta * bias + alpha * (x @ W): the names of x, and the numbers of bias and W among the inputs.
 GEMMS = {"MmBackward0": ("_saved_self", None, 1), "AddmmBackward0": ("_saved_mat1", 0, 2)}
 
@@ -52,6 +50,7 @@ def _place(tensor: Tensor) -> tuple:
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
+Step = Callable[[Tensor], Tensor]  # the gradient of what was made of a leaf, to that of what it was made of
 # Of the gradients of a node's outputs: those of the inputs that leaves enter, by the inputs' numbers.
 Make = Callable[[Sequence[Tensor | None], Scaled], Sequence[Tensor | None] | dict[int, Tensor]]
 
@@ -61,8 +60,9 @@ class Use:
     node: Node
     needs_graph: bool  # whether the graph must be kept for it
     flattened: bool  # its rows are those of all sequences, one after the other
-    leaves: list[tuple[int, list[Node], Tensor]]  # through which input, by way of which nodes, which leaf
+    leaves: list[tuple[int, list[Step], Tensor]]  # through which input, by way of what, which leaf
     _make: Make
+    _taken: list[tuple[Tensor, int]]  # what has been taken over of what nodes saved, and its version then
     outputs: Sequence[Tensor | None] = ()  # their gradients, as a backward leaves them here while it is recorded
 
     def record(self) -> RemovableHandle:
@@ -71,18 +71,27 @@ class Use:
 
         return self.node.register_prehook(hook)
 
-    def gradients(self, scaled: Scaled, wanted: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """(leaf, this use's part of its gradient), each sequence's times its ratio; of one leaf, if asked for."""
-        if wanted is not None and all(leaf is not wanted for *_, leaf in self.leaves):
+    def gradients(self, scaled: Scaled, wanted: Callable[[Tensor], bool]) -> Iterator[tuple[Tensor, Tensor]]:
+        """(leaf, this use's part of its gradient), each sequence's times its ratio, of the leaves that are wanted."""
+        if not any(wanted(leaf) for *_, leaf in self.leaves) or all(output is None for output in self.outputs):
             return
+        if any(tensor._version != version for tensor, version in self._taken):
+            raise RuntimeError(
+                f"a tensor that {self.node.name()} saved for the backward of share_backward=True was modified in place "
+                "since the step"
+            )
         found = self._make(self.outputs, scaled)
         for number, way, leaf in self.leaves:
-            if wanted is None or leaf is wanted:
+            if wanted(leaf):
                 gradient = found[number]
-                for node in way:
-                    gradient = node(gradient.sum_to_size(shapes(node)[0]).to(node._input_metadata[0].dtype))
-                    gradient = gradient if isinstance(gradient, Tensor) else next(g for g in gradient if g is not None)
-                yield leaf, gradient.sum_to_size(leaf.shape).to(leaf.dtype)
+                if gradient is None:
+                    raise RuntimeError(
+                        f"share_backward=True runs {self.node.name()} in the backward, which must then be of all "
+                        "parameters: loss.backward() without inputs"
+                    )
+                for step in way:
+                    gradient = step(gradient)
+                yield leaf, gradient if gradient.is_sparse else gradient.sum_to_size(leaf.shape).to(leaf.dtype)
 
 
 def find(root: Node, sequences: int, moved: set[int]) -> list[Use]:
@@ -92,12 +101,17 @@ def find(root: Node, sequences: int, moved: set[int]) -> list[Use]:
     Raises NotImplementedError where a use needs more than the gradient of its outputs, each sequence's by itself.
     """
     made_of: dict[Node, tuple[list[Node], Tensor] | None] = {}  # of what is made of one leaf: the way back to it
+    users: dict[Node, list[Node]] = {}
     reached: dict[Node, bool] = {}  # whether the probe's backward runs a node: it lies on the way to what is moved
-    found: list[tuple[int, Use]] = []
+    found: list[tuple[Node, bool, list[tuple[int, list[Node], Tensor]]]] = []
     for node in _leaves_first(root):
         following = [(number, child) for number, (child, _) in enumerate(node.next_functions) if child is not None]
+        for _, child in following:
+            users.setdefault(child, []).append(node)
         if hasattr(node, "variable"):
-            made_of[node], reached[node] = ([], node.variable), id(node.variable) in moved
+            made_of[node], reached[node] = None, id(node.variable) in moved
+            if isinstance(node.variable, torch.nn.Parameter) or reached[node]:
+                made_of[node] = [], node.variable
             continue
         reached[node] = any(reached[child] for _, child in following)
         entering = [(number, *made_of[child]) for number, child in following if made_of[child] is not None]
@@ -108,18 +122,29 @@ def find(root: Node, sequences: int, moved: set[int]) -> list[Use]:
         if len(following) == 1 and _is_made_of(node, leaf):
             made_of[node] = [node, *way], leaf
             continue
-        if (why := _obstacle(node, reached[node], sequences)) is not None:
-            shape = tuple(leaf.shape)
-            raise NotImplementedError(
-                f"share_backward=True cannot take {node.name()}, which a parameter of shape {shape} enters: {why}"
-            )
-        found.append((node._sequence_nr(), _use(node, sequences, entering)))
+        found.append((node, reached[node], entering))
     if any(node.ddp_weakref().static_graph for node in made_of if hasattr(node, "ddp_weakref")):
         raise NotImplementedError(
             "share_backward=True cannot be used under DDP(static_graph=True), which waits for a backward through the "
             "model's outputs"
         )
-    return [use for _, use in sorted(found, key=lambda item: item[0])]
+    uses = []
+    for node, is_reached, entering in sorted(found, key=lambda item: item[0]._sequence_nr()):
+        if (why := _obstacle(node, is_reached, sequences, users.get(node, ()))) is not None:
+            shape = tuple(entering[0][2].shape)
+            raise NotImplementedError(
+                f"share_backward=True cannot take {node.name()}, which a parameter of shape {shape} enters: {why}"
+            )
+        uses.append(_use(node, sequences, entering))
+    return uses
+
+
+def will_run(node: Node | None) -> bool:
+    """Within a backward: whether it will run this node, too."""
+    try:
+        return node is not None and torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # it does not tell about a leaf whose gradient autograd.grad was asked for
+        return True
 
 
 def shapes(node: Node) -> list[tuple[int, ...]]:
@@ -140,13 +165,14 @@ def _leaves_first(root: Node) -> Iterator[Node]:
 
 
 def _is_made_of(node: Node, leaf: Tensor) -> bool:
+    """Whether a node's output is a leaf in another form, no activation: an embedding of a batch is (S, T, H)."""
     shape = shapes(node)[0]
     if node.name() == "EmbeddingBackward0":  # that of positions, which all sequences share
-        return shape[0] == 1
-    return node.name() in (*WAYS, "MulBackward0") and math.prod(shape) == leaf.numel()
+        return len(shape) == 2 or shape[0] == 1
+    return node.name() in _STEPS and math.prod(shape) == leaf.numel()
 
 
-def _obstacle(node: Node, reached: bool, sequences: int) -> str | None:
+def _obstacle(node: Node, reached: bool, sequences: int, users: Sequence[Node]) -> str | None:
     """Why a node's part of the gradient cannot be had without a backward."""
     if not reached:
         return "the probe's backward stops before it, because the anchor's scope does"
@@ -157,7 +183,9 @@ def _obstacle(node: Node, reached: bool, sequences: int) -> str | None:
         return "it computes in float16, whose gradients the loss scale would overflow"
     outputs = shapes(node)[:1] if own else shapes(node)  # what else our own functions return has no gradient
     apart = all(len(shape) > 0 and shape[0] == sequences for shape in outputs)
-    rows = all(len(shape) == 2 and shape[0] > 0 and shape[0] % sequences == 0 for shape in outputs)
+    # The rows of (S, T, ...), which a linear layer's product is of: nothing else says whose a row is.
+    unflattened = [user.name() in VIEWS and shapes(user)[0][0] == sequences for user in users]
+    rows = len(outputs) == 1 and len(outputs[0]) == 2 and len(unflattened) > 0 and all(unflattened)
     if not rows and (not apart or node.name() in GEMMS):
         expected = f"the {sequences} sequences as their first dimension, or all of their rows"
         return f"expected outputs with {expected}, got {', '.join(map(str, outputs))}"
@@ -174,17 +202,28 @@ def _has_hooks(node: Node) -> bool:
 # ---- A node's gradients of the inputs that leaves enter ----
 
 
+class _Taken(list):
+    """What is taken over of what nodes saved, with its version: a later change would go unseen otherwise."""
+
+    def take(self, tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        self.append((tensor.detach(), tensor._version))
+        return self[-1][0]
+
+
 def _use(node: Node, sequences: int, leaves: list[tuple[int, list[Node], Tensor]]) -> Use:
-    name, flattened = node.name(), shapes(node)[0][0] != sequences
+    name, flattened, taken = node.name(), shapes(node)[0][0] != sequences, _Taken()
     maker, numbers = _TAKEN_OVER.get(name, (None, ()))
-    if isinstance(node, BackwardCFunction):
-        make, needs_graph = _own(node), False
-    elif all(number in numbers for number, *_ in leaves):
-        make, needs_graph = maker(node, flattened, [number for number, *_ in leaves]), False
+    is_own, is_known = isinstance(node, BackwardCFunction), all(number in numbers for number, *_ in leaves)
+    if is_own:
+        make = _own(node, taken)
+    elif is_known:
+        make = maker(node, flattened, [number for number, *_ in leaves], taken)
     else:
-        make, needs_graph = _run(node, flattened), True
-    needs_graph = needs_graph or any(step.name() not in WAYS for _, way, _ in leaves for step in way)
-    return Use(node, needs_graph, flattened, leaves, make)
+        make = _run(node, flattened)
+    ways = [(number, [_step(one, taken) for one in way], leaf) for number, way, leaf in leaves]
+    return Use(node, not (is_own or is_known), flattened, ways, make, taken)
 
 
 def _run(node: Node, flattened: bool) -> Make:
@@ -195,8 +234,8 @@ def _run(node: Node, flattened: bool) -> Make:
     return make
 
 
-def _own(node: BackwardCFunction) -> Make:
-    of_class, saved = node._forward_cls, node.saved_tensors
+def _own(node: BackwardCFunction, taken: _Taken) -> Make:
+    of_class, saved = node._forward_cls, [taken.take(tensor) for tensor in node.saved_tensors]
 
     def make(gradients, scaled):
         return of_class.parameter_gradients(node, saved, *(None if g is None else scaled(g, False) for g in gradients))
@@ -204,9 +243,9 @@ def _own(node: BackwardCFunction) -> Make:
     return make
 
 
-def _gemm(node: Node, flattened: bool, numbers: list[int]) -> Make:
+def _gemm(node: Node, flattened: bool, numbers: list[int], taken: _Taken) -> Make:
     name, bias, weight = GEMMS[node.name()]
-    x = getattr(node, name).detach() if weight in numbers else None
+    x = taken.take(getattr(node, name)) if weight in numbers else None
     # In the layout of W, so that the gradient of W^T^T is contiguous.
     transposed = x is not None and node._saved_mat2_sym_strides[0] == 1
     alpha, beta = getattr(node, "_saved_alpha", 1), getattr(node, "_saved_beta", 1)
@@ -229,36 +268,24 @@ def _gemm(node: Node, flattened: bool, numbers: list[int]) -> Make:
     return make
 
 
-def _product(node: Node, flattened: bool, numbers: list[int]) -> Make:
-    factors = {n: (node._saved_other, node._saved_self)[n].detach() for n in numbers}
+def _product(node: Node, flattened: bool, numbers: list[int], taken: _Taken) -> Make:
+    factors = {n: taken.take((node._saved_other, node._saved_self)[n]) for n in numbers}
     return lambda gradients, scaled: {n: scaled(gradients[0], flattened) * factors[n] for n in numbers}
 
 
-def _sum(node: Node, flattened: bool, numbers: list[int]) -> Make:
-    alpha = node._saved_alpha
-
-    def make(gradients, scaled):
-        gradient = scaled(gradients[0], flattened)
-        return {n: gradient * alpha if n == 1 and alpha != 1 else gradient for n in numbers}
-
-    return make
+def _sum(node: Node, flattened: bool, numbers: list[int], taken: _Taken) -> Make:
+    factors = (1, getattr(node, "_saved_alpha", 1))
+    return lambda gradients, scaled: {n: scaled(gradients[0], flattened).mul_(factors[n]) for n in numbers}
 
 
-def _embedding(node: Node, flattened: bool, numbers: list[int]) -> Make:
-    rows, padding = node._saved_weight_sym_argsize_0, node._saved_padding_idx
-    padding -= 2**64 if padding >= 2**63 else 0  # autograd shows -1, for none, without its sign
-    indices, options = node._saved_indices.detach(), (node._saved_scale_grad_by_freq, node._saved_sparse)
-
-    def make(gradients, scaled):
-        gradient = scaled(gradients[0], flattened)
-        return [torch.ops.aten.embedding_backward(gradient, indices, rows, padding, *options)]
-
-    return make
+def _embedding(node: Node, flattened: bool, numbers: list[int], taken: _Taken) -> Make:
+    step = _embedding_step(node, taken)
+    return lambda gradients, scaled: [step(scaled(gradients[0], flattened))]
 
 
-def _layer_norm(node: Node, flattened: bool, numbers: list[int]) -> Make:
-    tensors = [getattr(node, f"_saved_{name}") for name in ("input", "result1", "result2", "weight", "bias")]
-    x, mean, rstd, weight, bias = (None if t is None else t.detach() for t in tensors)
+def _layer_norm(node: Node, flattened: bool, numbers: list[int], taken: _Taken) -> Make:
+    x, mean, rstd = (taken.take(getattr(node, f"_saved_{name}")) for name in ("input", "result1", "result2"))
+    weight, bias = (None if t is None else t.detach() for t in (node._saved_weight, node._saved_bias))
     shape, wanted = node._saved_normalized_shape, [False, 1 in numbers, 2 in numbers]
 
     def make(gradients, scaled):
@@ -274,6 +301,55 @@ _TAKEN_OVER = {
     "AddmmBackward0": (_gemm, (0, 2)),
     "MulBackward0": (_product, (0, 1)),
     "AddBackward0": (_sum, (0, 1)),
+    "ExpandBackward0": (_sum, (0,)),
     "EmbeddingBackward0": (_embedding, (0,)),
     "NativeLayerNormBackward0": (_layer_norm, (1, 2)),
+}
+
+
+# ---- What is made of a leaf before it meets activations ----
+
+
+def _step(node: Node, taken: _Taken) -> Step:
+    """To the gradient of the node's one input, from that of its output as whoever used it gives it."""
+    number, child = next((n, child) for n, (child, _) in enumerate(node.next_functions) if child is not None)
+    step = _STEPS.get(node.name(), _embedding_step)(node, taken, number)
+    shape, dtype = shapes(node)[0], node._input_metadata[0].dtype
+    leaf = getattr(child, "variable", None)
+    before = tuple(leaf.shape) if leaf is not None else shapes(child)[0]
+    before_dtype = leaf.dtype if leaf is not None else child._input_metadata[0].dtype
+
+    def run(gradient):
+        gradient = step(gradient.sum_to_size(shape).to(dtype))
+        return gradient if gradient.is_sparse else gradient.reshape(before).to(before_dtype)
+
+    return run
+
+
+def _embedding_step(node: Node, taken: _Taken, number: int = 0) -> Step:
+    rows, padding = node._saved_weight_sym_argsize_0, node._saved_padding_idx
+    padding -= 2**64 if padding >= 2**63 else 0  # autograd shows -1, for none, without its sign
+    indices, options = taken.take(node._saved_indices), (node._saved_scale_grad_by_freq, node._saved_sparse)
+    return lambda gradient: torch.ops.aten.embedding_backward(gradient, indices, rows, padding, *options)
+
+
+def _transpose_step(node: Node, taken: _Taken, number: int) -> Step:
+    dims = [dim - (2**64 if dim >= 2**63 else 0) for dim in (node._saved_dim0, node._saved_dim1)]
+    return lambda gradient: gradient.transpose(*dims)
+
+
+def _factor_step(node: Node, taken: _Taken, number: int) -> Step:
+    factor = taken.take(node._saved_self if number else node._saved_other)
+    return lambda gradient: gradient * factor
+
+
+_unchanged = "View UnsafeView ReshapeAlias ToCopy Clone Alias Unsqueeze Squeeze".split()
+_STEPS = {
+    **{f"{name}Backward0": lambda node, taken, number: lambda gradient: gradient for name in _unchanged},
+    "SqueezeBackward1": lambda node, taken, number: lambda gradient: gradient,
+    "TBackward0": lambda node, taken, number: lambda gradient: gradient.t(),
+    "TransposeBackward0": _transpose_step,
+    "NegBackward0": lambda node, taken, number: lambda gradient: -gradient,
+    "AddBackward0": lambda node, taken, number: lambda gradient: gradient * (node._saved_alpha if number else 1),
+    "MulBackward0": _factor_step,
 }

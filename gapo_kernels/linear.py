@@ -10,6 +10,7 @@ from torch import Tensor
 from gapo_kernels import cpu, linear_engine, ops, reference, validation
 from gapo_kernels.head import Head, VocabularyShard
 from gapo_kernels.layout import sequence_count
+from gapo_kernels.leaf_uses import will_run
 from gapo_kernels.objective import gapo_objective, margin_shares, sequence_means, sft_terms
 from gapo_kernels.outputs import GAPOOutput
 
@@ -248,14 +249,7 @@ def _needed_now(ctx, needs: list[bool]) -> list[bool]:
     """Without what this backward does not ask for: gapo_step's probe wants no gradient of a head that does not move."""
     if torch.compiler.is_compiling():
         return needs
-    return [needed and _will_run(ctx.next_functions[i][0]) for i, needed in enumerate(needs)]
-
-
-def _will_run(node) -> bool:
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # it does not tell about a leaf whose gradient autograd.grad was asked for
-        return True
+    return [needed and will_run(ctx.next_functions[i][0]) for i, needed in enumerate(needs)]
 
 
 class _LinearLoss(torch.autograd.Function):

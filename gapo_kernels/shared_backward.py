@@ -22,7 +22,7 @@ TINY = 1e-20  # a probe's weight below which the gradients that it scaled may ha
 # (of a parameter's gradient, of all) that may differ when sequences are told apart, by the coarsest dtype on the way.
 TOLERANCES = {torch.float64: (1e-6, 1e-9), torch.float32: (1e-2, 1e-4), torch.bfloat16: (0.1, 1e-2)}
 
-_compared: WeakKeyDictionary = WeakKeyDictionary()  # of each anchor: the forms that were compared with a real backward
+_steps: WeakKeyDictionary = WeakKeyDictionary()  # of each anchor: how many there were of each form of graph
 
 
 class SharedBackward:
@@ -38,15 +38,24 @@ class SharedBackward:
             )
         self._sequences, self._root = logps.shape[0], logps.grad_fn
         self._uses = leaf_uses.find(self._root, self._sequences, {id(p) for p in moved if p.requires_grad})
-        self._leaves = list({id(leaf): leaf for use in self._uses for *_, leaf in use.leaves}.values())
-        self._form = tuple((use.node.name(), use.flattened) for use in self._uses)
-        self._seen = _compared.setdefault(anchor, set())
+        self.leaves = list({id(leaf): leaf for use in self._uses for *_, leaf in use.leaves}.values())
+        if not self.leaves:
+            raise NotImplementedError("share_backward=True found no parameter that the log-probs are made of")
+        self._form = (self._sequences, *((use.node.name(), use.flattened) for use in self._uses))
+        self._steps = _steps.setdefault(anchor, {})
+        number = self._steps.get(self._form, 0) + 1
+        # The 1st, 4th, 16th, ... of a form: what a batch's own values decide may be as it should be once, by chance.
+        self._is_compared = number & (number - 1) == 0 and number.bit_length() % 2 == 1
+        # A second forward, in the place of a kept graph, is not for one rank alone: DDP's has collectives.
+        several_ranks = distributed.ranks(anchor.process_group) > 1
+        self._keeps_graph = several_ranks or any(use.needs_graph for use in self._uses)
+        self._output = logps.output_nr
         self._probe: Tensor | None = None  # (S,), d objective / d log-prob
 
     @property
     def needs_graph(self) -> bool:
         """Whether the probe's backward must keep it."""
-        return self._form not in self._seen or any(use.needs_graph for use in self._uses)
+        return self._is_compared or self._keeps_graph
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
@@ -60,34 +69,43 @@ class SharedBackward:
                 handle.remove()
 
     def _keep_probe(self, gradients: Sequence[Tensor]) -> None:
-        self._probe = gradients[0]
+        self._probe = gradients[self._output]
 
     def tells_apart(self, valid: Tensor) -> bool:
         """Whether the probe gave every pair (B,), of those that count, a weight that can be divided by."""
         return not ((self._probe.abs() < TINY) & valid.repeat(2)).any()
 
     def compare(self, logps: Tensor) -> None:
-        """With a real backward, once for each form that an anchor's graphs take: whether the sequences are apart.
+        """With a real backward, now and then: whether the sequences are apart.
 
         Raises RuntimeError where they are not: what batch normalisation, say, makes of them is not a sum over them.
         """
-        if self._form in self._seen:
+        if not self._is_compared:
             return
+        # A hook of somebody's on a parameter may do anything with its gradient.
+        leaves = [leaf for leaf in self.leaves if not leaf._backward_hooks]
         ratio = torch.linspace(0.5, 1.5, self._sequences, dtype=self._probe.dtype, device=self._probe.device)
         norms: dict[int, tuple[Tensor, Tensor]] = {}
 
         def measure(leaf):
             def hook(exact):
-                own = sum(part for use in self._uses for _, part in use.gradients(leaf_uses.Scaled(ratio), leaf))
-                norms[id(leaf)] = torch.stack([exact.double().norm(), (own - exact).double().norm()])
-                return exact.new_zeros(()).expand_as(exact)  # of the model's size there is never more than one
+                if exact is None:
+                    return None
+                scaled = leaf_uses.Scaled(ratio)
+                parts = (part for use in self._uses for _, part in use.gradients(scaled, lambda other: other is leaf))
+                own = sum(part.to_dense() if part.is_sparse else part for part in parts)
+                whole = exact.to_dense() if exact.is_sparse else exact
+                norms[id(leaf)] = torch.stack([whole.double().norm(), (own - whole).double().norm()])
+                # Of the model's size there is never more than one.
+                return None if exact.is_sparse else exact.new_zeros(()).expand_as(exact)
 
             return hook
 
-        handles = [leaf.register_hook(measure(leaf)) for leaf in self._leaves]
+        handles = [leaf.register_hook(measure(leaf)) for leaf in leaves]
         try:
             with distributed.no_iteration_of_ddp(logps):
-                torch.autograd.grad(logps, self._leaves, ratio * self._probe, retain_graph=True)
+                options = dict(retain_graph=self._keeps_graph, allow_unused=True)
+                torch.autograd.grad(logps, leaves, ratio * self._probe, **options)
         finally:
             for handle in handles:
                 handle.remove()
@@ -100,26 +118,29 @@ class SharedBackward:
                 "of a batch (batch normalisation, a router's capacity), or orders them in another way. Use "
                 "share_backward=False"
             )
-        self._seen.add(self._form)
 
     def loss(self, loss: Tensor, logps: Tensor) -> Tensor:
         """The loss () of these log-probs, which are a leaf here, as one of the model's leaves."""
         (upstream,) = torch.autograd.grad(loss, logps)
         ratio = torch.where(upstream == 0, upstream, upstream / self._probe)
         self._root = None
-        return _SharedLoss.apply(loss.detach(), ratio, self, *self._leaves)
+        self._steps[self._form] = self._steps.get(self._form, 0) + 1
+        return _SharedLoss.apply(loss.detach(), ratio, self, *self.leaves)
 
-    def gradients(self, ratio: Tensor) -> list[Tensor]:
-        """Of every leaf: the sum over sequences of ratio (S,) times the probe's part of its gradient. What was kept
-        for it goes on the way."""
+    def gradients(self, ratio: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
+        """Of every leaf that is wanted: the sum over sequences of ratio (S,) times the probe's part of its gradient.
+        What was kept for it goes on the way."""
         total: dict[int, Tensor] = {}
+        chosen = {id(leaf) for leaf, is_wanted in zip(self.leaves, wanted) if is_wanted}
         scaled = leaf_uses.Scaled(ratio)
         uses, self._uses = self._uses[::-1], []
         while uses:
-            for leaf, gradient in uses.pop().gradients(scaled):
+            for leaf, gradient in uses.pop().gradients(scaled, lambda leaf: id(leaf) in chosen):
                 own = total.get(id(leaf))
-                total[id(leaf)] = gradient if own is None else own.add_(gradient)
-        return [total[id(leaf)] for leaf in self._leaves]
+                if own is not None:
+                    gradient = own + gradient if own.is_sparse or gradient.is_sparse else own.add_(gradient)
+                total[id(leaf)] = gradient
+        return [total.get(id(leaf)) for leaf in self.leaves]
 
 
 class _SharedLoss(torch.autograd.Function):
@@ -136,4 +157,5 @@ class _SharedLoss(torch.autograd.Function):
                 "the loss of share_backward=True has one backward: what it needs of the probe's is gone after it"
             )
         sharing, ctx.sharing = ctx.sharing, None
-        return (None, None, None, *sharing.gradients(ctx.ratio * upstream))
+        wanted = [leaf_uses.will_run(node) for node, _ in ctx.next_functions[-len(sharing.leaves) :]]
+        return (None, None, None, *sharing.gradients(ctx.ratio * upstream, wanted))

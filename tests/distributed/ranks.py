@@ -335,6 +335,23 @@ def fsdp_refused(rank, what):
         return str(error)
 
 
+def sharing_saturated(rank):
+    """Steps of which one rank's probe has a pair without weight: it falls back to a real backward, the other does not."""
+    model = tiny_models.build("gpt2")
+    model.register_buffer("of_ddp", torch.zeros(3))  # which DDP broadcasts in each forward with grad
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    anchor = GeometricAnchor.from_model(wrapped, rho=RHO)
+    found, inner = [], logps_of(wrapped, rank)
+    for shared in (False, True):
+        for step in range(3):
+            wrapped.zero_grad()
+            offset = torch.zeros(PAIRS // RANKS * 2)
+            offset[0] = 200.0 * (step == 1 and rank == 1)
+            gapo_step(lambda: inner() + offset, anchor, share_backward=shared).loss.backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    return found
+
+
 def sharing_refused(rank, kind):
     model = tiny_models.build("gpt2")
     if kind == "fsdp":

@@ -150,6 +150,12 @@ def test_fsdp2_refuses_what_would_make_the_probe_wrong(on_two_ranks, what, messa
         assert message in found
 
 
+def test_a_shared_backward_falls_back_on_one_rank(on_two_ranks):
+    for ordinary, shared in on_two_ranks("sharing_saturated"):
+        for one, other in zip(ordinary, shared):
+            torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-9)
+
+
 @pytest.mark.parametrize("kind, message", [("fsdp", "sharded parameters"), ("static graph", "static_graph=True")])
 def test_a_shared_backward_refuses_what_would_wait_for_a_real_one(on_two_ranks, kind, message):
     for found in on_two_ranks("sharing_refused", kind=kind):
