@@ -344,37 +344,48 @@ class GAPOTrainer(Trainer):
 
 
 def _refuse_what_has_no_place(args, options):
-    liger = args.liger_kernel_config or {}
-    refused = {
-        "liger_kernel_config.fused_linear_cross_entropy": (
-            args.use_liger_kernel and liger.get("fused_linear_cross_entropy"),
-            "the loss has a fused head of its own",
-        ),
-        "use_liger_kernel": (
-            args.use_liger_kernel and args.device.type in WITHOUT_TRITON,
-            f"Liger's kernels expect a GPU, got the device {args.device.type}",
-        ),
-        "neftune_noise_alpha": (args.neftune_noise_alpha, "the anchor's forward would draw other noise"),
-        "train_sampling_strategy": (
-            args.train_sampling_strategy in ("group_by_length", "batch_rebalance"),
-            "a pair has two lengths; leave it at 'random' or 'sequential'",
-        ),
-        "accelerator_config.dispatch_batches": (
-            args.accelerator_config.dispatch_batches,
-            "a batch's tensors have 2B and B rows, which accelerate would cut alike",
-        ),
-        "compute_metrics": (options.get("compute_metrics"), "evaluation has its own metrics; use a callback"),
-        "compute_loss_func": (options.get("compute_loss_func"), "the loss is GAPO's; override compute_loss"),
-    }
-    for name, (is_set, why) in refused.items():
-        if is_set:
-            raise ValueError(f"{name} is not supported: {why}")
     if args.share_backward:
-        without = ("gradient_checkpointing", "torch_compile", "padding_free", "fsdp")
+        without = ("gradient_checkpointing", "torch_compile", "padding_free", "fsdp", "use_liger_kernel")
         found = [f"{name} = {getattr(args, name)!r}" for name in without if getattr(args, name)]
         found += [f"scope = {args.scope!r}"] if isinstance(args.scope, int) else []
         if found:
             raise ValueError(f"share_backward needs the probe's backward of a whole, padded batch, got {', '.join(found)}")
+    liger = args.liger_kernel_config or {}
+    every = (args.gradient_checkpointing_kwargs or {}).get("every_n_layers", 1)
+    refused = [
+        (
+            "liger_kernel_config.fused_linear_cross_entropy",
+            args.use_liger_kernel and liger.get("fused_linear_cross_entropy"),
+            "the loss has a fused head of its own",
+        ),
+        (
+            "use_liger_kernel",
+            args.use_liger_kernel and args.device.type in WITHOUT_TRITON,
+            f"Liger's kernels expect a GPU, got the device {args.device.type}",
+        ),
+        (
+            "use_liger_kernel without gradient_checkpointing of every layer",
+            args.use_liger_kernel and not (args.gradient_checkpointing and every == 1),
+            "its kernels write over what they saved for the backward, and the step walks one graph twice; set "
+            f"gradient_checkpointing=True, got {args.gradient_checkpointing} with every_n_layers = {every}",
+        ),
+        ("neftune_noise_alpha", args.neftune_noise_alpha, "the anchor's forward would draw other noise"),
+        (
+            "train_sampling_strategy",
+            args.train_sampling_strategy in ("group_by_length", "batch_rebalance"),
+            "a pair has two lengths; leave it at 'random' or 'sequential'",
+        ),
+        (
+            "accelerator_config.dispatch_batches",
+            args.accelerator_config.dispatch_batches,
+            "a batch's tensors have 2B and B rows, which accelerate would cut alike",
+        ),
+        ("compute_metrics", options.get("compute_metrics"), "evaluation has its own metrics; use a callback"),
+        ("compute_loss_func", options.get("compute_loss_func"), "the loss is GAPO's; override compute_loss"),
+    ]
+    for name, is_set, why in refused:
+        if is_set:
+            raise ValueError(f"{name} is not supported: {why}")
     if args.use_liger_kernel:  # its head would take the place of ours when training begins
         args.liger_kernel_config = liger | {"fused_linear_cross_entropy": False}
 

@@ -561,6 +561,7 @@ def test_mixed_precision_set_by_accelerate_reaches_the_anchor(tokenizer, tmp_pat
         ({"share_backward": True, "padding_free": True}, "share_backward needs .* got padding_free = True"),
         ({"share_backward": True, "gradient_checkpointing": True}, "got gradient_checkpointing = True"),
         ({"share_backward": True, "scope": 1}, "got scope = 1"),
+        ({"share_backward": True, "use_liger_kernel": True}, "share_backward needs .* got use_liger_kernel = True"),
     ],
 )
 def test_settings_without_a_place_are_refused(tokenizer, tmp_path, settings, message):
@@ -699,10 +700,20 @@ def test_ligers_head_does_not_replace_ours(tokenizer, tmp_path, monkeypatch):
 
     monkeypatch.setattr("transformers.trainer.apply_liger_kernel", apply)
     monkeypatch.setattr("gapo_trainer.trainer.WITHOUT_TRITON", ())
-    settings = dict(use_liger_kernel=True, max_steps=1)
+    settings = dict(use_liger_kernel=True, max_steps=1, gradient_checkpointing=True)
     make_trainer(tokenizer, tmp_path, liger_kernel_config={"rope": False}, **settings).train()
     with pytest.raises(ValueError, match="fused_linear_cross_entropy is not supported: the loss has a fused head"):
         make_trainer(tokenizer, tmp_path, liger_kernel_config={"fused_linear_cross_entropy": True}, **settings)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"every_n_layers": 2}}], ids=str
+)
+def test_ligers_kernels_are_refused_without_checkpointing(tokenizer, tmp_path, monkeypatch, settings):
+    """Their backward writes over its own saved tensors: the second one over the same graph would be wrong."""
+    monkeypatch.setattr("gapo_trainer.trainer.WITHOUT_TRITON", ())
+    with pytest.raises(ValueError, match="they saved for the backward, and the step walks one graph twice; set gradient_ch"):
+        make_trainer(tokenizer, tmp_path, use_liger_kernel=True, **settings)
 
 
 @pytest.mark.parametrize("kind", ["tp", "cp", "sp"])
