@@ -161,10 +161,10 @@ class GAPOConfig(TrainingArguments):
         for name in (*CHECKPOINTING, "lr_scheduler_kwargs"):
             if not _is_mapping(value := getattr(self, name, None)):
                 raise ValueError(f"{name} must be a mapping, got {value!r}")
-        for name in CHECKPOINTING:
-            if isinstance(options := getattr(self, name, None), dict):
-                options.setdefault("use_reentrant", False)  # torch's own default is True
         super().__post_init__()
+        for name in CHECKPOINTING:  # read from JSON by now
+            if isinstance(options := getattr(self, name, None), dict):
+                setattr(self, name, {"use_reentrant": False} | options)  # torch's own default is True
         if isinstance(self.scope, str) and self.scope.isdigit():
             self.scope = int(self.scope)
         for name, choices in _CHOICES.items():

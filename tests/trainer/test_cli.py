@@ -104,6 +104,13 @@ def test_numbers_in_mappings_are_numbers():
     assert settings.parse(changed)[-1].liger_kernel_config == {"rope": False}
 
 
+def test_checkpointing_of_the_command_line_is_not_reentrant(recipe):
+    changes = ["--gradient_checkpointing=true", "--gradient_checkpointing_kwargs.preserve_rng_state=false"]
+    config = settings.parse(settings.change(TINY, changes))[-1]
+    assert config.gradient_checkpointing_kwargs == {"preserve_rng_state": False, "use_reentrant": False}
+    assert cli.main([recipe(), *changes, "--max_steps=1"]) == 0
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

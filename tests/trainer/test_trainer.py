@@ -732,10 +732,19 @@ def test_a_collator_that_leaves_out_what_is_read_is_refused(tokenizer, tmp_path)
     GAPOTrainer(tiny_model(), config, data_collator=PreferenceCollator(0), **options)
 
 
-def test_checkpointing_without_a_word_on_reentrance_is_not_reentrant(tmp_path):
-    config = GAPOConfig(output_dir=str(tmp_path), use_cpu=True, gradient_checkpointing_kwargs={"preserve_rng_state": False})
-    options = config.gradient_checkpointing_kwargs or config.activation_checkpointing_kwargs
-    assert options == {"preserve_rng_state": False, "use_reentrant": False}
+@pytest.mark.parametrize("given", [{"preserve_rng_state": False}, '{"preserve_rng_state": false}'], ids=["dict", "JSON"])
+@pytest.mark.parametrize("name", ["gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"])
+def test_checkpointing_without_a_word_on_reentrance_is_not_reentrant(tokenizer, tmp_path, name, given):
+    if not hasattr(GAPOConfig, name):
+        pytest.skip(f"this transformers has no {name}")
+    before = copy.deepcopy(given)
+    trainer = make_trainer(tokenizer, tmp_path, gradient_checkpointing=True, max_steps=1, **{name: given})
+    assert getattr(trainer.args, name) == {"preserve_rng_state": False, "use_reentrant": False} and given == before
+    trainer.train()
+    again = GAPOConfig(**(trainer.args.to_dict() | {"use_cpu": True}))
+    assert getattr(again, name) == getattr(trainer.args, name)
+    with pytest.raises(ValueError, match="_kwargs must have use_reentrant=False"):
+        GAPOConfig(output_dir=str(tmp_path), use_cpu=True, **{name: '{"use_reentrant": true}'})
 
 
 def test_float16_weights_are_refused(tokenizer, tmp_path):
