@@ -380,6 +380,21 @@ def _refuse_what_has_no_place(args, options):
             args.accelerator_config.dispatch_batches,
             "a batch's tensors have 2B and B rows, which accelerate would cut alike",
         ),
+        (
+            "accelerator_config.even_batches = False",
+            not args.accelerator_config.even_batches,
+            "evaluation gathers as many rows of each process, and the ranks would wait for one another; leave it at True",
+        ),
+        (
+            "accelerator_config.use_seedable_sampler = False",
+            not args.accelerator_config.use_seedable_sampler,
+            "a resumed run would draw the pairs in another order; leave it at True",
+        ),
+        (
+            "ignore_data_skip",
+            args.ignore_data_skip,
+            "a resumed run would begin its epoch anew, and train on other pairs than the uninterrupted one",
+        ),
         ("compute_metrics", options.get("compute_metrics"), "evaluation has its own metrics; use a callback"),
         ("compute_loss_func", options.get("compute_loss_func"), "the loss is GAPO's; override compute_loss"),
     ]
