@@ -203,6 +203,12 @@ class GAPOConfig(TrainingArguments):
             raise ValueError(
                 "fp16 is not supported (the probe's gradient has no loss scaling): use bf16, got fp16=True"
             )
+        for name in ("fp16_full_eval", "bf16_full_eval"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name} would leave the model's weights and buffers in 16 bits for the training after it: use bf16, or "
+                    f"a model loaded in bfloat16, got {name}=True"
+                )
 
     def _require(self, name, holds, expected):
         value = getattr(self, name)

@@ -480,6 +480,8 @@ def test_heads_of_other_models(architecture, settings):
         ({"scope": -1}, "scope must be"),
         ({"remove_unused_columns": True}, "remove_unused_columns must be False"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"fp16_full_eval": True, "use_cpu": True}, "fp16_full_eval would leave the model's weights and buffers in 16 bits"),
+        ({"bf16_full_eval": True, "use_cpu": True}, "bf16_full_eval would leave .* got bf16_full_eval=True"),
     ],
 )
 def test_settings_out_of_range_are_refused(tmp_path, settings, message):
