@@ -48,8 +48,33 @@ _RANGES = {
     "per_device_eval_batch_size": _COUNT,
     "gradient_accumulation_steps": _COUNT,
     "dataloader_num_workers": _NOT_NEGATIVE,
+    "save_total_limit": _COUNT,
 }
-_MAY_BE_NONE = ("max_length", "pad_to_multiple_of", "dataset_num_proc")
+_WHOLE = (
+    "max_length",
+    "max_prompt_length",
+    "max_logits_bytes",
+    "pad_to_multiple_of",
+    "dataset_num_proc",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "dataloader_num_workers",
+    "save_total_limit",
+    "max_steps",
+    "seed",
+    "data_seed",
+)
+_BOOLEAN = ("padding_free", "share_backward", "record_pairs")
+_MAY_BE_NONE = (
+    "max_length",
+    "max_prompt_length",
+    "pad_to_multiple_of",
+    "dataset_num_proc",
+    "save_total_limit",
+    "data_seed",
+    "eval_steps",
+)
 _MAY_BE_INFINITE = ("max_grad_norm",)  # which measures the norm and clips nothing
 
 
@@ -150,14 +175,27 @@ class GAPOConfig(TrainingArguments):
     )
 
     def __post_init__(self):
-        for name in _RANGES:
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name, None)
+            if isinstance(value, numbers.Real) and not isinstance(value, (int, float)):
+                # numpy's, which the checkpoint's JSON does not take
+                setattr(self, item.name, int(value) if isinstance(value, numbers.Integral) else float(value))
+        steps = [f"{kind}_steps" for kind in ("logging", "save", "eval") if getattr(self, f"{kind}_strategy") == "steps"]
+        for name in dict.fromkeys((*_RANGES, *_WHOLE, *steps)):
             value = getattr(self, name)
             if value is None and name in _MAY_BE_NONE:
                 continue
-            if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise ValueError(f"{name} must be a number, got {value!r}")
-            if not isinstance(value, (int, float)):  # numpy's, which the checkpoint's JSON does not take
-                setattr(self, name, int(value) if isinstance(value, numbers.Integral) else float(value))
+            if name in _WHOLE:
+                if not math.isfinite(value) or value != int(value):
+                    raise ValueError(f"{name} must be a whole number, got {value!r}")
+                setattr(self, name, int(value))
+            if name in steps:
+                self._require(name, value > 0, "> 0")
+        for name in _BOOLEAN:
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {value!r}")
         for name in (*CHECKPOINTING, "lr_scheduler_kwargs"):
             if not _is_mapping(value := getattr(self, name, None)):
                 raise ValueError(f"{name} must be a mapping, got {value!r}")

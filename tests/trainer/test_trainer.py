@@ -13,7 +13,7 @@ import torch
 import transformers
 from accelerate.parallelism_config import ParallelismConfig
 from conftest import made_up_pairs, tiny_model
-from transformers import HfArgumentParser, TrainerCallback
+from transformers import HfArgumentParser, IntervalStrategy, TrainerCallback
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from gapo_kernels import GeometricAnchor, gapo_objective, reference
@@ -480,6 +480,26 @@ def test_heads_of_other_models(architecture, settings):
         ({"scope": -1}, "scope must be"),
         ({"remove_unused_columns": True}, "remove_unused_columns must be False"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"max_steps": 2.5}, "max_steps must be a whole number, got 2.5"),
+        ({"max_steps": None}, "max_steps must be a number, got None"),
+        ({"max_length": float("inf")}, "max_length must be a whole number, got inf"),
+        ({"max_prompt_length": 2.5}, "max_prompt_length must be a whole number, got 2.5"),
+        ({"max_prompt_length": "5"}, "max_prompt_length must be a number, got '5'"),
+        ({"per_device_train_batch_size": 2.5}, "per_device_train_batch_size must be a whole number, got 2.5"),
+        ({"gradient_accumulation_steps": 1.5}, "gradient_accumulation_steps must be a whole number"),
+        ({"dataloader_num_workers": 0.5}, "dataloader_num_workers must be a whole number"),
+        ({"pad_to_multiple_of": np.float32(1.5)}, "pad_to_multiple_of must be a whole number, got 1.5"),
+        ({"share_backward": "false"}, "share_backward must be True or False, got 'false'"),
+        ({"padding_free": 1}, "padding_free must be True or False, got 1"),
+        ({"record_pairs": None}, "record_pairs must be True or False, got None"),
+        ({"save_steps": 0}, "save_steps must be finite and > 0, got 0"),
+        ({"save_steps": -1}, "save_steps must be finite and > 0, got -1"),
+        ({"logging_steps": -5}, "logging_steps must be finite and > 0, got -5"),
+        ({"logging_steps": "often"}, "logging_steps must be a number, got 'often'"),
+        ({"eval_strategy": "steps", "eval_steps": 0}, "eval_steps must be finite and > 0, got 0"),
+        ({"eval_strategy": IntervalStrategy.STEPS, "eval_steps": -1}, "eval_steps must be finite and > 0, got -1"),
+        ({"save_total_limit": 0}, "save_total_limit must be finite and >= 1, got 0"),
+        ({"save_total_limit": 1.5}, "save_total_limit must be a whole number, got 1.5"),
         ({"fp16_full_eval": True, "use_cpu": True}, "fp16_full_eval would leave the model's weights and buffers in 16 bits"),
         ({"bf16_full_eval": True, "use_cpu": True}, "bf16_full_eval would leave .* got bf16_full_eval=True"),
     ],
@@ -491,11 +511,21 @@ def test_settings_out_of_range_are_refused(tmp_path, settings, message):
 
 def test_numbers_of_numpy_are_numbers(tmp_path):
     settings = dict(learning_rate=np.float32(0.5), per_device_train_batch_size=np.int64(3), rho=np.float64(0.25))
+    whole = dict(max_steps=np.int64(2), logging_steps=np.int32(2), save_steps=np.int64(3), eval_steps=np.int64(4))
+    settings |= whole | dict(seed=np.int64(5), max_logits_bytes=1e9, max_length=np.float32(64))
     config = GAPOConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
     read = json.loads(config.to_json_string())
     assert {name: read[name] for name in settings} == settings
+    assert all(type(read[name]) is int for name in (*whole, "seed", "max_logits_bytes", "max_length"))
     with pytest.raises(ValueError, match="beta must be a number, got .*True"):
         GAPOConfig(output_dir=str(tmp_path), beta=np.True_)
+
+
+def test_intervals_that_are_not_used_may_be_anything(tmp_path):
+    never = dict(logging_strategy="no", save_strategy="no", eval_strategy="no", eval_steps=0, save_steps=0, logging_steps=0)
+    GAPOConfig(output_dir=str(tmp_path), use_cpu=True, **never)
+    config = GAPOConfig(output_dir=str(tmp_path), use_cpu=True, eval_strategy="steps", save_steps=0.5, logging_steps=3)
+    assert (config.eval_steps, config.save_steps) == (3, 0.5)
 
 
 def test_settings_from_a_command_line(tmp_path):
