@@ -75,7 +75,7 @@ class GAPOTrainer(Trainer):
             # in the same way for models that are spread over several GPUs.
             logger.warning(f"using one of {args.n_gpu} visible GPUs")
             args._n_gpu = 1
-        _refuse_what_has_no_place(args, kwargs)
+        _refuse_what_has_no_place(args, model, kwargs)
         if data_collator is None:
             if processing_class is None:
                 raise ValueError("expected a data_collator or a tokenizer as processing_class, got neither")
@@ -134,6 +134,8 @@ class GAPOTrainer(Trainer):
                 f"expected no mixed precision or bf16, got {self.accelerator.mixed_precision}: the probe's gradient has no "
                 "loss scaling"
             )
+        backend = self.accelerator.state.dynamo_plugin.backend.value  # which the launcher may set, too
+        _refuse_for_sharing([f"dynamo_backend = {backend!r}"] if args.share_backward and backend != "NO" else [])
         # accelerate's launcher asks for it past the arguments.
         fsdp = args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
         if fsdp and self.accelerator.distributed_type != DistributedType.FSDP:
@@ -343,13 +345,19 @@ class GAPOTrainer(Trainer):
         return result
 
 
-def _refuse_what_has_no_place(args, options):
+def _refuse_for_sharing(found):
+    if found:
+        raise ValueError(f"share_backward needs the probe's backward of a whole, padded batch, got {', '.join(found)}")
+
+
+def _refuse_what_has_no_place(args, model, options):
     if args.share_backward:
-        without = ("gradient_checkpointing", "torch_compile", "padding_free", "fsdp", "use_liger_kernel")
-        found = [f"{name} = {getattr(args, name)!r}" for name in without if getattr(args, name)]
+        without = ("gradient_checkpointing", "torch_compile", "padding_free", "fsdp", "use_liger_kernel", "ddp_static_graph")
+        found = [f"{name} = {value!r}" for name in without if (value := getattr(args, name, None))]
         found += [f"scope = {args.scope!r}"] if isinstance(args.scope, int) else []
-        if found:
-            raise ValueError(f"share_backward needs the probe's backward of a whole, padded batch, got {', '.join(found)}")
+        found += ["ACCELERATE_USE_FSDP = true"] if parse_flag_from_env("ACCELERATE_USE_FSDP") and not args.fsdp else []
+        found += ["a model whose gradient_checkpointing is on"] if any(map(_checkpoints, model.modules())) else []
+        _refuse_for_sharing(found)
     liger = args.liger_kernel_config or {}
     every = (args.gradient_checkpointing_kwargs or {}).get("every_n_layers", 1)
     refused = [
@@ -472,7 +480,12 @@ def _disable_dropout(model):
                 setattr(module, name, 0.0)
 
 
+def _checkpoints(module):
+    """Whether the module checkpoints its activations, set past the arguments."""
+    return bool(getattr(module, "gradient_checkpointing", False))
+
+
 def _is_reentrant(module):
-    """Whether the module checkpoints its activations in the reentrant way, set past the arguments."""
+    """Whether it does so in the reentrant way."""
     function = getattr(module, "_gradient_checkpointing_func", None)
-    return getattr(module, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get("use_reentrant")
+    return _checkpoints(module) and getattr(function, "keywords", {}).get("use_reentrant")

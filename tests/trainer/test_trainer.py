@@ -604,6 +604,32 @@ def test_settings_without_a_place_are_refused(tokenizer, tmp_path, settings, mes
         make_trainer(tokenizer, tmp_path, **settings)
 
 
+def test_what_a_shared_backward_cannot_have_is_refused_before_the_first_step(tokenizer, tmp_path, monkeypatch):
+    """Also where it is asked for past the arguments."""
+    from accelerate.state import AcceleratorState
+
+    refusal = "share_backward needs the probe's backward of a whole, padded batch, got "
+    model = tiny_model()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with pytest.raises(ValueError, match=refusal + "a model whose gradient_checkpointing is on"):
+        make_trainer(tokenizer, tmp_path, model, share_backward=True)
+    if hasattr(GAPOConfig, "ddp_static_graph"):
+        with pytest.raises(ValueError, match=refusal + "ddp_static_graph = True"):
+            make_trainer(tokenizer, tmp_path, share_backward=True, ddp_static_graph=True)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=refusal + "ACCELERATE_USE_FSDP = true"):
+        make_trainer(tokenizer, tmp_path, share_backward=True)
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "aot_eager")
+    AcceleratorState._reset_state(True)
+    try:
+        make_trainer(tokenizer, tmp_path)
+        with pytest.raises(ValueError, match=refusal + "dynamo_backend = 'AOT_EAGER'"):
+            make_trainer(tokenizer, tmp_path, share_backward=True)
+    finally:
+        AcceleratorState._reset_state(True)
+
+
 def test_the_metric_of_the_best_model_is_one_of_evaluations(tokenizer, tmp_path):
     trainer = make_trainer(tokenizer, tmp_path, metric_for_best_model="rewards/accuracies")
     measured = {name.removeprefix("eval_") for name in trainer.evaluate()}
