@@ -447,19 +447,36 @@ def _with_adapters(model, peft_config, seed):
 
 
 def check_targets(model, peft_config, quantifier):
-    """Raises ValueError if any, or all (the quantifier), of a list of target_modules are no modules of the model, or if
-    a text, which is a pattern, matches none."""
-    targets, names = getattr(peft_config, "target_modules", None), [name for name, _ in model.named_modules()]
+    """Raises ValueError if any, or all (the quantifier), of a list of target_modules, target_parameters or modules_to_save
+    are none of the model's, or if a text of target_modules, which is a pattern, matches none."""
+    modules = [name for name, _ in model.named_modules()]
+    targets, others = getattr(peft_config, "target_modules", None), getattr(peft_config, "target_parameters", None)
     if isinstance(targets, str):
-        targets = [targets]
-        others = getattr(peft_config, "target_parameters", None)  # beside which PEFT lets a pattern match nothing
-        missing = [] if others or targets[0].lower() == ALL_LINEAR or _matches_any(targets[0], names) else targets
+        # Beside target_parameters PEFT lets a pattern match nothing.
+        passes = others or targets.lower() == ALL_LINEAR or _matches_any(targets, modules)
+        targets, missing = [targets], [] if passes else [targets]
     else:
-        targets = sorted(targets or ())
-        missing = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
+        targets, missing = _missing(targets, modules, ".")
+    _refuse_missing("target_modules", "modules", targets, missing, modules, quantifier)
+    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    _refuse_missing("target_parameters", "parameters", *_missing(others, parameters, "."), parameters, quantifier)
+    saved = _missing(getattr(peft_config, "modules_to_save", None), modules, "")
+    _refuse_missing("modules_to_save", "modules", *saved, modules, quantifier)
+
+
+def _missing(targets, names, separator):
+    """(targets as a list, those of them that no name ends with); as PEFT, of modules_to_save without a separator."""
+    targets = [targets] if isinstance(targets, str) else sorted(targets or ())
+    ends = [(target, separator + target) for target in targets]
+    return targets, [target for target, end in ends if not any(f".{name}".endswith(end) for name in names)]
+
+
+def _refuse_missing(field, kind, targets, missing, names, quantifier):
     if missing and quantifier(target in missing for target in targets):
-        near = nearest(missing[0], {ALL_LINEAR} - {*missing} | {name.rpartition(".")[2] for name in names})
-        raise ValueError(f"expected target_modules that are modules of the model, got {missing[0]!r}{near}")
+        depth = missing[0].count(".") + 1 if kind == "parameters" else 1
+        known = {".".join(name.split(".")[-depth:]) for name in names}
+        near = nearest(missing[0], known | ({ALL_LINEAR} - {*missing} if field == "target_modules" else set()))
+        raise ValueError(f"expected {field} that are {kind} of the model, got {missing[0]!r}{near}")
 
 
 def _matches_any(pattern, names):

@@ -166,6 +166,9 @@ def test_checkpointing_of_the_command_line_is_not_reentrant(recipe):
         (["smollm2-135m-offline", "--fsdp_config=/no/such.json", "--fsdp=true"], "No such file or directory: '/no/"),
         (["smollm2-135m-offline", "--gradient_checkpointing_kwargs=x"], "_kwargs must be a mapping, got 'x'"),
         (["smollm2-135m-offline", "--lr_scheduler_kwargs={x"], "lr_scheduler_kwargs must be a mapping, got '{x'"),
+        (["smollm2-135m-offline", "--lora_r=8"], "lora_r expects use_peft: true, got 8 without it"),
+        (["smollm2-135m-offline", "--lora_target_modules=[q_proj]"], "lora_target_modules expects use_peft: true, got "),
+        (["smollm2-135m-offline", "--use_dora=true", "--use_peft=false"], "use_dora expects use_peft: true, got True"),
         (["smollm2-135m-offline", "--max_grad_norm=null"], "max_grad_norm must be a number, got None"),
     ],
 )
@@ -265,6 +268,9 @@ def test_one_target_of_lora_is_a_name(recipe, tmp_path, capsys):
     assert saved and all(".q_proj." in name for name in saved)
     assert cli.main([path, "--lora_target_modules=[q_proj, v_prj]"]) == 2
     assert "got 'v_prj'; did you mean 'v_proj'" in capsys.readouterr().err
+    for field, near in (("modules_to_save", "k_proj"), ("target_parameters", "weight")):
+        assert cli.main([path, "--lora_target_modules=[q_proj]", f"--lora_{field}=[{near}, {near[:-1]}]"]) == 2
+        assert f"of the model, got '{near[:-1]}'; did you mean '{near}'" in capsys.readouterr().err
     for target in ("all-linea", "alllinear"):
         assert cli.main([path, f"--lora_target_modules={target}"]) == 2
         assert capsys.readouterr().err.endswith(f"modules of the model, got '{target}'; did you mean 'all-linear'?\n")
