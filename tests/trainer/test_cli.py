@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from conftest import made_up_pairs, tiny_model
+from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 from test_distributed_trainer import free_port
 
@@ -290,6 +291,17 @@ def test_what_training_cannot_begin_with_is_named(recipe, capsys, change, messag
     assert cli.main([recipe(), *change.split()]) == 2
     error = capsys.readouterr().err
     assert error.count("gapo-train: error:") == 1 and message in error
+
+
+def test_a_split_that_a_saved_dataset_lacks_is_named(recipe, tmp_path, capsys):
+    splits = {name: Dataset.from_list(made_up_pairs(3)) for name in ("train", "test")}
+    DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    path = recipe(dataset_name=str(tmp_path / "saved"), dataset_test_split="test", max_steps=1)
+    assert cli.main([path, "--dataset_train_split=trian"]) == 2
+    error = capsys.readouterr().err
+    assert "expected one of the splits train, test, got 'trian'; did you mean 'train'?" in error
+    data, _, config = settings.parse(settings.read(path))
+    assert list(map(len, load_datasets(data, config.seed))) == [3, 3]
 
 
 def test_what_a_library_cannot_do_here_is_one_line(recipe, monkeypatch, capsys):
