@@ -39,9 +39,9 @@ class GAPOTrainer(Trainer):
     peft_config: makes a PeftModel of the model; only the adapters are then moved by the anchor, and trained.
     The other arguments are Trainer's.
 
-    One anchor is made per micro-batch, from that micro-batch on all processes. With gradient accumulation the gradient
-    of an update is the mean over all its pairs: micro-batches count by their pairs, also when the last of an epoch is
-    smaller.
+    One anchor is made per micro-batch, from that micro-batch on all processes, so that accumulation is not the same as a
+    larger batch. With it the gradient of an update is the mean over all its pairs: micro-batches count by their pairs,
+    also when the last of an epoch is smaller.
 
     Evaluation has no anchor: its loss is that of the margin itself (SimPO), its accuracy the share of pairs with a
     positive margin. No reference model is ever made.
