@@ -180,7 +180,8 @@ class GAPOConfig(TrainingArguments):
             if isinstance(value, numbers.Real) and not isinstance(value, (int, float)):
                 # numpy's, which the checkpoint's JSON does not take
                 setattr(self, item.name, int(value) if isinstance(value, numbers.Integral) else float(value))
-        steps = [f"{kind}_steps" for kind in ("logging", "save", "eval") if getattr(self, f"{kind}_strategy") == "steps"]
+        kinds = [kind for kind in ("logging", "save", "eval") if getattr(self, f"{kind}_strategy") == "steps"]
+        steps = [f"{kind}_steps" for kind in kinds]
         for name in dict.fromkeys((*_RANGES, *_WHOLE, *steps)):
             value = getattr(self, name)
             if value is None and name in _MAY_BE_NONE:
@@ -244,8 +245,8 @@ class GAPOConfig(TrainingArguments):
         for name in ("fp16_full_eval", "bf16_full_eval"):
             if getattr(self, name):
                 raise ValueError(
-                    f"{name} would leave the model's weights and buffers in 16 bits for the training after it: use bf16, or "
-                    f"a model loaded in bfloat16, got {name}=True"
+                    f"{name} would leave the model's weights and buffers in 16 bits for the training after it: use bf16, "
+                    f"or a model loaded in bfloat16, got {name}=True"
                 )
 
     def _require(self, name, holds, expected):
