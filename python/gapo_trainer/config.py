@@ -48,8 +48,33 @@ _RANGES = {
     "per_device_eval_batch_size": _COUNT,
     "gradient_accumulation_steps": _COUNT,
     "dataloader_num_workers": _NOT_NEGATIVE,
+    "save_total_limit": _COUNT,
 }
-_MAY_BE_NONE = ("max_length", "pad_to_multiple_of", "dataset_num_proc")
+_WHOLE = (
+    "max_length",
+    "max_prompt_length",
+    "max_logits_bytes",
+    "pad_to_multiple_of",
+    "dataset_num_proc",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "dataloader_num_workers",
+    "save_total_limit",
+    "max_steps",
+    "seed",
+    "data_seed",
+)
+_BOOLEAN = ("padding_free", "share_backward", "record_pairs")
+_MAY_BE_NONE = (
+    "max_length",
+    "max_prompt_length",
+    "pad_to_multiple_of",
+    "dataset_num_proc",
+    "save_total_limit",
+    "data_seed",
+    "eval_steps",
+)
 _MAY_BE_INFINITE = ("max_grad_norm",)  # which measures the norm and clips nothing
 
 
@@ -150,21 +175,35 @@ class GAPOConfig(TrainingArguments):
     )
 
     def __post_init__(self):
-        for name in _RANGES:
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name, None)
+            if isinstance(value, numbers.Real) and not isinstance(value, (int, float)):
+                # numpy's, which the checkpoint's JSON does not take
+                setattr(self, item.name, int(value) if isinstance(value, numbers.Integral) else float(value))
+        kinds = [kind for kind in ("logging", "save", "eval") if getattr(self, f"{kind}_strategy") == "steps"]
+        steps = [f"{kind}_steps" for kind in kinds]
+        for name in dict.fromkeys((*_RANGES, *_WHOLE, *steps)):
             value = getattr(self, name)
             if value is None and name in _MAY_BE_NONE:
                 continue
-            if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise ValueError(f"{name} must be a number, got {value!r}")
-            if not isinstance(value, (int, float)):  # numpy's, which the checkpoint's JSON does not take
-                setattr(self, name, int(value) if isinstance(value, numbers.Integral) else float(value))
+            if name in _WHOLE:
+                if not math.isfinite(value) or value != int(value):
+                    raise ValueError(f"{name} must be a whole number, got {value!r}")
+                setattr(self, name, int(value))
+            if name in steps:
+                self._require(name, value > 0, "> 0")
+        for name in _BOOLEAN:
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {value!r}")
         for name in (*CHECKPOINTING, "lr_scheduler_kwargs"):
             if not _is_mapping(value := getattr(self, name, None)):
                 raise ValueError(f"{name} must be a mapping, got {value!r}")
-        for name in CHECKPOINTING:
-            if isinstance(options := getattr(self, name, None), dict):
-                options.setdefault("use_reentrant", False)  # torch's own default is True
         super().__post_init__()
+        for name in CHECKPOINTING:  # read from JSON by now
+            if isinstance(options := getattr(self, name, None), dict):
+                setattr(self, name, {"use_reentrant": False} | options)  # torch's own default is True
         if isinstance(self.scope, str) and self.scope.isdigit():
             self.scope = int(self.scope)
         for name, choices in _CHOICES.items():
@@ -203,6 +242,12 @@ class GAPOConfig(TrainingArguments):
             raise ValueError(
                 "fp16 is not supported (the probe's gradient has no loss scaling): use bf16, got fp16=True"
             )
+        for name in ("fp16_full_eval", "bf16_full_eval"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name} would leave the model's weights and buffers in 16 bits for the training after it: use bf16, "
+                    f"or a model loaded in bfloat16, got {name}=True"
+                )
 
     def _require(self, name, holds, expected):
         value = getattr(self, name)

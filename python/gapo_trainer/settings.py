@@ -202,11 +202,20 @@ def parse(settings):
         else:
             arguments.append(f"--{key}={_text(value)}")
     try:
-        return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+        configs = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+        _check_adapters(configs[1], defaults)
+        return configs
     except SettingsError:
         raise
     except (AttributeError, ImportError, OSError, TypeError, ValueError) as error:
         raise SettingsError(str(error)) from error
+
+
+def _check_adapters(model_args, defaults):
+    """Raises SettingsError for settings of LoRA without use_peft, which would be passed over."""
+    for name, value in vars(model_args).items() if not model_args.use_peft else ():
+        if (name.startswith("lora_") or name in ("use_rslora", "use_dora")) and value != defaults.get(name):
+            raise SettingsError(f"{name} expects use_peft: true, got {value!r} without it")
 
 
 class _Parser(HfArgumentParser):

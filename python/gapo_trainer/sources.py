@@ -85,7 +85,10 @@ def _split(data_args, split):
                 raise ValueError(f"for a file, dataset_test_split is another file, {kinds}, got {split!r}")
             return datasets.load_dataset(READERS[Path(file).suffix], data_files=file, split="train")
         if Path(name).is_dir() and (Path(name) / "dataset_dict.json").exists():
-            return datasets.load_from_disk(name)[split]
+            splits = datasets.load_from_disk(name)
+            if split not in splits:
+                raise ValueError(f"expected one of the splits {', '.join(splits)}, got {split!r}{nearest(split, splits)}")
+            return splits[split]
         return datasets.load_dataset(name, data_args.dataset_config, split=split)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         near = nearest(name, [SHIPPED_DATASET])

@@ -39,9 +39,9 @@ class GAPOTrainer(Trainer):
     peft_config: makes a PeftModel of the model; only the adapters are then moved by the anchor, and trained.
     The other arguments are Trainer's.
 
-    One anchor is made per micro-batch, from that micro-batch on all processes. With gradient accumulation the gradient
-    of an update is the mean over all its pairs: micro-batches count by their pairs, also when the last of an epoch is
-    smaller.
+    One anchor is made per micro-batch, from that micro-batch on all processes, so that accumulation is not the same as a
+    larger batch. With it the gradient of an update is the mean over all its pairs: micro-batches count by their pairs,
+    also when the last of an epoch is smaller.
 
     Evaluation has no anchor: its loss is that of the margin itself (SimPO), its accuracy the share of pairs with a
     positive margin. No reference model is ever made.
@@ -75,7 +75,7 @@ class GAPOTrainer(Trainer):
             # in the same way for models that are spread over several GPUs.
             logger.warning(f"using one of {args.n_gpu} visible GPUs")
             args._n_gpu = 1
-        _refuse_what_has_no_place(args, kwargs)
+        _refuse_what_has_no_place(args, model, kwargs)
         if data_collator is None:
             if processing_class is None:
                 raise ValueError("expected a data_collator or a tokenizer as processing_class, got neither")
@@ -134,6 +134,8 @@ class GAPOTrainer(Trainer):
                 f"expected no mixed precision or bf16, got {self.accelerator.mixed_precision}: the probe's gradient has no "
                 "loss scaling"
             )
+        backend = self.accelerator.state.dynamo_plugin.backend.value  # which the launcher may set, too
+        _refuse_for_sharing([f"dynamo_backend = {backend!r}"] if args.share_backward and backend != "NO" else [])
         # accelerate's launcher asks for it past the arguments.
         fsdp = args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
         if fsdp and self.accelerator.distributed_type != DistributedType.FSDP:
@@ -343,38 +345,70 @@ class GAPOTrainer(Trainer):
         return result
 
 
-def _refuse_what_has_no_place(args, options):
+def _refuse_for_sharing(found):
+    if found:
+        raise ValueError(f"share_backward needs the probe's backward of a whole, padded batch, got {', '.join(found)}")
+
+
+def _refuse_what_has_no_place(args, model, options):
+    if args.share_backward:
+        without = ("gradient_checkpointing", "torch_compile", "padding_free", "fsdp", "use_liger_kernel", "ddp_static_graph")
+        found = [f"{name} = {value!r}" for name in without if (value := getattr(args, name, None))]
+        found += [f"scope = {args.scope!r}"] if isinstance(args.scope, int) else []
+        found += ["ACCELERATE_USE_FSDP = true"] if parse_flag_from_env("ACCELERATE_USE_FSDP") and not args.fsdp else []
+        found += ["a model whose gradient_checkpointing is on"] if any(map(_checkpoints, model.modules())) else []
+        _refuse_for_sharing(found)
     liger = args.liger_kernel_config or {}
-    refused = {
-        "liger_kernel_config.fused_linear_cross_entropy": (
+    every = (args.gradient_checkpointing_kwargs or {}).get("every_n_layers", 1)
+    refused = [
+        (
+            "liger_kernel_config.fused_linear_cross_entropy",
             args.use_liger_kernel and liger.get("fused_linear_cross_entropy"),
             "the loss has a fused head of its own",
         ),
-        "use_liger_kernel": (
+        (
+            "use_liger_kernel",
             args.use_liger_kernel and args.device.type in WITHOUT_TRITON,
             f"Liger's kernels expect a GPU, got the device {args.device.type}",
         ),
-        "neftune_noise_alpha": (args.neftune_noise_alpha, "the anchor's forward would draw other noise"),
-        "train_sampling_strategy": (
+        (
+            "use_liger_kernel without gradient_checkpointing of every layer",
+            args.use_liger_kernel and not (args.gradient_checkpointing and every == 1),
+            "its kernels write over what they saved for the backward, and the step walks one graph twice; set "
+            f"gradient_checkpointing=True, got {args.gradient_checkpointing} with every_n_layers = {every}",
+        ),
+        ("neftune_noise_alpha", args.neftune_noise_alpha, "the anchor's forward would draw other noise"),
+        (
+            "train_sampling_strategy",
             args.train_sampling_strategy in ("group_by_length", "batch_rebalance"),
             "a pair has two lengths; leave it at 'random' or 'sequential'",
         ),
-        "accelerator_config.dispatch_batches": (
+        (
+            "accelerator_config.dispatch_batches",
             args.accelerator_config.dispatch_batches,
             "a batch's tensors have 2B and B rows, which accelerate would cut alike",
         ),
-        "compute_metrics": (options.get("compute_metrics"), "evaluation has its own metrics; use a callback"),
-        "compute_loss_func": (options.get("compute_loss_func"), "the loss is GAPO's; override compute_loss"),
-    }
-    for name, (is_set, why) in refused.items():
+        (
+            "accelerator_config.even_batches = False",
+            not args.accelerator_config.even_batches,
+            "evaluation gathers as many rows of each process, and the ranks would wait for one another; leave it at True",
+        ),
+        (
+            "accelerator_config.use_seedable_sampler = False",
+            not args.accelerator_config.use_seedable_sampler,
+            "a resumed run would draw the pairs in another order; leave it at True",
+        ),
+        (
+            "ignore_data_skip",
+            args.ignore_data_skip,
+            "a resumed run would begin its epoch anew, and train on other pairs than the uninterrupted one",
+        ),
+        ("compute_metrics", options.get("compute_metrics"), "evaluation has its own metrics; use a callback"),
+        ("compute_loss_func", options.get("compute_loss_func"), "the loss is GAPO's; override compute_loss"),
+    ]
+    for name, is_set, why in refused:
         if is_set:
             raise ValueError(f"{name} is not supported: {why}")
-    if args.share_backward:
-        without = ("gradient_checkpointing", "torch_compile", "padding_free", "fsdp")
-        found = [f"{name} = {getattr(args, name)!r}" for name in without if getattr(args, name)]
-        found += [f"scope = {args.scope!r}"] if isinstance(args.scope, int) else []
-        if found:
-            raise ValueError(f"share_backward needs the probe's backward of a whole, padded batch, got {', '.join(found)}")
     if args.use_liger_kernel:  # its head would take the place of ours when training begins
         args.liger_kernel_config = liger | {"fused_linear_cross_entropy": False}
 
@@ -413,19 +447,36 @@ def _with_adapters(model, peft_config, seed):
 
 
 def check_targets(model, peft_config, quantifier):
-    """Raises ValueError if any, or all (the quantifier), of a list of target_modules are no modules of the model, or if
-    a text, which is a pattern, matches none."""
-    targets, names = getattr(peft_config, "target_modules", None), [name for name, _ in model.named_modules()]
+    """Raises ValueError if any, or all (the quantifier), of a list of target_modules, target_parameters or modules_to_save
+    are none of the model's, or if a text of target_modules, which is a pattern, matches none."""
+    modules = [name for name, _ in model.named_modules()]
+    targets, others = getattr(peft_config, "target_modules", None), getattr(peft_config, "target_parameters", None)
     if isinstance(targets, str):
-        targets = [targets]
-        others = getattr(peft_config, "target_parameters", None)  # beside which PEFT lets a pattern match nothing
-        missing = [] if others or targets[0].lower() == ALL_LINEAR or _matches_any(targets[0], names) else targets
+        # Beside target_parameters PEFT lets a pattern match nothing.
+        passes = others or targets.lower() == ALL_LINEAR or _matches_any(targets, modules)
+        targets, missing = [targets], [] if passes else [targets]
     else:
-        targets = sorted(targets or ())
-        missing = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
+        targets, missing = _missing(targets, modules, ".")
+    _refuse_missing("target_modules", "modules", targets, missing, modules, quantifier)
+    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    _refuse_missing("target_parameters", "parameters", *_missing(others, parameters, "."), parameters, quantifier)
+    saved = _missing(getattr(peft_config, "modules_to_save", None), modules, "")
+    _refuse_missing("modules_to_save", "modules", *saved, modules, quantifier)
+
+
+def _missing(targets, names, separator):
+    """(targets as a list, those of them that no name ends with); as PEFT, of modules_to_save without a separator."""
+    targets = [targets] if isinstance(targets, str) else sorted(targets or ())
+    ends = [(target, separator + target) for target in targets]
+    return targets, [target for target, end in ends if not any(f".{name}".endswith(end) for name in names)]
+
+
+def _refuse_missing(field, kind, targets, missing, names, quantifier):
     if missing and quantifier(target in missing for target in targets):
-        near = nearest(missing[0], {ALL_LINEAR} - {*missing} | {name.rpartition(".")[2] for name in names})
-        raise ValueError(f"expected target_modules that are modules of the model, got {missing[0]!r}{near}")
+        depth = missing[0].count(".") + 1 if kind == "parameters" else 1
+        known = {".".join(name.split(".")[-depth:]) for name in names}
+        near = nearest(missing[0], known | ({ALL_LINEAR} - {*missing} if field == "target_modules" else set()))
+        raise ValueError(f"expected {field} that are {kind} of the model, got {missing[0]!r}{near}")
 
 
 def _matches_any(pattern, names):
@@ -446,7 +497,12 @@ def _disable_dropout(model):
                 setattr(module, name, 0.0)
 
 
+def _checkpoints(module):
+    """Whether the module checkpoints its activations, set past the arguments."""
+    return bool(getattr(module, "gradient_checkpointing", False))
+
+
 def _is_reentrant(module):
-    """Whether the module checkpoints its activations in the reentrant way, set past the arguments."""
+    """Whether it does so in the reentrant way."""
     function = getattr(module, "_gradient_checkpointing_func", None)
-    return getattr(module, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get("use_reentrant")
+    return _checkpoints(module) and getattr(function, "keywords", {}).get("use_reentrant")

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from conftest import made_up_pairs, tiny_model
+from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 from test_distributed_trainer import free_port
 
@@ -104,6 +105,13 @@ def test_numbers_in_mappings_are_numbers():
     assert settings.parse(changed)[-1].liger_kernel_config == {"rope": False}
 
 
+def test_checkpointing_of_the_command_line_is_not_reentrant(recipe):
+    changes = ["--gradient_checkpointing=true", "--gradient_checkpointing_kwargs.preserve_rng_state=false"]
+    config = settings.parse(settings.change(TINY, changes))[-1]
+    assert config.gradient_checkpointing_kwargs == {"preserve_rng_state": False, "use_reentrant": False}
+    assert cli.main([recipe(), *changes, "--max_steps=1"]) == 0
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -159,6 +167,9 @@ def test_numbers_in_mappings_are_numbers():
         (["smollm2-135m-offline", "--fsdp_config=/no/such.json", "--fsdp=true"], "No such file or directory: '/no/"),
         (["smollm2-135m-offline", "--gradient_checkpointing_kwargs=x"], "_kwargs must be a mapping, got 'x'"),
         (["smollm2-135m-offline", "--lr_scheduler_kwargs={x"], "lr_scheduler_kwargs must be a mapping, got '{x'"),
+        (["smollm2-135m-offline", "--lora_r=8"], "lora_r expects use_peft: true, got 8 without it"),
+        (["smollm2-135m-offline", "--lora_target_modules=[q_proj]"], "lora_target_modules expects use_peft: true, got "),
+        (["smollm2-135m-offline", "--use_dora=true", "--use_peft=false"], "use_dora expects use_peft: true, got True"),
         (["smollm2-135m-offline", "--max_grad_norm=null"], "max_grad_norm must be a number, got None"),
     ],
 )
@@ -258,6 +269,9 @@ def test_one_target_of_lora_is_a_name(recipe, tmp_path, capsys):
     assert saved and all(".q_proj." in name for name in saved)
     assert cli.main([path, "--lora_target_modules=[q_proj, v_prj]"]) == 2
     assert "got 'v_prj'; did you mean 'v_proj'" in capsys.readouterr().err
+    for field, near in (("modules_to_save", "k_proj"), ("target_parameters", "weight")):
+        assert cli.main([path, "--lora_target_modules=[q_proj]", f"--lora_{field}=[{near}, {near[:-1]}]"]) == 2
+        assert f"of the model, got '{near[:-1]}'; did you mean '{near}'" in capsys.readouterr().err
     for target in ("all-linea", "alllinear"):
         assert cli.main([path, f"--lora_target_modules={target}"]) == 2
         assert capsys.readouterr().err.endswith(f"modules of the model, got '{target}'; did you mean 'all-linear'?\n")
@@ -277,6 +291,17 @@ def test_what_training_cannot_begin_with_is_named(recipe, capsys, change, messag
     assert cli.main([recipe(), *change.split()]) == 2
     error = capsys.readouterr().err
     assert error.count("gapo-train: error:") == 1 and message in error
+
+
+def test_a_split_that_a_saved_dataset_lacks_is_named(recipe, tmp_path, capsys):
+    splits = {name: Dataset.from_list(made_up_pairs(3)) for name in ("train", "test")}
+    DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    path = recipe(dataset_name=str(tmp_path / "saved"), dataset_test_split="test", max_steps=1)
+    assert cli.main([path, "--dataset_train_split=trian"]) == 2
+    error = capsys.readouterr().err
+    assert "expected one of the splits train, test, got 'trian'; did you mean 'train'?" in error
+    data, _, config = settings.parse(settings.read(path))
+    assert list(map(len, load_datasets(data, config.seed))) == [3, 3]
 
 
 def test_what_a_library_cannot_do_here_is_one_line(recipe, monkeypatch, capsys):

@@ -77,6 +77,23 @@ def test_targets_that_are_no_modules_are_refused(tokenizer, tmp_path, target):
     lora_trainer(tokenizer, tmp_path, tiny_model(), LoraConfig(target_modules=[target, "k_proj"]))
 
 
+@pytest.mark.parametrize(
+    "field, name, near",
+    [
+        ("modules_to_save", "embed_tokns", "embed_tokens"),
+        ("target_parameters", "q_prj.weight", "q_proj.weight"),
+        ("target_parameters", "wieght", "weight"),
+    ],
+)
+def test_other_names_that_are_none_of_the_models_are_refused(field, name, near):
+    kind = "modules" if field == "modules_to_save" else "parameters"
+    with pytest.raises(ValueError, match=f"expected {field} that are {kind} of the model, got '{name}'; did you mean '{near}'"):
+        check_targets(tiny_model(), LoraConfig(target_modules=["q_proj"], **{field: [name]}), all)
+    check_targets(tiny_model(), LoraConfig(target_modules=["q_proj"], **{field: [name, near]}), all)
+    with pytest.raises(ValueError, match=f"got '{name}'"):
+        check_targets(tiny_model(), LoraConfig(target_modules=["q_proj"], **{field: [name, near]}), any)
+
+
 def test_virtual_tokens_are_refused(tokenizer, tmp_path):
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     with pytest.raises(ValueError, match="adapters on the model's weights, LoRA say, got PromptTuningConfig"):

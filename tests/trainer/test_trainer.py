@@ -13,7 +13,7 @@ import torch
 import transformers
 from accelerate.parallelism_config import ParallelismConfig
 from conftest import made_up_pairs, tiny_model
-from transformers import HfArgumentParser, TrainerCallback
+from transformers import HfArgumentParser, IntervalStrategy, TrainerCallback
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from gapo_kernels import GeometricAnchor, gapo_objective, reference
@@ -480,6 +480,28 @@ def test_heads_of_other_models(architecture, settings):
         ({"scope": -1}, "scope must be"),
         ({"remove_unused_columns": True}, "remove_unused_columns must be False"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"max_steps": 2.5}, "max_steps must be a whole number, got 2.5"),
+        ({"max_steps": None}, "max_steps must be a number, got None"),
+        ({"max_length": float("inf")}, "max_length must be a whole number, got inf"),
+        ({"max_prompt_length": 2.5}, "max_prompt_length must be a whole number, got 2.5"),
+        ({"max_prompt_length": "5"}, "max_prompt_length must be a number, got '5'"),
+        ({"per_device_train_batch_size": 2.5}, "per_device_train_batch_size must be a whole number, got 2.5"),
+        ({"gradient_accumulation_steps": 1.5}, "gradient_accumulation_steps must be a whole number"),
+        ({"dataloader_num_workers": 0.5}, "dataloader_num_workers must be a whole number"),
+        ({"pad_to_multiple_of": np.float32(1.5)}, "pad_to_multiple_of must be a whole number, got 1.5"),
+        ({"share_backward": "false"}, "share_backward must be True or False, got 'false'"),
+        ({"padding_free": 1}, "padding_free must be True or False, got 1"),
+        ({"record_pairs": None}, "record_pairs must be True or False, got None"),
+        ({"save_steps": 0}, "save_steps must be finite and > 0, got 0"),
+        ({"save_steps": -1}, "save_steps must be finite and > 0, got -1"),
+        ({"logging_steps": -5}, "logging_steps must be finite and > 0, got -5"),
+        ({"logging_steps": "often"}, "logging_steps must be a number, got 'often'"),
+        ({"eval_strategy": "steps", "eval_steps": 0}, "eval_steps must be finite and > 0, got 0"),
+        ({"eval_strategy": IntervalStrategy.STEPS, "eval_steps": -1}, "eval_steps must be finite and > 0, got -1"),
+        ({"save_total_limit": 0}, "save_total_limit must be finite and >= 1, got 0"),
+        ({"save_total_limit": 1.5}, "save_total_limit must be a whole number, got 1.5"),
+        ({"fp16_full_eval": True, "use_cpu": True}, "fp16_full_eval would leave the model's weights and buffers in 16 bits"),
+        ({"bf16_full_eval": True, "use_cpu": True}, "bf16_full_eval would leave .* got bf16_full_eval=True"),
     ],
 )
 def test_settings_out_of_range_are_refused(tmp_path, settings, message):
@@ -489,11 +511,21 @@ def test_settings_out_of_range_are_refused(tmp_path, settings, message):
 
 def test_numbers_of_numpy_are_numbers(tmp_path):
     settings = dict(learning_rate=np.float32(0.5), per_device_train_batch_size=np.int64(3), rho=np.float64(0.25))
+    whole = dict(max_steps=np.int64(2), logging_steps=np.int32(2), save_steps=np.int64(3), eval_steps=np.int64(4))
+    settings |= whole | dict(seed=np.int64(5), max_logits_bytes=1e9, max_length=np.float32(64))
     config = GAPOConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
     read = json.loads(config.to_json_string())
     assert {name: read[name] for name in settings} == settings
+    assert all(type(read[name]) is int for name in (*whole, "seed", "max_logits_bytes", "max_length"))
     with pytest.raises(ValueError, match="beta must be a number, got .*True"):
         GAPOConfig(output_dir=str(tmp_path), beta=np.True_)
+
+
+def test_intervals_that_are_not_used_may_be_anything(tmp_path):
+    never = dict(logging_strategy="no", save_strategy="no", eval_strategy="no", eval_steps=0, save_steps=0, logging_steps=0)
+    GAPOConfig(output_dir=str(tmp_path), use_cpu=True, **never)
+    config = GAPOConfig(output_dir=str(tmp_path), use_cpu=True, eval_strategy="steps", save_steps=0.5, logging_steps=3)
+    assert (config.eval_steps, config.save_steps) == (3, 0.5)
 
 
 def test_settings_from_a_command_line(tmp_path):
@@ -558,14 +590,44 @@ def test_mixed_precision_set_by_accelerate_reaches_the_anchor(tokenizer, tmp_pat
         ({"use_liger_kernel": True}, "use_liger_kernel is not supported: .* expect a GPU, got the device cpu"),
         ({"train_sampling_strategy": "batch_rebalance"}, "train_sampling_strategy is not supported"),
         ({"accelerator_config": {"dispatch_batches": True}}, "accelerator_config.dispatch_batches is not supported"),
+        ({"accelerator_config": {"even_batches": False}}, "accelerator_config.even_batches = False is not supported"),
+        ({"accelerator_config": {"use_seedable_sampler": False}}, "use_seedable_sampler = False is not supported: a resumed"),
+        ({"ignore_data_skip": True}, "ignore_data_skip is not supported: a resumed run would begin its epoch anew"),
         ({"share_backward": True, "padding_free": True}, "share_backward needs .* got padding_free = True"),
         ({"share_backward": True, "gradient_checkpointing": True}, "got gradient_checkpointing = True"),
         ({"share_backward": True, "scope": 1}, "got scope = 1"),
+        ({"share_backward": True, "use_liger_kernel": True}, "share_backward needs .* got use_liger_kernel = True"),
     ],
 )
 def test_settings_without_a_place_are_refused(tokenizer, tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(tokenizer, tmp_path, **settings)
+
+
+def test_what_a_shared_backward_cannot_have_is_refused_before_the_first_step(tokenizer, tmp_path, monkeypatch):
+    """Also where it is asked for past the arguments."""
+    from accelerate.state import AcceleratorState
+
+    refusal = "share_backward needs the probe's backward of a whole, padded batch, got "
+    model = tiny_model()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with pytest.raises(ValueError, match=refusal + "a model whose gradient_checkpointing is on"):
+        make_trainer(tokenizer, tmp_path, model, share_backward=True)
+    if hasattr(GAPOConfig, "ddp_static_graph"):
+        with pytest.raises(ValueError, match=refusal + "ddp_static_graph = True"):
+            make_trainer(tokenizer, tmp_path, share_backward=True, ddp_static_graph=True)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=refusal + "ACCELERATE_USE_FSDP = true"):
+        make_trainer(tokenizer, tmp_path, share_backward=True)
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "aot_eager")
+    AcceleratorState._reset_state(True)
+    try:
+        make_trainer(tokenizer, tmp_path)
+        with pytest.raises(ValueError, match=refusal + "dynamo_backend = 'AOT_EAGER'"):
+            make_trainer(tokenizer, tmp_path, share_backward=True)
+    finally:
+        AcceleratorState._reset_state(True)
 
 
 def test_the_metric_of_the_best_model_is_one_of_evaluations(tokenizer, tmp_path):
@@ -699,10 +761,20 @@ def test_ligers_head_does_not_replace_ours(tokenizer, tmp_path, monkeypatch):
 
     monkeypatch.setattr("transformers.trainer.apply_liger_kernel", apply)
     monkeypatch.setattr("gapo_trainer.trainer.WITHOUT_TRITON", ())
-    settings = dict(use_liger_kernel=True, max_steps=1)
+    settings = dict(use_liger_kernel=True, max_steps=1, gradient_checkpointing=True)
     make_trainer(tokenizer, tmp_path, liger_kernel_config={"rope": False}, **settings).train()
     with pytest.raises(ValueError, match="fused_linear_cross_entropy is not supported: the loss has a fused head"):
         make_trainer(tokenizer, tmp_path, liger_kernel_config={"fused_linear_cross_entropy": True}, **settings)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"every_n_layers": 2}}], ids=str
+)
+def test_ligers_kernels_are_refused_without_checkpointing(tokenizer, tmp_path, monkeypatch, settings):
+    """Their backward writes over its own saved tensors: the second one over the same graph would be wrong."""
+    monkeypatch.setattr("gapo_trainer.trainer.WITHOUT_TRITON", ())
+    with pytest.raises(ValueError, match="they saved for the backward, and the step walks one graph twice; set gradient_ch"):
+        make_trainer(tokenizer, tmp_path, use_liger_kernel=True, **settings)
 
 
 @pytest.mark.parametrize("kind", ["tp", "cp", "sp"])
@@ -721,10 +793,19 @@ def test_a_collator_that_leaves_out_what_is_read_is_refused(tokenizer, tmp_path)
     GAPOTrainer(tiny_model(), config, data_collator=PreferenceCollator(0), **options)
 
 
-def test_checkpointing_without_a_word_on_reentrance_is_not_reentrant(tmp_path):
-    config = GAPOConfig(output_dir=str(tmp_path), use_cpu=True, gradient_checkpointing_kwargs={"preserve_rng_state": False})
-    options = config.gradient_checkpointing_kwargs or config.activation_checkpointing_kwargs
-    assert options == {"preserve_rng_state": False, "use_reentrant": False}
+@pytest.mark.parametrize("given", [{"preserve_rng_state": False}, '{"preserve_rng_state": false}'], ids=["dict", "JSON"])
+@pytest.mark.parametrize("name", ["gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"])
+def test_checkpointing_without_a_word_on_reentrance_is_not_reentrant(tokenizer, tmp_path, name, given):
+    if not hasattr(GAPOConfig, name):
+        pytest.skip(f"this transformers has no {name}")
+    before = copy.deepcopy(given)
+    trainer = make_trainer(tokenizer, tmp_path, gradient_checkpointing=True, max_steps=1, **{name: given})
+    assert getattr(trainer.args, name) == {"preserve_rng_state": False, "use_reentrant": False} and given == before
+    trainer.train()
+    again = GAPOConfig(**(trainer.args.to_dict() | {"use_cpu": True}))
+    assert getattr(again, name) == getattr(trainer.args, name)
+    with pytest.raises(ValueError, match="_kwargs must have use_reentrant=False"):
+        GAPOConfig(output_dir=str(tmp_path), use_cpu=True, **{name: '{"use_reentrant": true}'})
 
 
 def test_float16_weights_are_refused(tokenizer, tmp_path):
