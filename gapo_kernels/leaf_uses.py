@@ -269,7 +269,7 @@ def _gemm(node: Node, flattened: bool, numbers: list[int], taken: _Taken) -> Mak
 
 
 def _product(node: Node, flattened: bool, numbers: list[int], taken: _Taken) -> Make:
-    factors = {n: taken.take((node._saved_other, node._saved_self)[n]) for n in numbers}
+    factors = {n: _other_factor(node, n, taken) for n in numbers}
     return lambda gradients, scaled: {n: scaled(gradients[0], flattened) * factors[n] for n in numbers}
 
 
@@ -327,26 +327,34 @@ def _step(node: Node, taken: _Taken) -> Step:
 
 
 def _embedding_step(node: Node, taken: _Taken, number: int = 0) -> Step:
-    rows, padding = node._saved_weight_sym_argsize_0, node._saved_padding_idx
-    padding -= 2**64 if padding >= 2**63 else 0  # autograd shows -1, for none, without its sign
+    rows, padding = node._saved_weight_sym_argsize_0, _signed(node._saved_padding_idx)  # -1: none
     indices, options = taken.take(node._saved_indices), (node._saved_scale_grad_by_freq, node._saved_sparse)
     return lambda gradient: torch.ops.aten.embedding_backward(gradient, indices, rows, padding, *options)
 
 
 def _transpose_step(node: Node, taken: _Taken, number: int) -> Step:
-    dims = [dim - (2**64 if dim >= 2**63 else 0) for dim in (node._saved_dim0, node._saved_dim1)]
+    dims = _signed(node._saved_dim0), _signed(node._saved_dim1)
     return lambda gradient: gradient.transpose(*dims)
 
 
+def _signed(saved: int) -> int:
+    """Autograd shows what a node saved without its sign."""
+    return saved - 2**64 if saved >= 2**63 else saved
+
+
 def _factor_step(node: Node, taken: _Taken, number: int) -> Step:
-    factor = taken.take(node._saved_self if number else node._saved_other)
+    factor = _other_factor(node, number, taken)
     return lambda gradient: gradient * factor
 
 
-_unchanged = "View UnsafeView ReshapeAlias ToCopy Clone Alias Unsqueeze Squeeze".split()
+def _other_factor(node: Node, number: int, taken: _Taken) -> Tensor:
+    return taken.take(node._saved_self if number else node._saved_other)
+
+
+_UNCHANGED = [f"{name}Backward0" for name in "ToCopy Clone Alias Unsqueeze Squeeze".split()]
+_UNCHANGED += [*VIEWS, "SqueezeBackward1"]
 _STEPS = {
-    **{f"{name}Backward0": lambda node, taken, number: lambda gradient: gradient for name in _unchanged},
-    "SqueezeBackward1": lambda node, taken, number: lambda gradient: gradient,
+    **{name: lambda node, taken, number: lambda gradient: gradient for name in _UNCHANGED},
     "TBackward0": lambda node, taken, number: lambda gradient: gradient.t(),
     "TransposeBackward0": _transpose_step,
     "NegBackward0": lambda node, taken, number: lambda gradient: -gradient,
