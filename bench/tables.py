@@ -239,17 +239,17 @@ def _halves(cases: Sequence[Case]) -> Columns:
 
 
 def _linear_floor(logits: Sequence[Run], run: Run) -> str:
-    """With the time of the kept logits' exponentials, three passes at the rate that the logits path's floor had."""
+    """With the time of the kept logits' exponentials, policy's and anchor's, at the rate that the logits path's floor had."""
     here = [found for found in logits if found.device == run.device and found.tuned == run.tuned]
     rates = [
-        kept_logits(case) / case["times"][EXPONENTIALS]["median_ms"]
+        3 * kept_logits(case) / case["times"][EXPONENTIALS]["median_ms"]
         for found in here
         for case in found.cases
         if EXPONENTIALS in case["times"]
     ]
 
     def exponentials(cases: Sequence[Case]) -> Columns:
-        return ["exponentials"], lambda case: [milliseconds(kept_logits(case) / median(rates))]
+        return ["exponentials"], lambda case: [milliseconds(2 * kept_logits(case) / median(rates))]
 
     return _section(_headline, _floor, *([exponentials] if rates else []), _ours, _fraction)(run)
 

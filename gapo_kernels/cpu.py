@@ -150,13 +150,50 @@ def row_statistics(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     return shift, label_term, rest
 
 
+def _token_logps(
+    label_logit: Tensor, shift: Tensor, label_term: Tensor, rest: Tensor, in_range: Tensor
+) -> tuple[Tensor, Tensor]:
+    """log-prob and total of each row (K,), in float64."""
+    label_term, rest = label_term.double(), rest.double()
+    total = rest + label_term
+    logps = (label_logit.double() - shift.double()) - total.log()
+    logps = torch.log1p(rest / label_term).neg_().where(label_term > total * 1e-3, logps)
+    return logps.where(in_range, torch.nan), total
+
+
+def terms_(logits: Tensor, labels: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Shift, total and log-prob of each row (R,) of logits (R, V), in their dtype, and over the logits the terms
+    exp(x - shift), at the label less the total: scale / total times them is the gradient of -scale * log-prob.
+
+    known: the shift (R,), from an earlier call. Of a row that is not finite the terms are zeros: the total is NaN.
+    """
+    in_range = (labels >= 0) & (labels < logits.shape[1])
+    labels = labels.clamp(0, logits.shape[1] - 1)[:, None]
+    label_logit = logits.gather(1, labels).squeeze(1)
+    label_term, rest = (torch.empty_like(label_logit) for _ in range(2))
+    shift = torch.empty_like(label_logit) if known is None else known
+    limit = max(1, SCRATCH_BYTES // (logits.shape[1] * logits.element_size()))
+
+    def drain(queue: Iterator[slice]) -> None:
+        for at in queue:
+            terms = logits[at]
+            if known is None:
+                torch.amax(terms, 1, out=shift[at])
+            _exp(terms, shift[at, None], terms)
+            torch.gather(terms, 1, labels[at], out=label_term[at, None])
+            torch.sum(terms.scatter_(1, labels[at], 0), 1, out=rest[at])
+            terms.scatter_(1, labels[at], -rest[at, None])
+            terms[~rest[at].isfinite()] = 0
+
+    threads.share([slice(i, i + limit) for i in range(0, logits.shape[0], limit)], drain, logits.device)
+    logps, total = _token_logps(label_logit, shift, label_term, rest, in_range)
+    return shift, total.where(in_range, torch.nan).to(shift.dtype), logps.to(shift.dtype)
+
+
 def _sums(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     """Token log-prob sums (S,) in float64, and the statistics spread over all rows (S * T,) or (N,) for the backward."""
-    shift, label_term, rest = (field.double() for field in row_statistics(logits, rows))
-    total = rest + label_term
-    logps = (label_logits(logits, rows) - shift) - total.log()
-    logps = torch.log1p(rest / label_term).neg_().where(label_term > total * 1e-3, logps)
-    logps = logps.where(rows.in_range, torch.nan)
+    shift, label_term, rest = row_statistics(logits, rows)
+    logps, total = _token_logps(label_logits(logits, rows), shift, label_term, rest, rows.in_range)
     sums = torch.zeros(rows.counts.shape[0], dtype=torch.float64, device=logits.device)
     sums.index_add_(0, rows.sequence, logps)
     every = logits.shape[:-1].numel()

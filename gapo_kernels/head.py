@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gapo_kernels import cpu
+
 CAST_BYTES = 16 * 2**20  # of the weight, or of the logits' gradient, cast at a time
 SOFTCAP_BYTES = 8 * 2**20  # of the logits, kept at a time for softcap's derivative
 HALF = (torch.float16, torch.bfloat16)
@@ -54,6 +56,12 @@ class Head(NamedTuple):
     @property
     def _casts(self) -> bool:
         return self.weight.device.type == "cpu" and self.weight.dtype in HALF
+
+    @property
+    def leaves_terms(self) -> bool:
+        """Whether the softmax's terms may stand in the logits' place (`terms_`). Softcap's derivative needs the logits,
+        and 16-bit hidden states would be rounded once more by each row's number."""
+        return self.launchers is cpu and self.buffer_dtype not in HALF and self.softcap is None and self.shard is None
 
     @property
     def vocabulary(self) -> int:
@@ -98,6 +106,14 @@ class Head(NamedTuple):
         """Of logits (R, V) and their labels (R,)."""
         part = self.partial(logits, labels)
         return part if self.shard is None else self.combined([part])
+
+    def terms_(self, logits: Tensor, labels: Tensor, known: Tensor | None = None) -> Statistics:
+        """The same, and over the logits what `row_numbers` make d(-log-prob) of. known: the shift (R,)."""
+        return Statistics(*cpu.terms_(logits, labels, known))
+
+    def row_numbers(self, total: Tensor, scale: Tensor) -> Tensor:
+        """What the rows of `terms_` (R, V) are to be multiplied by: 0 where the scale (R,) is, whatever the row is."""
+        return (scale.to(total.dtype) * self.logit_scale / total).masked_fill_(scale == 0, 0)
 
     def partial(self, logits: Tensor, labels: Tensor) -> Statistics:
         """Of a shard: with the label's logit, 0 if that is another's, in the log-probability's place."""
@@ -195,14 +211,20 @@ class WeightGradient:
         self.bias: Tensor | None = None
 
     def add(
-        self, gradient: Tensor, hidden: Tensor, columns: slice = slice(None), factor: Tensor | None = None
+        self,
+        gradient: Tensor,
+        hidden: Tensor,
+        columns: slice = slice(None),
+        factor: Tensor | None = None,
+        numbers: Tensor | None = None,
     ) -> None:
-        """gradient (R, C), of the tokens `columns`; `factor` (): that of what there is of these so far."""
+        """gradient (R, C), of the tokens `columns`; `factor` (): that of what there is of these so far; `numbers` (R,): of
+        the gradient's rows, which hidden (R, H) has in it already."""
         if gradient.shape[1] < self._like.shape[0]:
             self.results()  # the zeros that slices are added to
         if self._wanted[1]:
             dtype = torch.promote_types(gradient.dtype, torch.float32)
-            part = gradient.sum(0, dtype=dtype)
+            part = gradient.sum(0, dtype=dtype) if numbers is None else gradient.t() @ numbers
             if self.bias is None:
                 self.bias = part
             else:

@@ -2,7 +2,7 @@
 
 Rows that predict nothing are left out before any GEMM. With kept rows K: the logits cost 2 K H V flops, d hidden and
 d weight as much each. Where a tile holds whole pairs their loss, and so every row's coefficient, is known while their
-logits are still there: the gradient is written over them, and nothing is computed twice. A pair beyond the budget is
+logits, or the softmax's terms in their place, are still there: nothing is computed twice. A pair beyond the budget is
 computed twice, unless the weight is frozen: then each sequence's d hidden is made up to its coefficient, at once. Below
 the budget of one row there are slices of the vocabulary, too: all their logits are computed again for the gradient.
 """
@@ -150,24 +150,38 @@ class Gradients:
         factor: Tensor | None = None,
         start: int = 0,
     ) -> None:
-        """`scale` (rows of the tile,): of d(-log-prob). The logits are used up; None: they are computed again. `factor` ():
-        that of all there is so far, which came from the rows from `start` on."""
+        """`scale` (rows of the tile,): of d(-log-prob). The logits are used up; where the head leaves terms they must be
+        those, and stay. None: they are computed again. `factor` (): that of all there is so far, which came from the rows
+        from `start` on."""
         rows = self._operands.rows
         if factor is not None:
             self.scale_hidden(slice(start, tile.start), factor)
         for columns, head in self._operands.head.slices(self._buffer.columns):
             operands = self._operands._replace(head=head)
-            own = operands.logits(tile, self._buffer) if logits is None else logits
-            gradient = head.differentiate_(own, rows.label[tile], statistics.shift, statistics.total, scale)
+            gradient = operands.logits(tile, self._buffer) if logits is None else logits
+            if head.leaves_terms:
+                if logits is None:
+                    head.terms_(gradient, rows.label[tile], statistics.shift)
+                numbers = head.row_numbers(statistics.total, scale)
+            else:
+                head.differentiate_(gradient, rows.label[tile], statistics.shift, statistics.total, scale)
+                numbers = None
             for part, of_tile in operands.parts(tile):
                 if self._needs[0]:
                     at = part if self._kept_only else rows.index[part]
                     d_hidden = head.hidden_gradient(gradient[of_tile])
+                    if numbers is not None:
+                        d_hidden = _scaled(d_hidden, numbers[of_tile])
                     self.hidden[at] = d_hidden if columns.start == 0 else d_hidden.add_(self.hidden[at])
                 if self._needs[1] or self._needs[2]:
                     # 0 * NaN: rows without a coefficient (an inert pair, say) have no part, whatever they are
-                    hidden = operands.of(part).masked_fill_((scale[of_tile] == 0)[:, None], 0)
-                    self._head.add(gradient[of_tile], hidden, columns, factor if part.start == tile.start else None)
+                    hidden, own_factor = operands.of(part), factor if part.start == tile.start else None
+                    if numbers is None:
+                        hidden = hidden.masked_fill_((scale[of_tile] == 0)[:, None], 0)
+                        self._head.add(gradient[of_tile], hidden, columns, own_factor)
+                    else:
+                        hidden = _scaled(hidden.to(gradient.dtype), numbers[of_tile])
+                        self._head.add(gradient[of_tile], hidden, columns, own_factor, numbers[of_tile])
 
     def scale_hidden(self, tile: slice, factor: Tensor) -> None:
         """The tile's rows of d hidden, times a number () or one for each."""
@@ -183,13 +197,14 @@ class Gradients:
 
 
 def _statistics(
-    operands: Operands, tile: slice, buffer: Buffer, out: Tensor | None = None
+    operands: Operands, tile: slice, buffer: Buffer, out: Tensor | None = None, used: bool = False
 ) -> tuple[Tensor | None, Statistics]:
-    """And the logits, in `out` or the buffer; None if that does not hold a row of them."""
+    """And the logits, in `out` or the buffer, or if they are to be `used` the terms that the head leaves there; None if
+    that does not hold a row of them."""
     head, label = operands.head, operands.rows.label[tile]
     if buffer.columns == head.weight.shape[0]:
         logits = operands.logits(tile, buffer, out)
-        return logits, head.statistics(logits, label)
+        return logits, (head.terms_ if used and head.leaves_terms else head.statistics)(logits, label)
     slices = (part for _, part in head.slices(buffer.columns))
     return None, head.combined([s.partial(operands._replace(head=s).logits(tile, buffer), label) for s in slices])
 
@@ -238,8 +253,9 @@ def loss(
         tiles, found = buffer.tiles(start, stop), []
         unit = len(tiles) > 1 and needs[0] and not (needs[1] or needs[2])
         ahead = len(tiles) > 1 and (needs[1] or needs[2]) and shares is not None and not every
+        used = unit or ahead or any(needs) and len(tiles) == 1
         for tile in tiles:
-            logits, statistics = _statistics(operands, tile, buffer)
+            logits, statistics = _statistics(operands, tile, buffer, used=used)
             if unit or ahead and tile.stop < stop:
                 share = shares[rows.sequence[tile]] if ahead else torch.ones_like(statistics.total)
                 gradients.add(tile, logits, statistics, share)
@@ -309,7 +325,7 @@ class LogpsResults(NamedTuple):
     shift: Tensor  # (K,)
     total: Tensor  # (K,)
     unit: Tensor | None  # (K, H) d(-log-prob of the row's label) / d hidden: each backward scales it
-    logits: Tensor | None  # (K, V), if they were to be kept and fit
+    logits: Tensor | None  # (K, V), or the terms that the head leaves there, if they were to be kept and fit
 
 
 def logps(
@@ -320,18 +336,19 @@ def logps(
     # Statistics alone take few rows at a time: a graph that waits for its backward may keep the rest of the budget
     # (gapo_step's does, while the anchor is measured).
     buffer = (Buffer if any(needs) else _small_buffer)(head, kept, max_logits_bytes)
-    vocabulary, logits_kept = head.weight.shape[0], None
-    if keep and (needs[1] or needs[2]) and kept + _least_tile(kept) <= buffer.limit:
-        logits_kept = torch.empty(kept, vocabulary, dtype=head.buffer_dtype, device=hidden.device)
-        buffer = _beside_kept(head, kept, max_logits_bytes)
+    logits_kept, beside = None, 0 if head.leaves_terms else _least_tile(kept)
+    if keep and (needs[1] or needs[2]) and kept + beside <= max_logits_bytes // head.row_bytes:
+        logits_kept = torch.empty(kept, head.weight.shape[0], dtype=head.buffer_dtype, device=hidden.device)
+        buffer = buffer if head.leaves_terms else _beside_kept(head, kept, max_logits_bytes)
     # Not rounded to 16 bits before a coefficient scales it.
     unit = Gradients(operands, (needs[0], False, False), buffer, kept_only=True)
     every: list[Statistics] = []
     for tile in buffer.tiles(0, kept):
-        logits, statistics = _statistics(operands, tile, buffer, None if logits_kept is None else logits_kept[tile])
+        out, used = (None, needs[0]) if logits_kept is None else (logits_kept[tile], True)
+        logits, statistics = _statistics(operands, tile, buffer, out, used)
         every.append(statistics)
         if needs[0]:
-            if logits_kept is not None:
+            if logits_kept is not None and not head.leaves_terms:
                 logits = buffer.rows(tile.stop - tile.start).copy_(logits)
             unit.add(tile, logits, statistics, torch.ones_like(statistics.total))
     row_logps = torch.cat([s.logps for s in every]) if every else hidden.new_zeros(0)
@@ -375,7 +392,8 @@ def logps_gradients(
     kept = rows.index.shape[0]
     row_scale = scale[rows.sequence]
     hidden_needed = needs[0] and unit is None
-    buffer = Buffer(head, kept, max_logits_bytes) if logits is None else _beside_kept(head, kept, max_logits_bytes)
+    copied = logits is not None and not head.leaves_terms
+    buffer = (_beside_kept if copied else Buffer)(head, kept, max_logits_bytes)
     operands = Operands(hidden, rows, head)
     one_tile = kept <= buffer.limit and buffer.columns == head.weight.shape[0]
     gradients = Gradients(operands, (hidden_needed, *needs[1:]), buffer, one_tile)
@@ -384,7 +402,9 @@ def logps_gradients(
         tiles = buffer.tiles(start, stop)
         ahead = start == 0 and len(tiles) > 1 and (needs[1] or needs[2]) and shares is not None
         for tile in tiles:
-            own = None if logits is None else buffer.rows(tile.stop - tile.start).copy_(logits[tile])
+            own = None if logits is None else logits[tile]
+            if copied:
+                own = buffer.rows(tile.stop - tile.start).copy_(own)
             last = tile.stop == stop
             tile_scale = row_scale[tile] if last or not ahead else shares[rows.sequence[tile]]
             factor = _common(scale, shares, rows.sequence[start]) if last and ahead else None

@@ -302,17 +302,39 @@ def test_the_logits_that_d_weight_needs_are_kept_if_they_fit(gemms):
     kept = (labels[:, 1:] != -100).sum().item()
     run(linear_sequence_logps, hidden, weight, None, labels)
     assert sum(gemms) == kept
-    gemms.clear()
-    run(linear_sequence_logps, hidden, weight, None, labels, max_logits_bytes=kept * ROW)
-    assert sum(gemms) == 2 * kept
+    # Softcap's derivative consumes them: there must be room for a copy beside.
+    for budget, softcap, times in [(kept, None, 1), (kept - 1, None, 2), (kept, 2.0, 2), (2 * kept, 2.0, 1)]:
+        gemms.clear()
+        run(linear_sequence_logps, hidden, weight, None, labels, max_logits_bytes=budget * ROW, softcap=softcap)
+        assert sum(gemms) == times * kept, (budget, softcap)
     gemms.clear()
     run(linear_sequence_logps, hidden, weight, None, labels, max_logits_bytes=ROW, frozen=("weight",))
     assert sum(gemms) == kept
 
 
+@pytest.mark.parametrize("budget", ["one pair", "all"])
+@pytest.mark.parametrize("frozen", [(), ("weight",), ("hidden",)], ids=str)
+def test_one_exponential_a_logit(budget, frozen, monkeypatch):
+    """Forward and backward; and of the anchor."""
+    hidden, weight, _, labels, anchor, _ = problem()
+    kept, taken, exp = (labels[:, 1:] != -100).sum().item() * VOCABULARY, [], cpu._exp
+    monkeypatch.setattr(cpu, "_exp", lambda x, *others: (taken.append(x.numel()), exp(x, *others))[1])
+    options = dict(max_logits_bytes=BUDGETS[budget], frozen=frozen)
+    for function, own, times in [
+        (fused_linear_gapo_loss, {}, 1),
+        (fused_linear_gapo_loss, dict(anchor_hidden=anchor), 2),
+        (fused_linear_gapo_loss, dict(softcap=2.0), 2),
+        (linear_sequence_logps, {}, 1 if budget == "all" or frozen == ("weight",) else 2),
+    ]:
+        taken.clear()
+        run(function, hidden, weight, None, labels, **options, **own)
+        assert sum(taken) == times * kept, (function, own)
+
+
 def test_without_gradients_there_are_statistics_only(gemms, monkeypatch):
     hidden, weight, _, labels, _, _ = problem()
     monkeypatch.setattr(linear_engine.Head, "differentiate_", None)
+    monkeypatch.setattr(linear_engine.Head, "terms_", None)
     with torch.no_grad():
         fused_linear_gapo_loss(hidden, weight, labels)
         linear_sequence_logps(hidden, weight, labels)

@@ -103,8 +103,9 @@ def make_trainer(data_args, model_args, config, **options):
     """
     from trl import get_peft_config
 
+    from .adapters import check_targets
     from .sources import load_datasets, load_model
-    from .trainer import GAPOTrainer, check_targets
+    from .trainer import GAPOTrainer
 
     train, test = load_datasets(data_args, config.seed)
     for name in ("eval_strategy", "eval_on_start"):

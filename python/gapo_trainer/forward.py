@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from gapo_kernels import linear_sequence_logps, reference
+from gapo_kernels.shared_backward import SharedBackward
 
 MARK = "sequence_labels"
 INPUTS = ("input_ids", "position_ids", "sequence_labels", "cu_seqlens")
@@ -127,6 +128,20 @@ def check_logps(model, base, padding_free):
             f"padding_free expects a model that keeps packed sequences apart by position_ids, log-probs "
             f"{found.tolist()}, got {apart.tolist()} from {type(base).__name__}: pass padding_free=False"
         )
+
+
+def check_shared_backward(model, anchor):
+    """Looks, in the graph of two short sequences, at whatever the final backward must be able to do alone.
+
+    model: what is called, adapters and all. Raises NotImplementedError at a layer that share_backward=True cannot take,
+    DoRA's say. Weights without values (meta device) cannot be checked.
+    """
+    device = anchor.params[0].device
+    if device.type == "meta":
+        return
+    ids = torch.ones(2, 5, dtype=torch.int64, device=device)
+    logps, _ = model(input_ids=ids, sequence_labels=ids)
+    SharedBackward(logps, anchor, anchor.params)
 
 
 def _random_state(device):

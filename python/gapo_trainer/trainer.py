@@ -1,19 +1,19 @@
 """`GAPOTrainer`: transformers' Trainer, on TRL's preference data, with the loss, evaluation and log of GAPO."""
 
 import json
-import re
 from pathlib import Path
 
 import torch
 from accelerate.utils import DistributedType, is_peft_model, parse_flag_from_env
-from transformers import PreTrainedModel, Trainer, set_seed
+from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from gapo_kernels import GeometricAnchor, gapo_objective, gapo_step
 
 from . import metrics
+from .adapters import with_adapters
 from .config import GAPOConfig, nearest
-from .forward import MARK, check_logps, install
+from .forward import MARK, check_logps, check_shared_backward, install
 from .preferences import PreferenceCollator, are_marked, prepare_pairs
 from .storage import write_json
 
@@ -22,7 +22,6 @@ logger = logging.get_logger(__name__)
 ANCHOR_FILE = "anchor.json"
 INPUTS = ("input_ids", "position_ids", "cu_seqlens")
 WITHOUT_TRITON = ("cpu", "mps")
-ALL_LINEAR = "all-linear"  # PEFT's word for target_modules that are all linear layers but the head
 PACKED_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
 
@@ -86,7 +85,7 @@ class GAPOTrainer(Trainer):
                 pad_to_multiple_of=args.pad_to_multiple_of,
                 padding_free=args.padding_free,
             )
-        model = _with_adapters(model, peft_config, args.seed)
+        model = with_adapters(model, peft_config, args.seed)
         if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
             raise ValueError(
                 f"expected adapters on the model's weights, LoRA say, got {type(model.active_peft_config).__name__}: the "
@@ -153,6 +152,8 @@ class GAPOTrainer(Trainer):
         self._before = None
         with self.accelerator.autocast():
             check_logps(self.accelerator.unwrap_model(self.model), base, args.padding_free)
+            if args.share_backward:
+                check_shared_backward(self.accelerator.unwrap_model(self.model), self.anchor)
         self._record = metrics.TrainingRecord(args.record_pairs)
         self._are_marked = are_marked(train_dataset)
         self._evaluated = []
@@ -430,60 +431,6 @@ def _refuse_parallelism(config):
                 f"expected processes that are parallel over data alone, got parallelism_config.{kind}_size = "
                 f"{getattr(config, f'{kind}_size')}: the anchor and the log-probs know no other"
             )
-
-
-def _with_adapters(model, peft_config, seed):
-    if peft_config is None:
-        return model
-    import peft
-
-    if is_peft_model(model):
-        raise ValueError(
-            "expected a model without adapters beside a peft_config, got a PeftModel: leave one of them out"
-        )
-    check_targets(model, peft_config, all)  # as PEFT: one list may serve several models
-    set_seed(seed)  # Trainer does so too late for the adapters' first weights
-    return peft.get_peft_model(model, peft_config)
-
-
-def check_targets(model, peft_config, quantifier):
-    """Raises ValueError if any, or all (the quantifier), of a list of target_modules, target_parameters or modules_to_save
-    are none of the model's, or if a text of target_modules, which is a pattern, matches none."""
-    modules = [name for name, _ in model.named_modules()]
-    targets, others = getattr(peft_config, "target_modules", None), getattr(peft_config, "target_parameters", None)
-    if isinstance(targets, str):
-        # Beside target_parameters PEFT lets a pattern match nothing.
-        passes = others or targets.lower() == ALL_LINEAR or _matches_any(targets, modules)
-        targets, missing = [targets], [] if passes else [targets]
-    else:
-        targets, missing = _missing(targets, modules, ".")
-    _refuse_missing("target_modules", "modules", targets, missing, modules, quantifier)
-    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    _refuse_missing("target_parameters", "parameters", *_missing(others, parameters, "."), parameters, quantifier)
-    saved = _missing(getattr(peft_config, "modules_to_save", None), modules, "")
-    _refuse_missing("modules_to_save", "modules", *saved, modules, quantifier)
-
-
-def _missing(targets, names, separator):
-    """(targets as a list, those of them that no name ends with); as PEFT, of modules_to_save without a separator."""
-    targets = [targets] if isinstance(targets, str) else sorted(targets or ())
-    ends = [(target, separator + target) for target in targets]
-    return targets, [target for target, end in ends if not any(f".{name}".endswith(end) for name in names)]
-
-
-def _refuse_missing(field, kind, targets, missing, names, quantifier):
-    if missing and quantifier(target in missing for target in targets):
-        depth = missing[0].count(".") + 1 if kind == "parameters" else 1
-        known = {".".join(name.split(".")[-depth:]) for name in names}
-        near = nearest(missing[0], known | ({ALL_LINEAR} - {*missing} if field == "target_modules" else set()))
-        raise ValueError(f"expected {field} that are {kind} of the model, got {missing[0]!r}{near}")
-
-
-def _matches_any(pattern, names):
-    try:
-        return any(re.fullmatch(pattern, name) for name in names)
-    except re.error:
-        return False
 
 
 def _disable_dropout(model):

@@ -37,11 +37,12 @@ def train(tmp_path_factory):
     "kind, settings",
     [
         ("ddp", {"tied": True}),
+        ("ddp", {"tied": True, "share_backward": True}),
         ("ddp", {"tied": False, "padding_free": True, "evaluate_first": True}),
         ("fsdp2", {"tied": True}),
         ("fsdp2", {"tied": False, "padding_free": True}),
     ],
-    ids=["DDP", "DDP, untied, padding-free, evaluated before", "FSDP2", "FSDP2, untied, padding-free"],
+    ids=["DDP", "DDP, shared backward", "DDP, untied, padding-free, evaluated before", "FSDP2", "FSDP2, untied, padding-free"],
 )
 def test_two_processes_train_as_one(train, kind, settings):
     """Loss, gap, gradient norm and the weights after five updates of two micro-batches; and the evaluation."""

@@ -8,8 +8,9 @@ from conftest import made_up_pairs, tiny_model
 from peft import LoHaConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from test_trainer import make_trainer, other_model
 
+from gapo_trainer.adapters import check_targets
 from gapo_trainer.config import GAPOConfig
-from gapo_trainer.trainer import GAPOTrainer, check_targets
+from gapo_trainer.trainer import GAPOTrainer
 
 LORA = dict(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
 
@@ -19,6 +20,15 @@ def lora_trainer(tokenizer, tmp_path, model, peft_config, **settings):
     config = GAPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=3, **settings)
     options = dict(train_dataset=made_up_pairs(6), processing_class=tokenizer, peft_config=peft_config)
     return GAPOTrainer(model, config, **options)
+
+
+def test_adapters_that_a_shared_backward_cannot_take_are_refused_before_the_first_step(tokenizer, tmp_path):
+    """DoRA divides by the norm of the sum of weights, which is made of several parameters."""
+    lora_trainer(tokenizer, tmp_path, tiny_model(torch.float32), LoraConfig(**LORA), share_backward=True)
+    dora = LoraConfig(**LORA, use_dora=True)
+    lora_trainer(tokenizer, tmp_path, tiny_model(torch.float32), dora)
+    with pytest.raises(NotImplementedError, match="share_backward=True cannot take .*, which a parameter of shape"):
+        lora_trainer(tokenizer, tmp_path, tiny_model(torch.float32), dora, share_backward=True)
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["peft_config", "PeftModel"])

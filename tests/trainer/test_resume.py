@@ -76,11 +76,11 @@ def final(folder):
 
 @pytest.mark.parametrize(
     "changes",
-    [["--direction=gaussian"], ["--dtype=bfloat16", "--direction=pessimistic"]],
-    ids=["noise", "stochastic rounding"],
+    [["--direction=gaussian"], ["--dtype=bfloat16", "--direction=pessimistic"], ["--share_backward=true"]],
+    ids=["noise", "stochastic rounding", "shared backward"],
 )
 def test_killed_under_the_anchor_it_resumes_to_the_same_bits(recipe, tmp_path, changes):
-    """Both draw random numbers by the anchor's counter."""
+    """The first two draw random numbers by the anchor's counter."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert cli.main([str(recipe), f"--output_dir={whole}", *changes]) == 0
     paths = os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "python")])
