@@ -35,10 +35,10 @@ KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869
 demo: $(READY)
 	$(KEEP_MEMORY) $(BIN)/python -m gapo_trainer.demo $(DEMO)
 
-# Two at a time, each on a core: threads of two processes that wait for one another take many times as long. Each
-# prints when it is done, where make knows how.
+# Two at a time, each on a core: threads of two processes that wait for one another take many times as long, all the
+# more if they spin, as those of the tests that want two would. Each prints when it is done, where make knows how.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(MAKE) -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) \
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(MAKE) -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) \
 		test-torch test-trainer test-interpreter test-distributed test-compile
 
 test-torch: $(READY)
