@@ -79,7 +79,7 @@ $(PEERS): $(READY) constraints.txt
 bench: $(PEERS)
 	set -e; for suite in bench/bench_*.py; do $(BIN)/python -m pytest -q $$suite --save-results $(BENCH); done
 	@if $(BIN)/python -c "import torch; exit(torch.cuda.is_available())"; then \
-		set -ex; for suite in logits step; do \
+		set -ex; for suite in logits linear step; do \
 			$(KEEP_MEMORY) $(BIN)/python -m pytest -q bench/bench_$$suite.py --save-results $(BENCH); \
 		done; \
 	fi

@@ -15,19 +15,19 @@ GIB = 2**30
 
 
 def gib(parameters, layers, width, vocabulary, ranks):
-    """(states, probe, gathered, graph, head) in GiB."""
+    """(states, probe, layers, graph, head) in GiB."""
     states = 16 * parameters / ranks
     probe = 4 * parameters / ranks
-    gathered = 2 * 2 * parameters / layers
+    of_layers = 2 * 2 * parameters / layers + 2 * 2 * parameters / layers
     graph = 2 * layers * TOKENS * width
     head = BUDGET + 4 * COMPLETION_TOKENS * width + (2 + 4) * vocabulary * width
-    return [part / GIB for part in (states, probe, gathered, graph, head)]
+    return [part / GIB for part in (states, probe, of_layers, graph, head)]
 
 
 def table():
     """Lines of Markdown."""
     lines = [
-        "| model | GPUs | states | probe | gathered | kept graph | head | GiB per GPU |",
+        "| model | GPUs | states | probe | layers | kept graph | head | GiB per GPU |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, parameters, layers, width, vocabulary in MODELS:

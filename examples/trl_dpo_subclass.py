@@ -45,7 +45,7 @@ def main(argv=None):
     args = arguments(argv)
     model, tokenizer = load(args.model)
     steps = dict(max_steps=args.steps, learning_rate=args.lr, per_device_train_batch_size=8)
-    logs = dict(logging_steps=1, save_strategy="no", report_to="none", bf16=args.model is not None)
+    logs = dict(logging_steps=1, save_strategy="no", report_to="none", bf16=torch.cuda.is_available())
     with tempfile.TemporaryDirectory() as folder:  # your output_dir
         # precompute_ref_log_probs: no reference model is loaded, and above none is asked.
         config = DPOConfig(folder, beta=2.0, precompute_ref_log_probs=True, **steps, **logs)

@@ -104,7 +104,7 @@ def find(root: Node, sequences: int, moved: set[int]) -> list[Use]:
     users: dict[Node, list[Node]] = {}
     reached: dict[Node, bool] = {}  # whether the probe's backward runs a node: it lies on the way to what is moved
     found: list[tuple[Node, bool, list[tuple[int, list[Node], Tensor]]]] = []
-    for node in _leaves_first(root):
+    for node in leaves_first(root):
         following = [(number, child) for number, (child, _) in enumerate(node.next_functions) if child is not None]
         for _, child in following:
             users.setdefault(child, []).append(node)
@@ -130,13 +130,23 @@ def find(root: Node, sequences: int, moved: set[int]) -> list[Use]:
         )
     uses = []
     for node, is_reached, entering in sorted(found, key=lambda item: item[0]._sequence_nr()):
-        if (why := _obstacle(node, is_reached, sequences, users.get(node, ()))) is not None:
+        why = _obstacle(node, is_reached, sequences, users.get(node, ()), len(entering))
+        if why is not None:
             shape = tuple(entering[0][2].shape)
             raise NotImplementedError(
                 f"share_backward=True cannot take {node.name()}, which a parameter of shape {shape} enters: {why}"
             )
         uses.append(_use(node, sequences, entering))
     return uses
+
+
+# Nodes that make activations of parameters and what has no gradient: token ids, say, or frozen activations. Those of the
+# second line have more than one parameter then.
+_OF_DATA_TOO = {f"{name}Backward0" for name in ("Addmm", "NativeLayerNorm", "Convolution", "NativeGroupNorm")}
+_OF_DATA = _OF_DATA_TOO | {
+    f"{name}Backward0"
+    for name in ("Embedding", "Index", "IndexSelect", "Gather", "Expand", "Repeat", "Mm", "Mul", "Add", "Sub", "Div")
+}
 
 
 def will_run(node: Node | None) -> bool:
@@ -151,7 +161,7 @@ def shapes(node: Node) -> list[tuple[int, ...]]:
     return [tuple(metadata.shape) for metadata in node._input_metadata]
 
 
-def _leaves_first(root: Node) -> Iterator[Node]:
+def leaves_first(root: Node) -> Iterator[Node]:
     """Every node of the graph, after all that it leads to."""
     seen, stack = set(), [(root, False)]
     while stack:
@@ -172,8 +182,9 @@ def _is_made_of(node: Node, leaf: Tensor) -> bool:
     return node.name() in _STEPS and math.prod(shape) == leaf.numel()
 
 
-def _obstacle(node: Node, reached: bool, sequences: int, users: Sequence[Node]) -> str | None:
-    """Why a node's part of the gradient cannot be had without a backward."""
+def _obstacle(node: Node, reached: bool, sequences: int, users: Sequence[Node], entering: int) -> str | None:
+    """Why a node's part of the gradient cannot be had without a backward. entering: inputs that are leaves, or made of
+    one."""
     if not reached:
         return "the probe's backward stops before it, because the anchor's scope does"
     own = isinstance(node, BackwardCFunction)
@@ -189,6 +200,9 @@ def _obstacle(node: Node, reached: bool, sequences: int, users: Sequence[Node]) 
     if not rows and (not apart or node.name() in GEMMS):
         expected = f"the {sequences} sequences as their first dimension, or all of their rows"
         return f"expected outputs with {expected}, got {', '.join(map(str, outputs))}"
+    differentiated = sum(child is not None for child, _ in node.next_functions)
+    if not own and entering == differentiated and node.name() not in (_OF_DATA if entering == 1 else _OF_DATA_TOO):
+        return "no activation enters it, and so nothing says that its output is one of each sequence"
     return "its activations are checkpointed or offloaded, and would be made once more" if _has_hooks(node) else None
 
 
@@ -260,7 +274,7 @@ def _gemm(node: Node, flattened: bool, numbers: list[int], taken: _Taken) -> Mak
 
     def of_bias(gradient, scaled):
         wide = torch.promote_types(gradient.dtype, torch.float32)
-        return (scaled(gradient, True).sum(0, dtype=wide) * beta).to(gradient.dtype)
+        return (scaled(gradient, True).sum(0, keepdim=True, dtype=wide) * beta).to(gradient.dtype)
 
     def make(gradients, scaled):
         return {n: (of_weight if n == weight else of_bias)(gradients[0], scaled) for n in numbers}

@@ -570,13 +570,16 @@ def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def _own_rows(group: torch.distributed.ProcessGroup | None, *tensors: Tensor | None) -> list[Tensor | None]:
-    """A head sharded as DTensors by rows of the vocabulary, as this rank's part; anything else as it is."""
-    own = []
-    for tensor in tensors:
-        placements = getattr(tensor, "placements", None)
-        by_rows = placements is not None and len(placements) == 1 and placements[0].is_shard(0)
-        own.append(tensor.to_local() if group is not None and by_rows else tensor)
-    return own
+    """A head sharded as DTensors by rows of the vocabulary over the group, as this rank's part; anything else as it is."""
+    return [tensor.to_local() if _is_sharded_over(group, tensor) else tensor for tensor in tensors]
+
+
+def _is_sharded_over(group: torch.distributed.ProcessGroup | None, tensor: Tensor | None) -> bool:
+    placements = getattr(tensor, "placements", None)
+    if group is None or placements is None or len(placements) != 1 or not placements[0].is_shard(0):
+        return False
+    ranks = torch.distributed.get_process_group_ranks
+    return ranks(tensor.device_mesh.get_group()) == ranks(group)
 
 
 def _name(group: torch.distributed.ProcessGroup | None) -> str | None:

@@ -234,8 +234,8 @@ def loss(
 ) -> LossResults:
     """The loss of pairs and, as they are needed, its gradients.
 
-    A pair with more rows than the buffer has its logits computed again once its coefficients are known. Not the first
-    pair: until then there is nothing else in d weight, and all that its coefficients have in common can wait.
+    A pair with more rows than the buffer has all logits but its last tile's computed again once its coefficients are
+    known. Not the first pair: until then there is nothing else in d weight, and all that its coefficients have in common can wait.
     """
     operands = Operands(hidden, rows, head)
     anchor = None if anchor_hidden is None else Operands(anchor_hidden, rows, anchor_head)
@@ -253,8 +253,8 @@ def loss(
         tiles, found = buffer.tiles(start, stop), []
         unit = len(tiles) > 1 and needs[0] and not (needs[1] or needs[2])
         ahead = len(tiles) > 1 and (needs[1] or needs[2]) and shares is not None and not every
-        used = unit or ahead or any(needs) and len(tiles) == 1
         for tile in tiles:
+            used = unit or ahead or any(needs) and tile.stop == stop
             logits, statistics = _statistics(operands, tile, buffer, used=used)
             if unit or ahead and tile.stop < stop:
                 share = shares[rows.sequence[tile]] if ahead else torch.ones_like(statistics.total)
@@ -275,15 +275,20 @@ def loss(
             factor = _common(coefficients, shares, rows.sequence[start])
             gradients.add(tile, logits, statistics, scale[tile.start - start :], factor, start)
             continue
-        for tile, statistics in zip(tiles, found):
-            own = logits if len(tiles) == 1 else None
-            gradients.add(tile, own, statistics, scale[tile.start - start : tile.stop - start])
+        for tile, statistics in _last_first([*zip(tiles, found)]):
+            gradients.add(tile, logits, statistics, scale[tile.start - start : tile.stop - start])
+            logits = None  # the others' are computed again
     if anchor is not None:
         anchor_margin = _margin(anchor_sums, rows.counts, options)
     dtype = cpu.accumulation_dtype(hidden)
     fields = pair_results(sums, rows.counts, anchor_margin, **options)
     fields = PairResults(*(f.to(dtype, copy=True) if f.is_floating_point() else f for f in fields))
     return LossResults(fields, *_joined(every, hidden), gradients.results())
+
+
+def _last_first(tiles: list) -> list:
+    """In the order in which `loss` makes the gradients of a pair with more rows than the buffer."""
+    return [*tiles[-1:], *tiles[:-1]]
 
 
 def _common(coefficients: Tensor, shares: Tensor, sequence: Tensor) -> Tensor:
@@ -401,7 +406,7 @@ def logps_gradients(
     for start, stop in groups if hidden_needed or needs[1] or needs[2] else []:
         tiles = buffer.tiles(start, stop)
         ahead = start == 0 and len(tiles) > 1 and (needs[1] or needs[2]) and shares is not None
-        for tile in tiles:
+        for tile in tiles if ahead or not in_pairs else _last_first(tiles):
             own = None if logits is None else logits[tile]
             if copied:
                 own = buffer.rows(tile.stop - tile.start).copy_(own)

@@ -63,7 +63,8 @@ def gapo_step(
             until then, in the place of the graph, and makes all of the parameters' at once. For models that keep
             sequences apart, in a batch (S, T): the 1st step is compared with a real backward, and the 4th, 16th, ...
             Without a probe nothing is shared, and where it gave a pair no weight (below 1e-20) logps_fn may run once
-            more, for a real backward. No other loss of the same forward, no hooks but on parameters.
+            more, for a real backward. No other loss of the same forward, no hooks but on parameters, and gradients of
+            torch.nn.Parameter alone.
 
     Returns:
         GAPOOutput; only its `loss` carries gradient.
@@ -93,7 +94,7 @@ def gapo_step(
 
     options = dict(beta=beta, gamma=gamma, label_smoothing=label_smoothing, loss_type=loss_type)
     sharing = None
-    if share_backward and anchor is not None and anchor.direction != "gaussian":
+    if share_backward and anchor is not None and anchor.direction != "gaussian" and logps.grad_fn is not None:
         sharing = SharedBackward(logps, anchor, anchor.params)
     counter = None if anchor is None else anchor.state_dict()
     try:

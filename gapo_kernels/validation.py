@@ -148,8 +148,9 @@ def check_head(weight: Tensor, hidden: Tensor, name: str) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(weight).__name__}")
     if getattr(weight, "device_mesh", None) is not None:
         raise TypeError(
-            f"{name} is a DTensor, got placements {weight.placements}: pass {name}.full_tensor(); or, if it is sharded by "
-            "rows of the vocabulary over one mesh dimension, that dimension's group as vocab_parallel_group"
+            f"{name} is a DTensor, got placements {weight.placements} on {weight.device_mesh}: pass {name}.full_tensor(); or, "
+            "if it is sharded by rows of the vocabulary over one mesh dimension, that dimension's group as "
+            "vocab_parallel_group"
         )
     # torchao's tensors are wrapped ones of a floating-point dtype; so is a collective's result under way, which is plain.
     wrapped = hasattr(weight, "__tensor_flatten__") and not hasattr(weight, "trigger_wait")

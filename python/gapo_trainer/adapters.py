@@ -1,6 +1,7 @@
 """Adapters on a model: PEFT's, with settings that are checked against the model first."""
 
 import re
+import warnings
 
 from accelerate.utils import is_peft_model
 from transformers import set_seed
@@ -26,6 +27,19 @@ def with_adapters(model, peft_config, seed):
     check_targets(model, peft_config, all)  # as PEFT: one list may serve several models
     set_seed(seed)  # Trainer does so too late for the adapters' first weights
     return peft.get_peft_model(model, peft_config)
+
+
+def warn_of_zeros(model, geometry):
+    """Where adapters begin as zeros, as LoRA's B does: "asam" moves a weight by itself times its gradient, which is then
+    zero in A and B alike, and stays small for long."""
+    trained = [param for param in model.parameters() if param.requires_grad]
+    if geometry == "asam" and is_peft_model(model) and any(not param.any() for param in trained if not param.is_meta):
+        warnings.warn(
+            "geometry='asam' moves weights in proportion to their size, and some of these adapters are zeros: the anchor "
+            "hardly differs from the model and the loss from SimPO's. Pass geometry='sam', or init_lora_weights other than "
+            "True (PiSSA, say)",
+            stacklevel=2,
+        )
 
 
 def check_targets(model, peft_config, quantifier):

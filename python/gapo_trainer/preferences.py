@@ -134,8 +134,8 @@ def tokenize_pair(pair, tokenizer, max_length, max_prompt_length=None, *, index=
 
     Of text, a completion is what follows the prompt's tokens, and ends in the end-of-text token. Messages go through
     the tokenizer's chat template, with the pair's own tools and chat_template_kwargs, and a completion is what the
-    template appends to the prompt (which ends in the generation prompt), up to and including the end-of-turn token:
-    what follows that token is never generated, so it takes no part in the log-probs.
+    template appends to the prompt (which ends in the generation prompt), up to and including the tokenizer's eos_token,
+    if that is its end of turn: what follows is never generated, so it takes no part in the log-probs.
 
     A pair longer than max_length loses tokens from the start of the prompt, the same for both completions, and only
     when a single prompt token is left, from the end of the completion. Both keep at least one completion token.

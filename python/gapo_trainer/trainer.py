@@ -1,6 +1,7 @@
 """`GAPOTrainer`: transformers' Trainer, on TRL's preference data, with the loss, evaluation and log of GAPO."""
 
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from transformers.utils import logging
 from gapo_kernels import GeometricAnchor, gapo_objective, gapo_step
 
 from . import metrics
-from .adapters import with_adapters
+from .adapters import warn_of_zeros, with_adapters
 from .config import GAPOConfig, nearest
 from .forward import MARK, check_logps, check_shared_backward, install
 from .preferences import PreferenceCollator, are_marked, prepare_pairs
@@ -20,6 +21,7 @@ from .storage import write_json
 logger = logging.get_logger(__name__)
 
 ANCHOR_FILE = "anchor.json"
+LEAST_RATE_16_BIT = 1e-5  # half a unit in the last place of a bfloat16 weight of 0.005
 INPUTS = ("input_ids", "position_ids", "cu_seqlens")
 WITHOUT_TRITON = ("cpu", "mps")
 PACKED_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -149,6 +151,13 @@ class GAPOTrainer(Trainer):
             )
         _refuse_parallelism(self.accelerator.parallelism_config)
         self.anchor = self._make_anchor()
+        warn_of_zeros(model, args.geometry)
+        if args.learning_rate < LEAST_RATE_16_BIT and any(p.dtype == torch.bfloat16 for p in self.anchor.params):
+            warnings.warn(
+                f"updates of learning_rate = {args.learning_rate} are rounded away in bfloat16 weights: load the model with "
+                "dtype=torch.float32, and train with bf16=True",
+                stacklevel=2,
+            )
         self._before = None
         with self.accelerator.autocast():
             check_logps(self.accelerator.unwrap_model(self.model), base, args.padding_free)
@@ -247,6 +256,18 @@ class GAPOTrainer(Trainer):
 
     # ---- Checkpoints: the anchor's counter goes with the optimizer's state ----
 
+    def save_model(self, output_dir=None, _internal_call=False):
+        """Trainer's; under FSDP2 the whole model also where checkpoints hold shards (SHARDED_STATE_DICT)."""
+        if _internal_call or not self._fsdp2:
+            return super().save_model(output_dir, _internal_call)
+        plugin = self.accelerator.state.fsdp_plugin
+        before = plugin.state_dict_type
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+        try:
+            return super().save_model(output_dir, _internal_call)
+        finally:
+            plugin.set_state_dict_type(before)
+
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
@@ -335,6 +356,11 @@ class GAPOTrainer(Trainer):
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
         """Trainer's loop; its metrics get means over pairs, where Trainer takes means over batches."""
+        if self._fsdp2 and not hasattr(next(self.model.parameters()), "placements"):
+            raise RuntimeError(
+                "expected train() before evaluate() and predict(), which under FSDP2 need the shards that it makes, got "
+                "whole parameters: pass eval_on_start=True for an evaluation before the first step"
+            )
         self._evaluated = []
         result = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         evaluated, self._evaluated = self._evaluated, []

@@ -420,7 +420,8 @@ def vocabulary_parallel_dtensor(rank):
     mesh = init_device_mesh("cpu", (RANKS,))
     sharded = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
     messages = []
-    for group in (None, mesh):
+    alone = [torch.distributed.new_group([one]) for one in range(RANKS)][rank]
+    for group in (None, mesh, alone):  # the last one is not the group that the rows are sharded over
         try:
             linear_sequence_logps(hidden, sharded, labels, vocab_parallel_group=group)
         except TypeError as error:

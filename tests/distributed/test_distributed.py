@@ -241,8 +241,9 @@ def test_a_head_sharded_by_vocabulary(on_two_ranks, options):
 
 def test_a_head_that_is_a_dtensor(on_two_ranks):
     for messages, loss, expected, gradient, wanted in on_two_ranks("vocabulary_parallel_dtensor"):
-        of_dtensor, of_mesh = messages
+        of_dtensor, of_mesh, of_others = messages
         assert "vocab_parallel_group" in of_dtensor and "got DeviceMesh; pass mesh.get_group()" in of_mesh
+        assert "weight is a DTensor" in of_others
         torch.testing.assert_close(loss, expected, atol=1e-12, rtol=0)
         torch.testing.assert_close(gradient, wanted, atol=1e-12, rtol=0)
 

@@ -71,10 +71,9 @@ def assert_close_to_truth(
     eager: Tensor,
     size: float | Tensor,
     truncated: bool = False,
-    roundings: int = 1,
 ) -> None:
     """`size`: of what the result was made of, for all or each of its elements. `truncated`: stores truncate instead of rounding, in the interpreter to
-    bfloat16, which doubles the error of a rounding. `roundings`: to the dtype of the result."""
+    bfloat16, which doubles the error of a rounding."""
     expected = truth.to(found.dtype)
     special = ~expected.isfinite()  # also what overflows the result's dtype
     torch.testing.assert_close(
@@ -96,7 +95,7 @@ def assert_close_to_truth(
         assert (error.abs() <= allowed).all(), f"{name}: off by {error.abs().max():.2e}: {found}, not {truth}"
         return
     doubled = 2 if truncated else 1
-    floor = doubled * roundings * _rounding_error(exact, found.dtype) + ROUNDINGS * 2.0**-24 * _rms(size)
+    floor = doubled * _rounding_error(exact, found.dtype) + ROUNDINGS * 2.0**-24 * _rms(size)
     of_eager = (eager.double() - truth)[~special].nan_to_num(0, 0, 0)
     allowed = max((2.5 if truncated else 1.5) * _rms(of_eager), floor)
     assert _rms(error) <= allowed, (

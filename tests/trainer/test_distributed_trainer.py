@@ -40,14 +40,19 @@ def train(tmp_path_factory):
         ("ddp", {"tied": True, "share_backward": True}),
         ("ddp", {"tied": False, "padding_free": True, "evaluate_first": True}),
         ("fsdp2", {"tied": True}),
-        ("fsdp2", {"tied": False, "padding_free": True}),
+        (
+            "fsdp2",
+            {"tied": False, "padding_free": True, "evaluate_first": True, "state_dict_type": "SHARDED_STATE_DICT"},
+        ),
     ],
-    ids=["DDP", "DDP, shared backward", "DDP, untied, padding-free, evaluated before", "FSDP2", "FSDP2, untied, padding-free"],
+    ids=["DDP", "DDP, shared backward", "DDP, untied, padding-free, evaluated before", "FSDP2", "FSDP2, untied, padding-free, shards in checkpoints"],
 )
 def test_two_processes_train_as_one(train, kind, settings):
     """Loss, gap, gradient norm and the weights after five updates of two micro-batches; and the evaluation."""
-    logged, weights, evaluated = train(2, kind, **settings)
-    expected, expected_weights, expected_evaluation = train(1, "one process", tied=settings["tied"])
+    logged, weights, evaluated, saved = train(2, kind, **settings)
+    expected, expected_weights, expected_evaluation, _ = train(1, "one process", tied=settings["tied"])
+    assert weights.keys() <= saved.keys()
+    assert all(torch.equal(saved[name], weight) for name, weight in weights.items())
     assert len(logged) == 5
     # Llama's norms compute in float32 whatever the model's dtype.
     assert torch.allclose(torch.tensor(logged), torch.tensor(expected), rtol=1e-5)

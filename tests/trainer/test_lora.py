@@ -1,6 +1,7 @@
 """Adapters: they alone are moved and trained, and not on the head."""
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -20,6 +21,18 @@ def lora_trainer(tokenizer, tmp_path, model, peft_config, **settings):
     config = GAPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=3, **settings)
     options = dict(train_dataset=made_up_pairs(6), processing_class=tokenizer, peft_config=peft_config)
     return GAPOTrainer(model, config, **options)
+
+
+@pytest.mark.parametrize("geometry, init, warned", [("asam", True, True), ("sam", True, False), ("asam", False, False)])
+def test_adapters_of_zeros_leave_asam_nothing_to_move(tokenizer, tmp_path, geometry, init, warned):
+    config = LoraConfig(**LORA | {"init_lora_weights": init})
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer = lora_trainer(tokenizer, tmp_path, tiny_model(torch.float32), config, geometry=geometry, rho=0.5, logging_steps=1)
+    assert any("geometry='sam'" in str(warning.message) for warning in said) == warned
+    trainer.train()
+    gap = [entry["gapo/gap"] for entry in trainer.state.log_history if "gapo/gap" in entry][0]
+    assert (abs(gap) < 1e-6) == warned
 
 
 def test_adapters_that_a_shared_backward_cannot_take_are_refused_before_the_first_step(tokenizer, tmp_path):

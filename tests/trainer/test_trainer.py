@@ -5,6 +5,7 @@ import importlib
 import json
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -247,6 +248,15 @@ def test_five_updates_equal_the_authors_recipe(tokenizer, tmp_path, shared):
     for (name, got), want, start in parameters:
         assert (got - want).abs().max() <= 1e-6, name
         assert (want - start).abs().max() > 1e-3, name
+
+
+def test_updates_that_bfloat16_rounds_away_are_warned_of(tokenizer, tmp_path):
+    with pytest.warns(UserWarning, match="are rounded away in bfloat16 weights: load the model with dtype=torch.float32"):
+        make_trainer(tokenizer, tmp_path, tiny_model(torch.bfloat16), learning_rate=5e-7)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="updates of learning_rate")
+        make_trainer(tokenizer, tmp_path, tiny_model(torch.bfloat16), learning_rate=1e-4)
+        make_trainer(tokenizer, tmp_path, tiny_model(torch.float32), learning_rate=5e-7)
 
 
 def test_training_moves_the_margins_and_logs_them(tokenizer, tmp_path):

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "python"), str(Path(__file__).parent)]
 
@@ -16,7 +17,14 @@ def run(rank, world, folder, port, kind, settings):
     torch.set_num_threads(1)
     evaluate_first = settings.pop("evaluate_first", False)
     trainer = make_trainer(folder, world, kind, settings)
-    if evaluate_first:
+    if evaluate_first and kind == "fsdp2":
+        try:
+            trainer.evaluate()
+        except RuntimeError as error:
+            assert "expected train() before evaluate()" in str(error)
+        else:
+            raise AssertionError("evaluated a model that is not sharded yet")
+    elif evaluate_first:
         trainer.evaluate()
     trainer.train()
     if kind == "fsdp2":
@@ -26,11 +34,13 @@ def run(rank, world, folder, port, kind, settings):
         for name, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters()
     }
     metrics = trainer.evaluate()
+    trainer.save_model(os.path.join(folder, "model"))
     if rank == 0:
         names = ("loss", "gapo/gap", "grad_norm", "rewards/chosen", "gapo/gap_flipped", "gapo/applied_norm_ratio")
         logged = [[entry[name] for name in names] for entry in trainer.state.log_history if "loss" in entry]
         evaluated = {name: metrics[name] for name in ("eval_loss", "eval_rewards/margins", "eval_rewards/accuracies")}
-        torch.save((logged, weights, evaluated), os.path.join(folder, "found.pt"))
+        saved = load_file(os.path.join(folder, "model", "model.safetensors"))
+        torch.save((logged, weights, evaluated, saved), os.path.join(folder, "found.pt"))
     if world > 1:
         torch.distributed.barrier()
         os._exit(0)  # without the teardown, in which gloo's threads abort one process in some dozens
@@ -46,6 +56,7 @@ def make_trainer(folder, world, kind, settings):
 
     if kind == "fsdp2":
         wrap = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+        wrap["state_dict_type"] = settings.pop("state_dict_type", "FULL_STATE_DICT")
         settings = settings | {"fsdp": True, "fsdp_config": {"fsdp_version": 2, **wrap}}
     tied = settings.pop("tied", True)
     config = GAPOConfig(
