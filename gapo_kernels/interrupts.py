@@ -1,4 +1,4 @@
-"""Ctrl-C, held back while the weights are elsewhere."""
+"""Ctrl-C and other signals, held back while the weights are elsewhere."""
 
 from __future__ import annotations
 
@@ -12,31 +12,39 @@ from types import FrameType
 _ENTRY_AND_EXIT = {_GeneratorContextManager.__enter__.__code__, _GeneratorContextManager.__exit__.__code__}
 
 
+# Whose handlers, where they are Python's, may raise: Ctrl-C's, and those of timeouts, schedulers and launchers.
+_SIGNALS = [getattr(signal, name) for name in "SIGINT SIGALRM SIGTERM SIGHUP SIGUSR1 SIGUSR2".split() if hasattr(signal, name)]
+
+
 @contextmanager
 def interrupt_held() -> Iterator[None]:
     """Holds a Ctrl-C back until the block is left: anywhere in a `with` statement's own entry and exit it would skip
-    the restoration. A second Ctrl-C passes at once, unless it comes in such an entry or exit: there it waits, too."""
-    previous = signal.getsignal(signal.SIGINT)
-    if not callable(previous) or threading.current_thread() is not threading.main_thread():
-        yield  # nothing raises KeyboardInterrupt here
+    the restoration. A second Ctrl-C passes at once, unless it comes in such an entry or exit: there it waits, too, and
+    so do other signals, there alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # no handler runs here
         return
+    previous = {signum: handler for signum in _SIGNALS if callable(handler := signal.getsignal(signum))}
     held, left = [], []
 
     def hold(signum, frame):
-        if left or (held and not _entering_or_leaving(frame)):
-            previous(signum, frame)
-        else:
+        first = signum == signal.SIGINT and signum not in held
+        if not left and (first or _entering_or_leaving(frame)):
             held.append(signum)
+        else:
+            previous[signum](signum, frame)
 
-    signal.signal(signal.SIGINT, hold)
     try:
+        for signum in previous:
+            signal.signal(signum, hold)
         yield
     finally:
-        if signal.getsignal(signal.SIGINT) is hold:
-            signal.signal(signal.SIGINT, previous)
+        for signum, handler in previous.items():
+            if signal.getsignal(signum) is hold:
+                signal.signal(signum, handler)
         left.append(True)  # blocks that are not left in reverse order may put this handler back in place
         for signum in held:
-            previous(signum, None)
+            previous[signum](signum, None)
 
 
 def _entering_or_leaving(frame: FrameType | None) -> bool:

@@ -745,6 +745,54 @@ def test_a_ctrl_c_at_any_line_finds_the_weights_back(params, anchor, second):
         assert_usable(anchor)
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="no such signal")
+def test_a_timeout_at_any_line_finds_the_weights_back(params, anchor):
+    """One whose handler raises; in the body it does not wait."""
+    grads, before, files = make_grads(params), bits(params), (os.path.join("gapo_kernels", ""), "contextlib.py")
+
+    def expire(signum, frame):
+        raise TimeoutError
+
+    def use(at):
+        lines = 0
+
+        def trace(frame, event, argument):
+            nonlocal lines
+            if not any(file in frame.f_code.co_filename for file in files):
+                return None
+            if event == "line":
+                lines += 1
+                if lines == at:
+                    signal.raise_signal(signal.SIGALRM)
+            return trace
+
+        previous = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            with anchor.perturbed(grads=grads):
+                if at is None:
+                    signal.raise_signal(signal.SIGALRM)
+                    pytest.fail("it waited")
+        finally:
+            sys.settrace(previous)
+        return lines
+
+    handler = signal.signal(signal.SIGALRM, expire)
+    try:
+        lines = use(at=0)
+        for at in [None, *range(1, lines + 1)]:
+            try:
+                use(at)
+            except TimeoutError as error:
+                assert same(params, before), f"line {at} of {lines}: {error!r}"
+            else:
+                pytest.fail(f"the timeout at line {at} of {lines} was swallowed")
+            assert signal.getsignal(signal.SIGALRM) is expire, f"line {at} of {lines}"
+            assert_usable(anchor)
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+
+
 # ---- What is refused ----
 
 
