@@ -13,7 +13,8 @@ _ENTRY_AND_EXIT = {_GeneratorContextManager.__enter__.__code__, _GeneratorContex
 
 
 # Whose handlers, where they are Python's, may raise: Ctrl-C's, and those of timeouts, schedulers and launchers.
-_SIGNALS = [getattr(signal, name) for name in "SIGINT SIGALRM SIGTERM SIGHUP SIGUSR1 SIGUSR2".split() if hasattr(signal, name)]
+_NAMES = ("SIGINT", "SIGALRM", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+_SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 
 
 @contextmanager

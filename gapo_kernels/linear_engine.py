@@ -235,7 +235,8 @@ def loss(
     """The loss of pairs and, as they are needed, its gradients.
 
     A pair with more rows than the buffer has all logits but its last tile's computed again once its coefficients are
-    known. Not the first pair: until then there is nothing else in d weight, and all that its coefficients have in common can wait.
+    known. Not the first pair: until then there is nothing else in d weight, and all that its coefficients have in common
+    can wait.
     """
     operands = Operands(hidden, rows, head)
     anchor = None if anchor_hidden is None else Operands(anchor_hidden, rows, anchor_head)

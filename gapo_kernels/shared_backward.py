@@ -123,6 +123,8 @@ class SharedBackward:
                     handle.remove()
         dtypes = {metadata.dtype for use in self._uses for metadata in use.node._input_metadata}
         relative, absolute = TOLERANCES[next(d for d in reversed(TOLERANCES) if d in dtypes)]
+        if not norms:
+            return
         exact, errors = torch.stack(list(norms.values())).t()
         self._has_zeros = bool((exact == 0).any())
         if not (errors <= relative * exact + absolute * exact.norm()).all():
