@@ -36,10 +36,11 @@ demo: $(READY)
 	$(KEEP_MEMORY) $(BIN)/python -m gapo_trainer.demo $(DEMO)
 
 # Two at a time, each on a core: threads of two processes that wait for one another take many times as long, all the
-# more if they spin, as those of the tests that want two would. Each prints when it is done, where make knows how.
+# more if they spin, as those of the tests that want two would. The longest first. Each prints when it is done, where make
+# knows how.
 test: $(READY)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(MAKE) -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) \
-		test-torch test-trainer test-interpreter test-distributed test-compile
+		test-torch test-interpreter test-trainer test-distributed test-compile
 
 test-torch: $(READY)
 	$(BIN)/python -m pytest -q $(LIBRARY_TESTS)
