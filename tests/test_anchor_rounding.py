@@ -241,8 +241,8 @@ from pathlib import Path
 import torch
 from gapo_kernels import GeometricAnchor
 torch.set_num_threads({threads})
-params = [torch.nn.Parameter(torch.full((2048, 2048), 0.5, dtype={dtype})) for _ in range(10)]
-factors = [torch.full((2, 2048), 0.1 + i, dtype={dtype}) for i in range(10)]
+params = [torch.nn.Parameter(torch.full((2048, 2048), 0.5, dtype={dtype})) for _ in range(20)]
+factors = [torch.full((2, 2048), 0.1 + i, dtype={dtype}) for i in range(20)]
 options = dict(rho=10.0, compute_dtype={grid}, direction="{direction}")
 anchor = GeometricAnchor(params, **options)
 objective = sum({product}.sum() for p, f in zip(params, factors)) if "{direction}" == "pessimistic" else None

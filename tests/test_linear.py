@@ -40,7 +40,6 @@ HEADS = {
 }
 if os.environ.get("TRITON_INTERPRET") == "1":  # slow: what "everything" has is not run once more by itself
     HEADS = {name: HEADS[name] for name in ("plain", "softcap", "everything")}
-    BUDGETS = {name: BUDGETS[name] for name in ("a third of a row", "a few rows", "all")}
 FIELDS = reference.GAPOOutput._fields
 
 
@@ -811,7 +810,13 @@ for call, *case in json.loads(sys.argv[1]):
 # MiB of the budget, length, width, vocabulary. All logits of the narrow head are 1 MiB a position. In the last row they
 # fit, with softcap's buffer beside them, and are kept for the backward. The wide head's hidden states are four times its logits:
 # one more of that size may be kept, and no other.
-PEAK_CASES = [(8, 128, 64, 32768), (32, 128, 64, 32768), (8, 512, 2048, 512), (160, 128, 64, 32768)]
+PEAK_CASES = [
+    (8, 256, 64, 32768),
+    (32, 256, 64, 32768),
+    (64, 256, 64, 32768),
+    (8, 512, 2048, 512),
+    (160, 128, 64, 32768),
+]
 PEAK_CALLS = ["loss", "loss_of_each_pair", "logps", "logps_as_in_a_step", "logps_with_softcap"]
 
 

@@ -547,7 +547,7 @@ def test_without_a_graph_there_is_nothing_to_share():
     model = Mixing("not at all")
     ids, labels = (torch.randint(11, (4, 5)) for _ in range(2))
     anchor = GeometricAnchor(model.named_parameters(), rho=RHO)
-    with torch.no_grad(), pytest.raises(ValueError, match="gradient|grad"):
+    with torch.no_grad(), pytest.raises(ValueError, match="the objective must have a graph"):
         gapo_step(lambda: sequence_logps(model(ids), labels), anchor, share_backward=True)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from gapo_kernels import GeometricAnchor, gapo_objective, linear_sequence_logps
 
-RHO, PAIRS, SEEDS = 0.025, 16, 2
+RHO, PAIRS, SEEDS = 0.025, 16, 5
 
 
 @contextmanager
