@@ -77,12 +77,12 @@ def cases(where: torch.device, quick: bool = False) -> list[Case]:
         tiny = Case(1, 8, 16, 211, F32, 0.5)
         return [tiny, Case(1, None, 576, 49152, F32, None, "smollm2", frozenset())]
     if where.type == "cpu":
-        base = Case(1, 128, 576, 16384, F32, 0.5, peers=UNCOMPILED, importance=2, seconds=4)
+        base = Case(1, 128, 576, 16384, F32, 0.5, peers=UNCOMPILED, importance=2, seconds=20)
         wanted = [
             Case(4, 256, 576, 49152, F32, 0.5),
             Case(4, 256, 576, 49152, F32, 0.0, importance=1, seconds=50),
-            Case(1, 256, 576, 49152, F32, 0.0, importance=1, seconds=25),
-            Case(4, None, 576, 49152, F32, None, "smollm2", UNCOMPILED, 1, seconds=15),
+            Case(1, 256, 576, 49152, F32, 0.0, importance=1, seconds=50),
+            Case(4, None, 576, 49152, F32, None, "smollm2", UNCOMPILED, 1, seconds=50),
             *harness.sweep(base, length=[64, 256], ignored=[0.0, 0.9], pairs=[2, 4]),
         ]
     else:
