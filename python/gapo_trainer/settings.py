@@ -32,6 +32,7 @@ from .config import CHECKPOINTING, GAPOConfig, nearest
 
 SHIPPED_MODEL = "smollm2-135m-instruct-offline"
 SHIPPED_DATASET = "gapo-preferences"
+FLAGS = ("--print-config", "--help")
 # What settings were called in older versions and other trainers, where the letters alone lead elsewhere.
 _FORMER = {
     "torch_dtype": "dtype",
@@ -125,7 +126,7 @@ def change(settings, changes):
         key, equals, value = argument[2:].partition("=")
         if not equals:
             if not queue or queue[0].startswith("--"):
-                raise SettingsError(f"expected --{key}=value, got no value")
+                raise SettingsError(f"expected --{key}=value, got no value{nearest(argument, FLAGS)}")
             value = queue.pop(0)
         try:
             value = yaml.safe_load(value)
@@ -159,13 +160,13 @@ def parse(settings):
         names = (f"unknown setting {key!r}{nearest(_FORMER.get(key, key), actions)}" for key in unknown)
         raise SettingsError("\n".join(names))
     for name, known in _nested_keys(settings).items():
-        nested = settings.get(name)
+        nested = _nested(settings.get(name))
         unknown = [key for key in nested if key not in known] if isinstance(nested, dict) else []
         if unknown:
             raise SettingsError("\n".join(f"unknown setting '{name}.{key}'{nearest(key, known)}" for key in unknown))
         for key in ("auto_wrap_policy", "fsdp_auto_wrap_policy") if isinstance(nested, dict) else ():
             _check_choice(f"{name}.{key}", FSDP_AUTO_WRAP_POLICY, nested.get(key))
-    nested = settings.get("accelerator_config")
+    nested = _nested(settings.get("accelerator_config"))
     for key, hint in typing.get_type_hints(AcceleratorConfig).items():
         value = nested.get(key) if isinstance(nested, dict) else None
         is_boolean = value is None or str(value).lower() in ("true", "false", "0", "1")  # transformers converts text
@@ -249,6 +250,14 @@ def _check_choice(name, choices, value):
         is_kernel = name == "attn_implementation" and "/" in str(one)  # a hub name
         if choices and value is not None and str(one) not in choices and not is_kernel:
             raise SettingsError(f"{name} must be one of {', '.join(choices)}, got {one!r}{nearest(one, choices)}")
+
+
+def _nested(value):
+    """What a setting that is a mapping holds: of a file in its place, which transformers would read, what is in that."""
+    try:
+        return json.loads(Path(value).read_text(encoding="utf-8")) if isinstance(value, str) else value
+    except (OSError, ValueError):
+        return value  # which transformers refuses
 
 
 def _nested_keys(settings):

@@ -200,10 +200,13 @@ class GAPOTrainer(Trainer):
 
     def train(self, *args, **kwargs):
         """Trainer's train; the pair records begin anew."""
-        self._record = metrics.TrainingRecord(self.args.record_pairs)
+        self._begin = self.anchor.state_dict()
         return super().train(*args, **kwargs)
 
     def _prepare_for_training(self, *args, **kwargs):
+        # With auto_find_batch_size this may not be the first attempt.
+        self._record = metrics.TrainingRecord(self.args.record_pairs)
+        self.anchor.load_state_dict(self._begin)
         # An evaluation before it prepares the model without DDP, and accelerate would leave it so: each process would
         # train alone.
         if self.args.world_size > 1 and not self._fsdp2 and self.model_wrapped is self.model:

@@ -152,6 +152,7 @@ def test_checkpointing_of_the_command_line_is_not_reentrant(recipe):
         ),
         (["smollm2-135m-offline", "--rho=big"], "rho: invalid float value: 'big'"),
         (["smollm2-135m-offline", "--rho"], "expected --rho=value, got no value"),
+        (["smollm2-135m-offline", "--print-confg"], "got no value; did you mean '--print-config'"),
         (["smollm2-135m-offline", "--rho.x=1"], "rho is 0.05, which has no keys of its own"),
         (["smollm2-135m-offline", "rho=1"], "expected --key=value, got 'rho=1'"),
         (["smollm2-135m-offline", "--dataset_test_split=valid"], "split must be 'train', 'test' or None"),
@@ -177,6 +178,12 @@ def test_wrong_settings_are_named(arguments, message, capsys):
     assert cli.main([*arguments, *(["--use_cpu=true"] if arguments else [])]) == 2
     error = capsys.readouterr().err
     assert error.count("gapo-train: error:") == 1 and message in error
+
+
+def test_wrong_keys_in_a_file_that_a_setting_names_are_named(tmp_path, capsys):
+    (tmp_path / "fsdp.json").write_text('{"fsdp_versoin": 2}')
+    assert cli.main(["smollm2-135m-offline", f"--fsdp_config={tmp_path / 'fsdp.json'}", "--use_cpu=true"]) == 2
+    assert "unknown setting 'fsdp_config.fsdp_versoin'; did you mean 'fsdp_version'" in capsys.readouterr().err
 
 
 def test_yaml_that_is_no_mapping(tmp_path, capsys):

@@ -39,18 +39,32 @@ def train(tmp_path_factory):
         ("ddp", {"tied": True}),
         ("ddp", {"tied": True, "share_backward": True}),
         ("ddp", {"tied": False, "padding_free": True, "evaluate_first": True}),
+        ("ddp", {"tied": True, "resumed": True}),
+        ("ddp", {"tied": True, "lora": True}),
         ("fsdp2", {"tied": True}),
+        ("fsdp2", {"tied": True, "resumed": True, "optim": "adamw_torch"}),  # of a state without tensors torch asks a device
         (
             "fsdp2",
-            {"tied": False, "padding_free": True, "evaluate_first": True, "state_dict_type": "SHARDED_STATE_DICT"},
+            {"tied": False, "padding_free": True, "evaluate_first": True, "state_dict_type": "SHARDED_STATE_DICT", "resumed": True},
         ),
     ],
-    ids=["DDP", "DDP, shared backward", "DDP, untied, padding-free, evaluated before", "FSDP2", "FSDP2, untied, padding-free, shards in checkpoints"],
+    ids=[
+        "DDP",
+        "DDP, shared backward",
+        "DDP, untied, padding-free, evaluated before",
+        "DDP, resumed",
+        "DDP, LoRA",
+        "FSDP2",
+        "FSDP2, resumed",
+        "FSDP2, untied, padding-free, resumed from shards",
+    ],
 )
 def test_two_processes_train_as_one(train, kind, settings):
-    """Loss, gap, gradient norm and the weights after five updates of two micro-batches; and the evaluation."""
+    """Loss, gap, gradient norm and the weights after five updates of two micro-batches; and the evaluation. Cut off in the
+    fourth, they resume from the second."""
     logged, weights, evaluated, saved = train(2, kind, **settings)
-    expected, expected_weights, expected_evaluation, _ = train(1, "one process", tied=settings["tied"])
+    alike = {name: value for name, value in settings.items() if name in ("tied", "lora", "optim")}
+    expected, expected_weights, expected_evaluation, _ = train(1, "one process", **alike)
     assert weights.keys() <= saved.keys()
     assert all(torch.equal(saved[name], weight) for name, weight in weights.items())
     assert len(logged) == 5

@@ -259,6 +259,23 @@ def test_updates_that_bfloat16_rounds_away_are_warned_of(tokenizer, tmp_path):
         make_trainer(tokenizer, tmp_path, tiny_model(torch.float32), learning_rate=5e-7)
 
 
+def test_an_attempt_that_ran_out_of_memory_leaves_no_trace(tokenizer, tmp_path, monkeypatch):
+    """With auto_find_batch_size a smaller batch begins anew: so do the records and the anchor's counter."""
+    trainer = make_trainer(tokenizer, tmp_path, auto_find_batch_size=True, per_device_train_batch_size=4, max_steps=3)
+    compute_loss, counters = trainer.compute_loss, []
+
+    def short_of_memory(model, inputs, **options):
+        counters.append(trainer.anchor.state_dict())
+        if len(counters) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return compute_loss(model, inputs, **options)
+
+    monkeypatch.setattr(trainer, "compute_loss", short_of_memory)
+    trainer.train()
+    assert len(counters) == 2 + 3 and counters[0] == counters[2] != counters[3]
+    assert [record["step"] for record in trainer.pair_records] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+
+
 def test_training_moves_the_margins_and_logs_them(tokenizer, tmp_path):
     trainer = make_trainer(tokenizer, tmp_path, num_train_epochs=10, learning_rate=3e-3)
     trainer.train()

@@ -15,7 +15,10 @@ def run(rank, world, folder, port, kind, settings):
     addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), **addresses)
     torch.set_num_threads(1)
-    evaluate_first = settings.pop("evaluate_first", False)
+    evaluate_first, resumed = (settings.pop(name, False) for name in ("evaluate_first", "resumed"))
+    checkpoint = None
+    if resumed:
+        checkpoint = cut_off(make_trainer(folder, world, kind, settings | dict(save_strategy="steps", save_steps=2)))
     trainer = make_trainer(folder, world, kind, settings)
     if evaluate_first and kind == "fsdp2":
         try:
@@ -26,12 +29,13 @@ def run(rank, world, folder, port, kind, settings):
             raise AssertionError("evaluated a model that is not sharded yet")
     elif evaluate_first:
         trainer.evaluate()
-    trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint)
     if kind == "fsdp2":
         assert "DTensor" in type(trainer.anchor.params[0]).__name__, "nothing was sharded"
     weights = {
-        name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+        name.replace(".default", ""): (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
         for name, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters()
+        if p.requires_grad
     }
     metrics = trainer.evaluate()
     trainer.save_model(os.path.join(folder, "model"))
@@ -39,26 +43,45 @@ def run(rank, world, folder, port, kind, settings):
         names = ("loss", "gapo/gap", "grad_norm", "rewards/chosen", "gapo/gap_flipped", "gapo/applied_norm_ratio")
         logged = [[entry[name] for name in names] for entry in trainer.state.log_history if "loss" in entry]
         evaluated = {name: metrics[name] for name in ("eval_loss", "eval_rewards/margins", "eval_rewards/accuracies")}
-        saved = load_file(os.path.join(folder, "model", "model.safetensors"))
+        (file,) = Path(folder, "model").glob("*.safetensors")
+        saved = load_file(file)
         torch.save((logged, weights, evaluated, saved), os.path.join(folder, "found.pt"))
     if world > 1:
         torch.distributed.barrier()
         os._exit(0)  # without the teardown, in which gloo's threads abort one process in some dozens
 
 
+def cut_off(trainer):
+    """Trains for three updates of five; returns the checkpoint of the second."""
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    trainer.add_callback(Stop())
+    trainer.train()
+    assert trainer.state.global_step == 3
+    return os.path.join(trainer.args.output_dir, "checkpoint-2")
+
+
 def make_trainer(folder, world, kind, settings):
     from accelerate.utils import DistributedType
     from conftest import made_up_pairs, tiny_model, tiny_tokenizer
+    from peft import LoraConfig
 
     from gapo_trainer.config import GAPOConfig
     from gapo_trainer.preferences import flip_labels
     from gapo_trainer.trainer import GAPOTrainer
 
+    settings = dict(settings)
     if kind == "fsdp2":
         wrap = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
         wrap["state_dict_type"] = settings.pop("state_dict_type", "FULL_STATE_DICT")
         settings = settings | {"fsdp": True, "fsdp_config": {"fsdp_version": 2, **wrap}}
-    tied = settings.pop("tied", True)
+    tied, lora = settings.pop("tied", True), None
+    if settings.pop("lora", False):
+        lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     config = GAPOConfig(
         output_dir=folder,
         use_cpu=True,
@@ -67,17 +90,15 @@ def make_trainer(folder, world, kind, settings):
         gradient_accumulation_steps=2,
         max_steps=5,
         learning_rate=1e-2,
-        optim="sgd",
         rho=0.3,
         logging_steps=1,
         report_to="none",
-        save_strategy="no",
         disable_tqdm=True,
         train_sampling_strategy="sequential",
-        **settings,
+        **{"save_strategy": "no", "optim": "sgd"} | settings,
     )
     if kind == "fsdp2":  # accelerate shards on accelerators only: this takes the CPU for one
         config.distributed_state.distributed_type = DistributedType.MULTI_GPU
     pairs = flip_labels(made_up_pairs(40), 0.3, seed=0)
-    options = dict(train_dataset=pairs, eval_dataset=pairs[:7], processing_class=tiny_tokenizer())
+    options = dict(train_dataset=pairs, eval_dataset=pairs[:7], processing_class=tiny_tokenizer(), peft_config=lora)
     return GAPOTrainer(tiny_model(torch.float64, tie_word_embeddings=tied), config, **options)
