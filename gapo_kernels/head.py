@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gapo_kernels import cpu
+from gapo_kernels import cpu, host_memory
 
 CAST_BYTES = 16 * 2**20  # of the weight, or of the logits' gradient, cast at a time
 SOFTCAP_BYTES = 8 * 2**20  # of the logits, kept at a time for softcap's derivative
@@ -235,7 +235,9 @@ class WeightGradient:
         if self._direct or gradient.dtype not in HALF:
             hidden = hidden.to(gradient.dtype)
             if total is None:
-                total = gradient.t() @ hidden
+                shape = (gradient.shape[1], hidden.shape[1])
+                total = host_memory.uninitialized(shape, gradient.dtype, gradient.device)
+                torch.mm(gradient.t(), hidden, out=total)
             elif factor is not None and factor.device.type == "cpu":  # in the GEMM: no pass of its own
                 total.addmm_(gradient.t(), hidden, beta=factor.item())
             else:

@@ -3,7 +3,7 @@
 A fresh tensor of that size costs a page fault for each of its pages, and the operating system zeroes them all before
 anyone writes: for [4, 256, 32000] in float32 that is a third of the whole backward. So the pages of the last gradient
 stay mapped when it dies, huge where the system has such, and marked as free for the taking: under memory pressure the
-system takes them back. One gradient's memory is kept at most.
+system takes them back. What two of them took is kept at most.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from torch import Tensor
 
 HUGE_PAGE = 2**21
 
-_spare: list[mmap.mmap] = []  # none or one
+KEPT = 2  # at most: a buffer of logits, and the gradient of what it is made from
+
+_spare: list[mmap.mmap] = []
 
 
 def zeros_but(like: Tensor, written: Tensor) -> Tensor:
@@ -48,9 +50,7 @@ def _mapped(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> tupl
     size = shape.numel() * dtype.itemsize
     if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE") or size < HUGE_PAGE:
         return None
-    memory = _spare.pop() if _spare else None
-    if memory is not None and len(memory) < size:
-        memory = None  # unmapped before its successor is mapped
+    memory = _taken(size)
     fresh = memory is None
     if memory is None:
         try:
@@ -71,7 +71,19 @@ def release() -> None:
 
 def _keep(memory: mmap.mmap) -> None:
     _advise(memory, mmap.MADV_FREE, 0, len(memory))
-    _spare[:] = [memory]
+    _spare.append(memory)
+    del _spare[:-KEPT]
+
+
+def _taken(size: int) -> mmap.mmap | None:
+    """The smallest kept memory of at least `size` bytes. If there is none, the smallest goes before its successor is
+    mapped, unless there is room for both."""
+    fits = [memory for memory in _spare if len(memory) >= size]
+    if not fits and len(_spare) < KEPT:
+        return None
+    found = min(fits or _spare, key=len)
+    _spare.remove(found)
+    return found if fits else None
 
 
 def _gaps(written: Tensor, rows: int) -> list[tuple[int, int]]:

@@ -5,7 +5,7 @@ import mmap
 import pytest
 import torch
 
-from gapo_kernels import fused_gapo_loss, host_memory
+from gapo_kernels import fused_gapo_loss, fused_linear_gapo_loss, host_memory
 
 pytestmark = pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="memory is kept on Linux only")
 VOCABULARY = 2**16  # 8 rows of float32 a huge page
@@ -76,13 +76,44 @@ def test_a_gradient_that_is_held_stays():
     assert torch.equal(rows, kept[1])
 
 
-def test_one_gradient_is_kept_at_most_and_given_back_on_request():
+def test_two_are_kept_at_most_and_given_back_on_request():
     held = [gradient([4, 4], 24, seed=seed) for seed in range(3)]
     assert not host_memory._spare
     del held
-    assert len(host_memory._spare) == 1
+    assert len(host_memory._spare) == 2
     host_memory.release()
     assert not host_memory._spare
+
+
+def test_a_head_finds_its_buffer_and_its_weights_gradient_again():
+    """However many rows there are: the buffer is then the smaller of the two, or the larger."""
+    hidden, weight = torch.randn(6, 8, 16), torch.randn(VOCABULARY, 16, requires_grad=True)
+    labels = torch.randint(VOCABULARY, (6, 8))
+
+    def step(length):
+        loss = fused_linear_gapo_loss(hidden[:, :length], weight, labels[:, :length], backend="torch").loss
+        (found,) = torch.autograd.grad(loss, weight)
+        expected = fused_linear_gapo_loss(hidden[:, :length], weight, labels[:, :length], backend="reference").loss
+        torch.testing.assert_close(found, torch.autograd.grad(expected, weight)[0], atol=1e-7, rtol=1e-3)
+        return found.data_ptr()
+
+    step(8)
+    kept = {id(memory) for memory in host_memory._spare}
+    assert len(kept) == 2
+    address = step(8)
+    assert step(8) == address
+    step(4)
+    assert {id(memory) for memory in host_memory._spare} == kept
+
+
+def test_what_is_too_small_makes_room():
+    small, large = ([4, 4], 8), ([4, 4], 24)
+    held = [gradient(*small, seed=seed) for seed in range(2)]
+    del held
+    assert len(host_memory._spare) == 2
+    gradient(*large)
+    sizes = sorted(map(len, host_memory._spare))
+    assert sizes[0] < sizes[1] and len(sizes) == 2
 
 
 def test_small_gradients_come_from_torch():
