@@ -386,9 +386,10 @@ def linear_sequence_logps(
 
     logits = cap(logit_scale * (hidden @ weight^T + bias)) with cap(x) = softcap * tanh(x / softcap); rows that predict
     nothing are left out before any GEMM. Any number of backwards may run on one graph: d log-prob / d hidden is made in
-    the forward, once, and scaled by each; for d weight the logits are kept if they fit, or computed again. Between the
-    two it holds d log-prob / d hidden of the rows that predict, (K, H) in float32 at least, beyond the budget. The kept
-    rows are counted: on a GPU that waits for it, and cannot be captured in a CUDA graph.
+    the forward, once, and scaled by each; for d weight the logits are kept if they fit (not in compiled code, whose
+    shapes may not depend on the labels), or computed again. Between the two it holds d log-prob / d hidden of the rows
+    that predict, (K, H) in float32 at least, beyond the budget. The kept rows are counted: on a GPU that waits for it,
+    and cannot be captured in a CUDA graph.
 
     Args:
         hidden: (S, T, H) floating, the last hidden states; or (N, H) with `cu_seqlens`.
