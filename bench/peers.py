@@ -220,7 +220,7 @@ def of_kept_rows(row_logps: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Ten
 def eager_from_hidden(gamma: float) -> Loss:
     def loss(batch):
         def token_logps(hidden, labels):
-            logps = F.linear(hidden, batch.weight)[:, :-1].log_softmax(-1)
+            logps = F.linear(hidden[:, :-1], batch.weight).log_softmax(-1)
             return logps.gather(-1, labels[:, 1:].clamp(min=0).unsqueeze(-1)).squeeze(-1)
 
         return formula(token_logps, batch, gamma)
@@ -262,12 +262,12 @@ def trl_from_hidden(gamma: float) -> Loss:
     return loss
 
 
-def linear_cross_entropy(gamma: float, budget: int | None = None) -> Loss:
-    """PyTorch's, in chunks of its own choice or of `budget` bytes of logits."""
+def linear_cross_entropy(gamma: float, budget: int | None = None, chunked: bool = True) -> Loss:
+    """PyTorch's, in chunks of its own choice or of `budget` bytes of logits, or not chunked, which is its default."""
 
     def loss(batch):
         rows = None if budget is None else max(1, budget // (batch.weight.shape[0] * batch.weight.element_size()))
-        chunks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
+        chunks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows) if chunked else None
 
         def row_logps(hidden, targets):
             return -F.linear_cross_entropy(hidden, batch.weight, targets, reduction="none", options=chunks)

@@ -17,6 +17,7 @@ CONTENDERS = {
     "liger": "Liger",
     "liger-compiled": "Liger, compiled",
     "lce": "linear_cross_entropy",
+    "lce-chunked": "linear_cross_entropy, chunked",
     "lce-64mib": "linear_cross_entropy, 64 MiB",
     "cce": "cut-cross-entropy",
     "ours-64mib": "ours, 64 MiB",

@@ -78,12 +78,20 @@ def _keep(memory: mmap.mmap) -> None:
 def _taken(size: int) -> mmap.mmap | None:
     """The smallest kept memory of at least `size` bytes. If there is none, the smallest goes before its successor is
     mapped, unless there is room for both."""
-    fits = [memory for memory in _spare if len(memory) >= size]
-    if not fits and len(_spare) < KEPT:
-        return None
-    found = min(fits or _spare, key=len)
-    _spare.remove(found)
-    return found if fits else None
+    spare = sorted(_spare, key=len)
+    found = next((memory for memory in spare if len(memory) >= size and _removed(memory)), None)
+    if found is None and len(spare) >= KEPT:
+        _removed(spare[0])
+    return found
+
+
+def _removed(memory: mmap.mmap) -> bool:
+    """Whether no other thread was sooner."""
+    try:
+        _spare.remove(memory)
+    except ValueError:
+        return False
+    return True
 
 
 def _gaps(written: Tensor, rows: int) -> list[tuple[int, int]]:

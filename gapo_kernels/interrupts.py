@@ -11,10 +11,8 @@ from types import FrameType
 # On the stack while a `with` statement's entry or exit runs, from before its generator is resumed.
 _ENTRY_AND_EXIT = {_GeneratorContextManager.__enter__.__code__, _GeneratorContextManager.__exit__.__code__}
 
-
-# Whose handlers, where they are Python's, may raise: Ctrl-C's, and those of timeouts, schedulers and launchers.
-_NAMES = ("SIGINT", "SIGALRM", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
-_SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
+# Any handler that is Python's may raise: a timeout's, a launcher's, a DataLoader's for a worker that was killed.
+_SIGNALS = sorted(signal.valid_signals())
 
 
 @contextmanager

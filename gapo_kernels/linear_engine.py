@@ -339,11 +339,11 @@ def logps(
 ) -> LogpsResults:
     """Log-probs, and what any number of backwards need: d hidden but for a scale, and the logits if d weight needs them."""
     operands, kept = Operands(hidden, rows, head), rows.index.shape[0]
-    # Statistics alone take few rows at a time: a graph that waits for its backward may keep the rest of the budget
-    # (gapo_step's does, while the anchor is measured).
+    # Statistics alone take few rows at a time: a graph that waits for its backward may keep the rest of the budget, and
+    # leaves them so much (gapo_step's does, while the anchor is measured).
     buffer = (Buffer if any(needs) else _small_buffer)(head, kept, max_logits_bytes)
-    logits_kept, beside = None, 0 if head.leaves_terms else _least_tile(kept)
-    if keep and (needs[1] or needs[2]) and kept + beside <= max_logits_bytes // head.row_bytes:
+    logits_kept = None
+    if keep and (needs[1] or needs[2]) and kept + _least_tile(kept) <= max_logits_bytes // head.row_bytes:
         logits_kept = torch.empty(kept, head.weight.shape[0], dtype=head.buffer_dtype, device=hidden.device)
         buffer = buffer if head.leaves_terms else _beside_kept(head, kept, max_logits_bytes)
     # Not rounded to 16 bits before a coefficient scales it.

@@ -746,8 +746,10 @@ def test_a_ctrl_c_at_any_line_finds_the_weights_back(params, anchor, second):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="no such signal")
-def test_a_timeout_at_any_line_finds_the_weights_back(params, anchor):
-    """One whose handler raises; in the body it does not wait."""
+@pytest.mark.parametrize("name", ["SIGALRM", "SIGCHLD", "SIGPROF"])
+def test_any_signal_at_any_line_finds_the_weights_back(params, anchor, name):
+    """A timeout's, a DataLoader's for a worker that died: one whose handler raises. In the body it does not wait."""
+    signum = getattr(signal, name)
     grads, before, files = make_grads(params), bits(params), (os.path.join("gapo_kernels", ""), "contextlib.py")
 
     def expire(signum, frame):
@@ -763,7 +765,7 @@ def test_a_timeout_at_any_line_finds_the_weights_back(params, anchor):
             if event == "line":
                 lines += 1
                 if lines == at:
-                    signal.raise_signal(signal.SIGALRM)
+                    signal.raise_signal(signum)
             return trace
 
         previous = sys.gettrace()
@@ -771,14 +773,15 @@ def test_a_timeout_at_any_line_finds_the_weights_back(params, anchor):
         try:
             with anchor.perturbed(grads=grads):
                 if at is None:
-                    signal.raise_signal(signal.SIGALRM)
+                    signal.raise_signal(signum)
                     pytest.fail("it waited")
         finally:
             sys.settrace(previous)
         return lines
 
-    handler = signal.signal(signal.SIGALRM, expire)
+    handler = signal.signal(signum, expire)
     try:
+        use(at=0)  # some lines run once in a process
         lines = use(at=0)
         for at in [None, *range(1, lines + 1)]:
             try:
@@ -786,11 +789,11 @@ def test_a_timeout_at_any_line_finds_the_weights_back(params, anchor):
             except TimeoutError as error:
                 assert same(params, before), f"line {at} of {lines}: {error!r}"
             else:
-                pytest.fail(f"the timeout at line {at} of {lines} was swallowed")
-            assert signal.getsignal(signal.SIGALRM) is expire, f"line {at} of {lines}"
+                pytest.fail(f"the signal at line {at} of {lines} was swallowed")
+            assert signal.getsignal(signum) is expire, f"line {at} of {lines}"
             assert_usable(anchor)
     finally:
-        signal.signal(signal.SIGALRM, handler)
+        signal.signal(signum, handler)
 
 
 # ---- What is refused ----

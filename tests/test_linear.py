@@ -138,6 +138,37 @@ def test_no_more_logits_than_the_budget_are_in_memory(function, budget, monkeypa
     assert 0 < max(written.values()) <= budget
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_logits_kept_for_a_backward_leave_room_for_those_of_the_anchor(softcap, monkeypatch):
+    """The two calls of gapo_step, the first with its graph alive, within one budget."""
+    hidden, weight = torch.randn(4, 200, 8), torch.randn(11, 8, requires_grad=True)
+    labels = torch.randint(11, (4, 200))
+    kept, written = [], []
+    logps, project = linear_engine.logps, linear_engine.Head.project
+
+    def watched(*args):
+        results = logps(*args)
+        kept.append(0 if results.logits is None else results.logits.nbytes)
+        return results
+
+    def measured(head, hidden, out):
+        written.append(out.untyped_storage().nbytes())
+        return project(head, hidden, out)
+
+    monkeypatch.setattr(linear_engine, "logps", watched)
+    monkeypatch.setattr(linear_engine.Head, "project", measured)
+    rows, row = 4 * 199, 11 * 4
+    for more in (-1, 0, 100, 255, 256, 300, rows):
+        options = dict(max_logits_bytes=(rows + more) * row, softcap=softcap)
+        found = linear_sequence_logps(hidden, weight, labels, **options)
+        written.clear()
+        with torch.no_grad():
+            linear_sequence_logps(hidden, weight, labels, **options)
+        assert kept[-2] + max(written) <= options["max_logits_bytes"]
+        assert kept[-2] == (rows * row if more >= 256 else 0)
+        found.sum().backward()
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("empty", [(), (1,), (0, 4), (0, 1, 2)], ids=str)
