@@ -51,6 +51,7 @@ class SharedBackward:
         # The 1st, 4th, 16th, ... of a form: what a batch's own values decide may be as it should be once, by chance. And
         # the 2nd and 3rd after a gradient of zeros, as what adapters begin with has.
         self._is_compared = number & (number - 1) == 0 and number.bit_length() % 2 == 1 or had_zeros and number < 4
+        self._in_full = number == 1 or had_zeros
         self._has_zeros = False
         # A second forward, in the place of a kept graph, is not for one rank alone: DDP's has collectives.
         several_ranks = distributed.ranks(anchor.process_group) > 1
@@ -88,14 +89,29 @@ class SharedBackward:
         """
         if not self._is_compared:
             return
-        # A hook of somebody's on a parameter may do anything with its gradient.
-        leaves = [leaf for leaf in self.leaves if not leaf._backward_hooks]
-        if not leaves:
-            return
-        # Neighbours far apart, and never the same ones.
-        order = torch.randperm(self._sequences, generator=torch.Generator().manual_seed(self._number))
-        ratio = (0.5 + (order % 2)).to(self._probe.device, self._probe.dtype)
-        norms: dict[int, tuple[Tensor, Tensor]] = {}
+        generator = torch.Generator().manual_seed(self._number)
+        order = torch.randperm(self._sequences, generator=generator)
+        # In a form's first step any two sequences are far apart in one comparison of several: in a bit of their numbers.
+        bits = range((self._sequences - 1).bit_length()) if self._in_full else [0]
+        found = []
+        for bit in bits:
+            ratio = (0.5 + (order >> bit) % 2).to(self._probe.device, self._probe.dtype)
+            found.append(self._errors(logps, ratio, self._keeps_graph or bit != bits[-1]))
+        dtypes = {metadata.dtype for use in self._uses for metadata in use.node._input_metadata}
+        relative, absolute = TOLERANCES[next(d for d in reversed(TOLERANCES) if d in dtypes)]
+        exact, errors = torch.stack(found, -1)
+        self._has_zeros = bool((exact == 0).any())
+        if not (errors <= relative * exact + absolute * exact.norm(dim=0)).all():
+            raise RuntimeError(
+                "share_backward=True gave other gradients than a backward: something in logps_fn mixes the sequences "
+                "of a batch (batch normalisation, a router's capacity), or orders them in another way. Use "
+                "share_backward=False"
+            )
+
+    def _errors(self, logps: Tensor, ratio: Tensor, retain_graph: bool) -> Tensor:
+        """(2, leaves reached): the norm of the gradient of each, for the probe's times ratio (S,), and that of what is
+        shared less it."""
+        norms: dict[int, Tensor] = {}
 
         def measure(leaf):
             def hook(exact):
@@ -111,28 +127,24 @@ class SharedBackward:
 
             return hook
 
-        handles = []
+        handles, users = [], []
         with interrupt_held():  # a hook that stayed would take a parameter's gradient away in every later backward
             try:
-                handles += [leaf.register_hook(measure(leaf)) for leaf in leaves]
+                for leaf in self.leaves:  # somebody's own hooks may do anything with a gradient
+                    users.append((leaf._backward_hooks, dict(leaf._backward_hooks or {})))
+                    if leaf._backward_hooks:
+                        leaf._backward_hooks.clear()
+                    handles.append(leaf.register_hook(measure(leaf)))
                 with distributed.no_iteration_of_ddp(logps):
-                    options = dict(retain_graph=self._keeps_graph, allow_unused=True)
-                    torch.autograd.grad(logps, leaves, ratio * self._probe, **options)
+                    options = dict(retain_graph=retain_graph, allow_unused=True)
+                    torch.autograd.grad(logps, self.leaves, ratio * self._probe, **options)
             finally:
                 for handle in handles:
                     handle.remove()
-        dtypes = {metadata.dtype for use in self._uses for metadata in use.node._input_metadata}
-        relative, absolute = TOLERANCES[next(d for d in reversed(TOLERANCES) if d in dtypes)]
-        if not norms:
-            return
-        exact, errors = torch.stack(list(norms.values())).t()
-        self._has_zeros = bool((exact == 0).any())
-        if not (errors <= relative * exact + absolute * exact.norm()).all():
-            raise RuntimeError(
-                "share_backward=True gave other gradients than a backward: something in logps_fn mixes the sequences "
-                "of a batch (batch normalisation, a router's capacity), or orders them in another way. Use "
-                "share_backward=False"
-            )
+                for hooks, own in users:
+                    if own:
+                        hooks.update(own)
+        return torch.stack(list(norms.values()), -1) if norms else ratio.new_zeros(2, 0)
 
     def loss(self, loss: Tensor, logps: Tensor) -> Tensor:
         """The loss () of these log-probs, which are a leaf here, as one of the model's leaves."""

@@ -406,6 +406,45 @@ def test_neighbours_of_many_are_told_apart(dtype, sequences):
         gapo_step(lambda: sequence_logps(model(ids), labels), anchor, share_backward=True)
 
 
+class Swapping(nn.Module):
+    """In which two sequences change places."""
+
+    def __init__(self, sequences, one, other):
+        super().__init__()
+        self.embedding, self.layer, self.head = nn.Embedding(11, 6), nn.Linear(6, 6), nn.Linear(6, 11)
+        self.order = torch.arange(sequences)
+        self.order[[one, other]] = self.order[[other, one]]
+
+    def forward(self, ids):
+        return self.head(self.layer(self.embedding(ids[self.order])).tanh())[self.order]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("sequences, one, other", [(s, 0, o) for s in (2, 4, 6, 16) for o in {1, s // 2, s - 1}])
+def test_any_two_that_change_places_are_seen_in_the_first_step(sequences, one, other, dtype):
+    torch.manual_seed(0)
+    model = Swapping(sequences, one, other).to(dtype)
+    ids, labels = (torch.randint(11, (sequences, 9)) for _ in range(2))
+    anchor = GeometricAnchor(model.named_parameters(), rho=RHO)
+    with pytest.raises(RuntimeError, match="orders them in another way"):
+        gapo_step(lambda: sequence_logps(model(ids), labels), anchor, share_backward=True)
+
+
+def test_hooks_on_all_parameters_hide_nothing_and_stay():
+    torch.manual_seed(0)
+    model = Mixing("normalised over the batch").double()
+    ids, labels = (torch.randint(11, (6, 7)) for _ in range(2))
+    anchor, seen = GeometricAnchor(model.named_parameters(), rho=RHO), []
+    for name, parameter in model.named_parameters():
+        parameter.register_hook(lambda gradient, name=name: seen.append(name))
+    with pytest.raises(RuntimeError, match="mixes the sequences"):
+        gapo_step(lambda: sequence_logps(model(ids), labels), anchor, share_backward=True)
+    seen.clear()
+    model.what = "not at all"
+    gapo_step(lambda: sequence_logps(model(ids), labels), anchor, share_backward=True).loss.backward()
+    assert sorted(seen) == sorted(2 * [name for name, _ in model.named_parameters()])  # the probe's, and the final one
+
+
 def test_a_graph_that_changes_beside_the_parameters_is_compared_again():
     torch.manual_seed(0)
     model = Mixing("not at all").double()
