@@ -338,8 +338,8 @@ def test_the_logits_that_d_weight_needs_are_kept_if_they_fit(gemms):
     kept = (labels[:, 1:] != -100).sum().item()
     run(linear_sequence_logps, hidden, weight, None, labels)
     assert sum(gemms) == kept
-    # Softcap's derivative consumes them: there must be room for a copy beside.
-    for budget, softcap, times in [(kept, None, 1), (kept - 1, None, 2), (kept, 2.0, 2), (2 * kept, 2.0, 1)]:
+    # There must be room beside: for the anchor's, and for a copy where softcap's derivative consumes them.
+    for budget, softcap, times in [(2 * kept, None, 1), (2 * kept - 1, None, 2), (2 * kept - 1, 2.0, 2), (2 * kept, 2.0, 1)]:
         gemms.clear()
         run(linear_sequence_logps, hidden, weight, None, labels, max_logits_bytes=budget * ROW, softcap=softcap)
         assert sum(gemms) == times * kept, (budget, softcap)
