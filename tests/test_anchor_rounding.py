@@ -118,6 +118,20 @@ def test_the_loss_of_the_perturbation_is_warned_of_once():
             pass
 
 
+@pytest.mark.parametrize("share, warned", [(0.01, True), (0.49, True), (0.51, False), (0.99, False)])
+def test_the_warning_comes_below_half_of_the_norm(share, warned):
+    """Of two weights one goes to its neighbour on the grid, and the other's delta is lost."""
+    param, spacing = nn.Parameter(torch.tensor([1.0, 4096.0])), 2.0**-7
+    grad = spacing * torch.tensor([1.0, (share**-2 - 1) ** 0.5])
+    anchor = GeometricAnchor([param], rho=spacing / share, geometry="sam", rounding="nearest", compute_dtype=BF16)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with anchor.perturbed(grads=[grad]):
+            assert param.tolist() == [1 + spacing, 4096.0]
+    assert anchor.stats.applied_norm == pytest.approx(share * anchor.stats.intended_norm, rel=1e-5)
+    assert ["mostly lost" in str(warning.message) for warning in caught] == [True] * warned
+
+
 def test_the_warning_waits_for_the_next_use_where_reading_would_wait(monkeypatch):
     monkeypatch.setattr(GeometricAnchor, "_warn_at_once", lambda *_: None)
     params = make(BF16)

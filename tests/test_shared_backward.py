@@ -457,6 +457,38 @@ def test_a_graph_that_changes_beside_the_parameters_is_compared_again():
         gapo_step(lambda: sequence_logps(model(ids), labels), anchor, share_backward=True)
 
 
+class Averaging(nn.Module):
+    """Adds a share of the batch's mean: nothing at first, in a graph that has it nevertheless."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head, self.share = nn.Embedding(11, 6), nn.Linear(6, 11), 0.0
+
+    def forward(self, ids):
+        hidden = self.embedding(ids)
+        return self.head(hidden + self.share * hidden.mean(0, keepdim=True))
+
+
+@pytest.mark.parametrize("number", [4, 16])
+def test_sequences_that_are_mixed_later_are_seen(number):
+    """At the latest in the next step that is compared, though the graph's form stays the same."""
+    torch.manual_seed(0)
+    model = Averaging().double()
+    ids, labels = (torch.randint(11, (6, 7)) for _ in range(2))
+    anchor = GeometricAnchor(model.named_parameters(), rho=RHO)
+
+    def step():
+        return gapo_step(lambda: sequence_logps(model(ids), labels), anchor, share_backward=True)
+
+    for _ in range(number - 1):
+        step().loss.backward()
+    model.share = 1.0
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="mixes the sequences"):
+            step()
+    assert anchor.state_dict()["step"] == number - 1
+
+
 class Adapted(nn.Module):
     """Statistics of the batch, seen by nobody while `up` is zeros."""
 
@@ -631,6 +663,48 @@ def test_parameters_in_other_places(make):
     assert results[0].keys() == results[1].keys() == dict(model.named_parameters()).keys()
     for name, gradient in results[0].items():
         torch.testing.assert_close(results[1][name], gradient, atol=1e-13, rtol=0, msg=name)
+
+
+# With factors and signs of their own: x (S, T, 6), w (6, 6), b (6,).
+FACTORS = {
+    "addmm(alpha, beta)": lambda x, w, b: torch.addmm(b, x.flatten(0, 1), w, alpha=0.3, beta=0.7).view(x.shape),
+    "addmm of w.T": lambda x, w, b: torch.addmm(b, x.flatten(0, 1), w.t(), alpha=-0.3, beta=-0.7).view(x.shape),
+    "add(x, b, alpha)": lambda x, w, b: torch.add(x @ w, b, alpha=-0.5),
+    "add(b, x, alpha)": lambda x, w, b: torch.add(b, x @ w, alpha=-0.5),
+    "x - b": lambda x, w, b: x @ w - b,
+    "b - x": lambda x, w, b: b - x @ w,
+    "sub(x, b, alpha)": lambda x, w, b: torch.sub(x @ w, b, alpha=0.3),
+    "x + (-b)": lambda x, w, b: x @ -w + -b,
+    "x * (-b)": lambda x, w, b: (x @ w) * -b,
+    "x * add(1, b, alpha)": lambda x, w, b: (x @ w) * torch.add(torch.ones(6), b, alpha=-0.5),
+    "x * add(b, 1, alpha)": lambda x, w, b: (x @ w) * torch.add(b, torch.ones(6), alpha=-0.5),
+}
+
+
+class Factored(nn.Module):
+    def __init__(self, use):
+        super().__init__()
+        self.use, self.embedding, self.head = use, nn.Embedding(11, 6), nn.Linear(6, 11)
+        self.w, self.b = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.randn(6))
+
+    def forward(self, ids):
+        return self.head(torch.tanh(self.use(self.embedding(ids), self.w, self.b)))
+
+
+@pytest.mark.parametrize("use", FACTORS)
+def test_factors_and_signs_of_parameters(use):
+    torch.manual_seed(0)
+    model = Factored(FACTORS[use]).double()
+    ids, labels = (torch.randint(11, (6, 5)) for _ in range(2))
+    anchor = GeometricAnchor(model.named_parameters(), rho=RHO)
+
+    def logps():
+        return sequence_logps(model(ids), labels)
+
+    expected = stepped(model, logps, False, anchor=anchor)
+    assert len(expected[1]) == 5
+    for _ in range(2):  # the first step compares
+        assert_same(stepped(model, logps, True, anchor=anchor), expected, 1e-13)
 
 
 @pytest.mark.parametrize("name", tiny_models.NAMES)

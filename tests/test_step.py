@@ -649,6 +649,24 @@ def test_a_tied_head_moves_the_embedding_so_all_layers_run_again(name):
     assert runs == [0, 1, 2] * 2
 
 
+@pytest.mark.parametrize("table", ["its own", "the head's", "the head's, frozen"])
+def test_a_table_of_no_layer_moves_with_the_head_alone(table):
+    """A parameter of the backbone itself, which the lower layers read: where it moves, they run again."""
+    model = tiny_models.build("llama")
+    head = model.lm_head.weight
+    model.model.table = nn.Parameter(torch.randn_like(head)) if table == "its own" else head
+    model.model.embed_tokens.register_forward_hook(lambda _, args, output: output + model.model.table[args[0]])
+    if "frozen" in table:
+        head.requires_grad_(False)
+    moves = table == "the head's"
+    anchor, runs = GeometricAnchor.from_model(model, rho=RHO, scope=2), counted_runs(model, model.model.layers)
+    assert any(param is model.model.table for param in anchor.params) == moves
+    found = gapo_step(language_logps(model), anchor)
+    assert runs == [0, 1, 2] + ([0, 1, 2] if moves else [2])
+    every = GeometricAnchor(list(zip(anchor.names, anchor.params)), rho=RHO)
+    assert_close(found, gapo_step(language_logps(model), every), 0)
+
+
 def test_a_block_that_a_lower_layer_shares_runs_again():
     model = tiny_models.build("llama")
     model.model.layers[0].mlp = model.model.layers[2].mlp
