@@ -5,6 +5,7 @@ kernels on CPU tensors, small vocabularies only), and a process on a machine wit
 `pytest -m kernels` selects the tests that depend on the back end: the ones worth running under the interpreter.
 """
 
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -26,6 +27,29 @@ elif GPU:
     BACKENDS = ["torch", "triton", "triton-small-tiles"]
 else:
     BACKENDS = ["torch"]
+
+
+def remember_builtins():
+    """Triton's interpreter looks through its whole language at each call of one kernel's function by another, a third of
+    these tests' time, for builtins that it has not replaced yet: this tells it where they are."""
+    from triton.language.core import is_builtin
+    from triton.runtime import interpreter
+
+    known = {}
+
+    def patch_builtin(package, *scope):
+        if package not in known:
+            known[package] = [name for name, member in inspect.getmembers(package) if is_builtin(member)]
+        for name in known[package]:
+            if is_builtin(member := getattr(package, name)):
+                interpreter._patch_attr(package, name, member, *scope)
+
+    if hasattr(interpreter, "_patch_builtin") and hasattr(interpreter, "_patch_attr"):
+        interpreter._patch_builtin = patch_builtin
+
+
+if INTERPRETED:
+    remember_builtins()
 
 
 def pytest_configure(config):
