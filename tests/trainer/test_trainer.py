@@ -51,8 +51,8 @@ def plain_margins(model, batch):
     return chosen - rejected, nll
 
 
-def plain_step(model, batch, args):
-    """Loss and gradients by name of one micro-batch; the anchor is a second model."""
+def plain_step(model, batch, args, sft_weight=None):
+    """Loss and gradients by name of one micro-batch; the anchor is a second model. sft_weight: other than that of args."""
 
     def logistic(argument):
         return -torch.nn.functional.logsigmoid(argument)
@@ -76,7 +76,7 @@ def plain_step(model, batch, args):
         losses = (1 - argument).relu()
     else:
         losses = (1 - args.label_smoothing) * logistic(argument) + args.label_smoothing * logistic(-argument)
-    loss = losses.mean() + args.sft_weight * nll
+    loss = losses.mean() + (args.sft_weight if sft_weight is None else sft_weight) * nll
     names, parameters = zip(*model.named_parameters())
     return loss.detach(), dict(zip(names, torch.autograd.grad(loss, parameters))), gap.detach()
 
@@ -199,7 +199,8 @@ def authors_batch(pairs, tokenizer, max_length, max_prompt_length):
 
 def authors_five_updates(model, pairs, tokenizer, args):
     """Losses of five updates of AdamW by the authors' recipe, which move `model`: each micro-batch of pairs has a probe,
-    a forward at the anchor and a backward, all on whole logits with an attention mask. From the pairs' texts on."""
+    a forward at the anchor and a backward, all on whole logits with an attention mask. From the pairs' texts on. The NLL is
+    that of the whole update."""
     matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == wide] for wide in (True, False))
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.999), eps=args.adam_epsilon)
@@ -207,16 +208,18 @@ def authors_five_updates(model, pairs, tokenizer, args):
     losses = []
     for _ in range(5):
         update, pairs = pairs[: args.gradient_accumulation_steps * size], pairs[args.gradient_accumulation_steps * size :]
-        total = 0.0
+        whole = authors_batch(update, tokenizer, args.max_length, args.max_prompt_length)
+        nll = args.sft_weight * plain_margins(model, whole)[1]
+        nll.backward()
+        total = nll.item()
         for start in range(0, len(update), size):
             part = update[start : start + size]
             share = len(part) / len(update)
             batch = authors_batch(part, tokenizer, args.max_length, args.max_prompt_length)
-            loss, gradients, _ = plain_step(model, batch, args)
+            loss, gradients, _ = plain_step(model, batch, args, sft_weight=0.0)
             total += share * loss.item()
             for name, parameter in model.named_parameters():
-                gradient = share * gradients[name]
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+                parameter.grad += share * gradients[name]
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
