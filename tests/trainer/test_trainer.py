@@ -587,6 +587,74 @@ def test_a_head_that_is_not_known_is_refused(tokenizer, tmp_path):
         make_trainer(tokenizer, tmp_path, model)
 
 
+def changed_behind_the_head(model, change):
+    """The model, with logits that its hidden states and its head's weight do not account for."""
+    forward = type(model).forward
+
+    class Changed(type(model)):
+        def forward(self, *args, **kwargs):
+            output = forward(self, *args, **kwargs)
+            output.logits = change(output.logits)
+            return output
+
+    model.__class__ = Changed
+    return model
+
+
+@pytest.mark.parametrize("settings", [{}, {"bf16": True}], ids=["16-bit weights", "autocast"])
+@pytest.mark.parametrize(
+    "change", [lambda x: 1.02 * x, lambda x: 30 * torch.tanh(x / 30)], ids=["scale", "softcap"]
+)
+def test_small_changes_of_logits_are_refused_whatever_the_rounding(tokenizer, tmp_path, settings, change):
+    dtype = torch.float32 if settings else torch.bfloat16
+    model = changed_behind_the_head(tiny_model(dtype), change)
+    with pytest.raises(NotImplementedError, match="Changed does something to its logits that is not known here"):
+        make_trainer(tokenizer, tmp_path, model, **settings)
+    make_trainer(tokenizer, tmp_path, changed_behind_the_head(tiny_model(dtype), lambda x: x), **settings)
+
+
+@pytest.mark.parametrize("dtype, settings", [(torch.bfloat16, {}), (torch.float32, {"bf16": True})], ids=["16 bits", "autocast"])
+@pytest.mark.parametrize(
+    "architecture, known",
+    [
+        ("Gemma2", {"final_logit_softcapping": 30.0, "head_dim": 8, "num_key_value_heads": 1}),
+        ("Cohere", {"logit_scale": 0.0625, "eos_token_id": 2}),
+        ("Granite", {"logits_scaling": 3.0}),
+        ("Phi", {}),
+        ("OPT", {"ffn_dim": 24}),
+    ],
+)
+def test_heads_of_other_models_in_16_bits_are_taken(tokenizer, tmp_path, architecture, known, dtype, settings):
+    model = other_model(architecture, **known).to(dtype)
+    if model.lm_head.bias is not None:
+        torch.nn.init.normal_(model.lm_head.bias)
+    make_trainer(tokenizer, tmp_path, model, **settings)
+
+
+def test_a_model_that_an_earlier_trainer_put_under_autocast_is_taken(tokenizer, tmp_path):
+    model = tiny_model(torch.float32)
+    for _ in range(2):
+        make_trainer(tokenizer, tmp_path, model, bf16=True, max_steps=1).train()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ["Llama", "Gemma3", "XLNet"])
+def test_models_that_look_ahead_are_refused(tokenizer, tmp_path, architecture, dtype):
+    if architecture == "Llama":
+        model = tiny_model(dtype)
+        for layer in model.model.layers:
+            layer.self_attn.is_causal = False
+    elif architecture == "Gemma3":
+        sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, head_dim=8)
+        look_ahead = dict(num_key_value_heads=1, use_bidirectional_attention=True, initializer_range=0.3)
+        model = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(vocab_size=53, **sizes, **look_ahead))
+    else:
+        sizes = dict(vocab_size=53, d_model=16, n_layer=2, n_head=2, d_inner=24, initializer_range=0.3)
+        model = transformers.XLNetLMHeadModel(transformers.XLNetConfig(**sizes))
+    with pytest.raises(NotImplementedError, match="expected a causal model, .* got changes up to .* from"):
+        make_trainer(tokenizer, tmp_path, model.to(dtype))
+
+
 def test_packed_rows_that_the_model_does_not_keep_apart_are_refused(tokenizer, tmp_path):
     model = other_model("Bloom", n_head=2, initializer_range=0.3)
     make_trainer(tokenizer, tmp_path, model)
