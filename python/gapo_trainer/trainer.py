@@ -122,7 +122,7 @@ class GAPOTrainer(Trainer):
             prepare_pairs(pairs, processing_class, args) for pairs in (train_dataset, eval_dataset)
         )
         if train_dataset is not None:
-            _check_batch(data_collator([train_dataset[0]]))
+            _check_batch(data_collator([train_dataset[0]]), args.padding_free)
         super().__init__(
             model,
             args,
@@ -465,12 +465,17 @@ def _refuse_what_has_no_place(args, model, options):
         args.liger_kernel_config = liger | {"fused_linear_cross_entropy": False}
 
 
-def _check_batch(batch):
+def _check_batch(batch, padding_free):
     missing = {"input_ids", "labels", "index", "is_flipped"} - batch.keys()
     if missing:
         raise ValueError(
             f"expected a data_collator that returns input_ids, labels, index, is_flipped, as PreferenceCollator does, got "
             f"{', '.join(batch)}"
+        )
+    if padding_free != ("cu_seqlens" in batch):
+        packed = "packed rows, with cu_seqlens," if padding_free else "padded rows, without cu_seqlens,"
+        raise ValueError(
+            f"padding_free = {padding_free} expects {packed} of the data_collator, got {', '.join(batch)}: make both alike"
         )
 
 

@@ -177,7 +177,7 @@ def authors_batch(pairs, tokenizer, max_length, max_prompt_length):
 
     rows = {"chosen": [], "rejected": []}
     for pair in pairs:
-        prompt = ids(f"<s> user {pair['prompt'][0]['content']} </s> <nl> <s> assistant")
+        prompt = ids(f"<s> user {pair['prompt'][0]['content']} </s> \n <s> assistant")
         completions = {side: ids(pair[side][0]["content"]) + [tokenizer.eos_token_id] for side in rows}
         longest = max(len(completion) for completion in completions.values())
         if len(prompt) + longest > max_length:
@@ -889,6 +889,15 @@ def test_a_collator_that_leaves_out_what_is_read_is_refused(tokenizer, tmp_path)
     with pytest.raises(ValueError, match="data_collator that returns input_ids, labels, index, is_flipped, .* got .*mask"):
         GAPOTrainer(tiny_model(), config, data_collator=DataCollatorForPreference(0), **options)
     GAPOTrainer(tiny_model(), config, data_collator=PreferenceCollator(0), **options)
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_a_collator_that_pads_otherwise_than_the_settings_is_refused(tokenizer, tmp_path, packs):
+    config = GAPOConfig(output_dir=str(tmp_path), use_cpu=True, padding_free=not packs)
+    collator = PreferenceCollator(0, padding_free=packs)
+    options = dict(train_dataset=made_up_pairs(2), processing_class=tokenizer, data_collator=collator)
+    with pytest.raises(ValueError, match=f"padding_free = {not packs} expects .* of the data_collator, got input_ids"):
+        GAPOTrainer(tiny_model(), config, **options)
 
 
 @pytest.mark.parametrize("given", [{"preserve_rng_state": False}, '{"preserve_rng_state": false}'], ids=["dict", "JSON"])
