@@ -19,6 +19,7 @@ _CHOICES = {
     "direction": ("pessimistic", "gaussian"),
     "rounding": ("stochastic", "nearest"),
     "loss_type": ("sigmoid", "hinge"),
+    "include_num_input_tokens_seen": ("all", "non_padding", "no"),
 }
 
 

@@ -38,10 +38,12 @@ def flip_labels(pairs, fraction, seed):
 
     Returns new dicts in the same order, each with the key is_flipped (bool): of one that was marked before, the swap
     takes the mark away. The same seed flips the same pairs.
-    Raises ValueError for a fraction outside [0, 1].
+    Raises ValueError for a fraction outside [0, 1], and for rows without chosen and rejected.
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction must be in [0, 1], got {fraction!r}")
+    for pair in pairs:
+        _check_columns(pair)
     flipped = set(random.Random(seed).sample(range(len(pairs)), round(fraction * len(pairs))))
     marks = [_mark(pair.get("is_flipped"), pair.get("id", i)) for i, pair in enumerate(pairs)]
     return [
@@ -79,12 +81,7 @@ def prepare_pairs(pairs, tokenizer, args):
         return pairs if "index" in first else _numbered(pairs)
     if tokenizer is None:
         raise ValueError("expected a tokenizer as processing_class, for pairs that are not tokenised, got none")
-    missing = {"chosen", "rejected"} - first.keys()
-    if missing:
-        raise ValueError(
-            f"expected preference pairs with the columns chosen and rejected, and prompt unless those contain it, got "
-            f"the columns {', '.join(first)}"
-        )
+    _check_columns(first)
     images = {"image", "images"} & first.keys()
     if images:
         raise ValueError(f"expected preference pairs of text, got a column {images.pop()}: remove it to train without it")
@@ -102,6 +99,14 @@ def prepare_pairs(pairs, tokenizer, args):
         )
     _warn_of_cuts(sum(rows["is_truncated"]), len(rows), max_length)
     return rows
+
+
+def _check_columns(pair):
+    if {"chosen", "rejected"} - pair.keys():
+        raise ValueError(
+            f"expected preference pairs with the columns chosen and rejected, and prompt unless those contain it, got "
+            f"the columns {', '.join(pair)}"
+        )
 
 
 def _numbered(rows):
