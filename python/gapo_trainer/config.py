@@ -166,6 +166,9 @@ class GAPOConfig(TrainingArguments):
     )
 
     # Defaults of transformers that this method changes.
+    learning_rate: float = field(
+        default=1e-6, metadata={"help": "Peak learning rate; the default is TRL's for preferences, DPOConfig's."}
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay False: the collator reads the pairs' own columns."}
     )

@@ -20,18 +20,20 @@ from accelerate.utils import DynamoBackend, parse_flag_from_env
 from accelerate.utils.constants import FSDP_AUTO_WRAP_POLICY
 from peft import TaskType
 from torch.utils.checkpoint import checkpoint
-from transformers import HfArgumentParser, PreTrainedModel
+from transformers import HfArgumentParser, PreTrainedModel, Trainer
 from transformers.debug_utils import DebugOption
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.training_args import OptimizerNames
 from transformers.utils import is_liger_kernel_available
 
 from .config import CHECKPOINTING, GAPOConfig, nearest
 
 SHIPPED_MODEL = "smollm2-135m-instruct-offline"
 SHIPPED_DATASET = "gapo-preferences"
+TORCHS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")  # optimizers
 FLAGS = ("--print-config", "--help")
 # What settings were called in older versions and other trainers, where the letters alone lead elsewhere.
 _FORMER = {
@@ -232,6 +234,7 @@ def parse(settings):
         configs = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
         _check_adapters(configs[1], defaults)
         _check_sharding(settings)
+        _check_optimizer(configs[2])
         return configs
     except SettingsError:
         raise
@@ -251,6 +254,19 @@ def _check_sharding(settings):
     value, fsdp = settings.get("fsdp_config"), settings.get("fsdp")
     if value and fsdp is None and not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         raise SettingsError(f"fsdp_config expects fsdp: true, got {value!r} without it")
+
+
+def _check_optimizer(config):
+    """Raises SettingsError for keys of optim_args that an optimizer of torch does not get from transformers."""
+    if not config.optim_args or OptimizerNames(config.optim).value not in TORCHS:
+        return
+    plain = copy.copy(config)
+    plain.optim_args = None
+    (kind, given), (_, always) = map(Trainer.get_optimizer_cls_and_kwargs, (config, plain))
+    for key in (part.split("=")[0].strip() for part in config.optim_args.split(",")):
+        if key not in given.keys() - always.keys():
+            near = nearest(key, _parameters(kind, "POSITIONAL_OR_KEYWORD") - {key, *always})
+            raise SettingsError(f"unknown setting 'optim_args.{key}' of {OptimizerNames(config.optim).value}{near}")
 
 
 class _Parser(HfArgumentParser):

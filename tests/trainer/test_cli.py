@@ -80,6 +80,11 @@ def test_tokens_may_be_counted(given, expected):
     assert config.include_num_input_tokens_seen == expected
 
 
+def test_arguments_of_torchs_optimizers_are_taken():
+    config = settings.parse(settings.change(TINY, ["--optim=sgd", "--optim_args=momentum=0.9, nesterov=true"]))[-1]
+    assert config.optim_args == "momentum=0.9, nesterov=true"
+
+
 def test_lists_are_lists():
     """Also where a text would do, of which the parser makes a text."""
     config = settings.parse(TINY | {"report_to": ["tensorboard", "wandb"], "optim_target_modules": ["attn", "mlp"]})[-1]
@@ -184,6 +189,8 @@ def test_checkpointing_of_the_command_line_is_not_reentrant(recipe):
         (["smollm2-135m-offline", "--lora_r=8"], "lora_r expects use_peft: true, got 8 without it"),
         (["smollm2-135m-offline", "--lora_target_modules=[q_proj]"], "lora_target_modules expects use_peft: true, got "),
         (["smollm2-135m-offline", "--fsdp_config.version=2"], "fsdp_config expects fsdp: true, got {'version': 2} without"),
+        (["smollm2-135m-offline", "--optim=sgd", "--optim_args=momentm=0.9"], "of sgd; did you mean 'momentum'"),
+        (["smollm2-135m-offline", "--optim_args=eps=1e-3"], "unknown setting 'optim_args.eps' of adamw_torch"),
         (["smollm2-135m-offline", "--include_num_input_tokens_seen=al"], "got 'al'; did you mean 'all'"),
         (["smollm2-135m-offline", "--use_dora=true", "--use_peft=false"], "use_dora expects use_peft: true, got True"),
         (["smollm2-135m-offline", "--max_grad_norm=null"], "max_grad_norm must be a number, got None"),
