@@ -52,6 +52,12 @@ def test_presets():
         GAPOConfig.preset("llama-3-8b-instuct")
 
 
+def test_the_learning_rate_is_trls_for_preferences():
+    from trl import DPOConfig
+
+    assert settings.parse(TINY)[-1].learning_rate == DPOConfig(output_dir="out", use_cpu=True).learning_rate == 1e-6
+
+
 def test_changes_reach_into_mappings_and_keep_types():
     changes = ["--rho=0.5", "--scope", "3", "--use_peft=true", "--lora-r=4"]
     changes += ["--lr_scheduler_type=cosine", "--lr_scheduler_kwargs.num_cycles=0.25"]
@@ -252,6 +258,7 @@ def recipe(tokenizer, tmp_path):
         "flip_labels": 0.25,
         "output_dir": str(tmp_path / "out"),
         "max_steps": 2,
+        "learning_rate": 5e-5,
         "logging_steps": 1,
         "report_to": "none",
         "use_cpu": True,
