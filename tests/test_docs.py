@@ -13,7 +13,8 @@ INTERNAL = {"demo.py", "__init__.py"}
 
 
 def messages(folder):
-    """(file, line, text with FIELD for what is filled in) of every `raise Error(...)` and `warnings.warn(...)`."""
+    """(file, line, text with FIELD for what is filled in) of every `raise Error(...)`, `warnings.warn(...)` and
+    `logger.warning(...)`."""
     for file in sorted((ROOT / folder).rglob("*.py")):
         if file.name in INTERNAL:
             continue
@@ -21,7 +22,7 @@ def messages(folder):
             call = node.exc if isinstance(node, ast.Raise) else getattr(node, "value", None)
             if not isinstance(call, ast.Call) or not call.args:
                 continue
-            if isinstance(node, ast.Raise) or getattr(call.func, "attr", "") == "warn":
+            if isinstance(node, ast.Raise) or getattr(call.func, "attr", "") in ("warn", "warning"):
                 for text in texts(call.args[0]):
                     if text.strip(FIELD + " :"):
                         yield f"{file.name}:{node.lineno}", text

@@ -143,8 +143,9 @@ def _checkpoint(config):
             near = nearest(wanted, ["last"])
             raise SettingsError(f"resume_from_checkpoint must be a checkpoint's folder or 'last', got {wanted!r}{near}")
         return wanted
-    whole = [folder for folder in Path(config.output_dir).glob("checkpoint-*") if _is_whole(folder)]
-    return str(max(whole, key=lambda folder: int(folder.name.split("-")[1]))) if whole else None
+    numbered = [folder for folder in Path(config.output_dir).glob("checkpoint-*") if folder.name[11:].isdecimal()]
+    whole = [folder for folder in numbered if _is_whole(folder)]
+    return str(max(whole, key=lambda folder: int(folder.name[11:]))) if whole else None
 
 
 def _is_whole(checkpoint):

@@ -19,6 +19,7 @@ _CHOICES = {
     "direction": ("pessimistic", "gaussian"),
     "rounding": ("stochastic", "nearest"),
     "loss_type": ("sigmoid", "hinge"),
+    "include_num_input_tokens_seen": ("all", "non_padding", "no"),
 }
 
 
@@ -165,6 +166,9 @@ class GAPOConfig(TrainingArguments):
     )
 
     # Defaults of transformers that this method changes.
+    learning_rate: float = field(
+        default=1e-6, metadata={"help": "Peak learning rate; the default is TRL's for preferences, DPOConfig's."}
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay False: the collator reads the pairs' own columns."}
     )

@@ -154,7 +154,6 @@ class Demo:
             "per_device_train_batch_size": args.batch_size,
             "per_device_eval_batch_size": args.batch_size,
             "learning_rate": args.lr,
-            "warmup_steps": max(1, round(0.1 * steps)),
             "beta": args.beta,
             "gamma_beta_ratio": args.gamma_beta_ratio,
             "rho": args.rho,

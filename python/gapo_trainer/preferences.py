@@ -36,17 +36,21 @@ def load_preferences(split=None):
 def flip_labels(pairs, fraction, seed):
     """Corrupt exactly round(fraction * len(pairs)) pairs by swapping chosen and rejected; every pair is marked.
 
-    Returns new dicts in the same order, each with the key is_flipped (bool). The same seed flips the same pairs.
-    Raises ValueError for a fraction outside [0, 1].
+    Returns new dicts in the same order, each with the key is_flipped (bool): of one that was marked before, the swap
+    takes the mark away. The same seed flips the same pairs.
+    Raises ValueError for a fraction outside [0, 1], and for rows without chosen and rejected.
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction must be in [0, 1], got {fraction!r}")
+    for pair in pairs:
+        _check_columns(pair)
     flipped = set(random.Random(seed).sample(range(len(pairs)), round(fraction * len(pairs))))
+    marks = [_mark(pair.get("is_flipped"), pair.get("id", i)) for i, pair in enumerate(pairs)]
     return [
-        {**pair, "chosen": pair["rejected"], "rejected": pair["chosen"], "is_flipped": True}
+        {**pair, "chosen": pair["rejected"], "rejected": pair["chosen"], "is_flipped": not mark}
         if i in flipped
-        else {**pair, "is_flipped": False}
-        for i, pair in enumerate(pairs)
+        else {**pair, "is_flipped": mark}
+        for i, (pair, mark) in enumerate(zip(pairs, marks))
     ]
 
 
@@ -77,12 +81,7 @@ def prepare_pairs(pairs, tokenizer, args):
         return pairs if "index" in first else _numbered(pairs)
     if tokenizer is None:
         raise ValueError("expected a tokenizer as processing_class, for pairs that are not tokenised, got none")
-    missing = {"chosen", "rejected"} - first.keys()
-    if missing:
-        raise ValueError(
-            f"expected preference pairs with the columns chosen and rejected, and prompt unless those contain it, got "
-            f"the columns {', '.join(first)}"
-        )
+    _check_columns(first)
     images = {"image", "images"} & first.keys()
     if images:
         raise ValueError(f"expected preference pairs of text, got a column {images.pop()}: remove it to train without it")
@@ -100,6 +99,14 @@ def prepare_pairs(pairs, tokenizer, args):
         )
     _warn_of_cuts(sum(rows["is_truncated"]), len(rows), max_length)
     return rows
+
+
+def _check_columns(pair):
+    if {"chosen", "rejected"} - pair.keys():
+        raise ValueError(
+            f"expected preference pairs with the columns chosen and rejected, and prompt unless those contain it, got "
+            f"the columns {', '.join(pair)}"
+        )
 
 
 def _numbered(rows):
@@ -135,7 +142,7 @@ def tokenize_pair(pair, tokenizer, max_length, max_prompt_length=None, *, index=
     Of text, a completion is what follows the prompt's tokens, and ends in the end-of-text token. Messages go through
     the tokenizer's chat template, with the pair's own tools and chat_template_kwargs, and a completion is what the
     template appends to the prompt (which ends in the generation prompt), up to and including the tokenizer's eos_token,
-    if that is its end of turn: what follows is never generated, so it takes no part in the log-probs.
+    if that is its end of turn: whitespace that follows is never generated, so it takes no part in the log-probs.
 
     A pair longer than max_length loses tokens from the start of the prompt, the same for both completions, and only
     when a single prompt token is left, from the end of the completion. Both keep at least one completion token.
@@ -222,43 +229,53 @@ def _encode_messages(pair, tokenizer, name):
     prompt_ids = pair["prompt"] and render(pair["prompt"], add_generation_prompt=True)
     if not prompt_ids:
         raise ValueError(f"pair {name}: the prompt has no token, so nothing predicts the completion's first one")
-    completions = {}
+    whole = {}
     for side in ("chosen", "rejected"):
         if not any(message.get("content") or message.get("tool_calls") for message in pair[side]):
             raise ValueError(f"pair {name}: the {side} completion is empty, expected text")
-        full_ids = render(pair["prompt"] + pair[side])
-        completion = full_ids[len(prompt_ids) :]
-        if full_ids[: len(prompt_ids)] != prompt_ids or not completion:
+        messages = pair["prompt"] + pair[side]
+        whole[side] = full_ids = render(messages)
+        extends = full_ids[: len(prompt_ids)] == prompt_ids
+        if not extends:  # unless it is only that tokens merge across the border
+            prompt = render(pair["prompt"], add_generation_prompt=True, tokenize=False)
+            extends = render(messages, tokenize=False).startswith(prompt)
+        if not extends or full_ids == prompt_ids:
             raise ValueError(
                 f"pair {name}: expected the tokens of prompt and {side} completion to begin with those of the prompt, "
                 f"got {full_ids[: len(prompt_ids)][-8:]} instead of {prompt_ids[-8:]} at the prompt's end; "
                 "the chat template must extend the prompt without rewriting it"
             )
-        completions[side] = _up_to_last(completion, tokenizer.eos_token_id)
-    return prompt_ids, completions
+    prompt_ids, completions = _apart(prompt_ids, whole, name)
+    return prompt_ids, {side: _up_to_last_eos(ids, tokenizer) for side, ids in completions.items()}
 
 
 def _encode_text(pair, tokenizer, name):
     """(prompt ids, {side: completion ids})."""
-    prompt_ids, completions = tokenizer(pair["prompt"])["input_ids"], {}
+    prompt_ids, whole, eos = tokenizer(pair["prompt"])["input_ids"], {}, tokenizer.eos_token_id
     for side in ("chosen", "rejected"):
         if not pair[side]:
             raise ValueError(f"pair {name}: the {side} completion is empty, expected text")
-        completions[side] = tokenizer(pair["prompt"] + pair[side])["input_ids"]
-    # Tokens may merge across the border: the completions begin where they leave the prompt's tokens.
-    common = min(len(commonprefix([prompt_ids, ids])) for ids in completions.values())
+        whole[side] = tokenizer(pair["prompt"] + pair[side])["input_ids"]
+    prompt_ids, completions = _apart(prompt_ids, whole, name)
+    for side, ids in completions.items():
+        completions[side] = ids if whole[side][-1] == eos or eos is None else [*ids, eos]
+    return prompt_ids, completions
+
+
+def _apart(prompt_ids, whole, name):
+    """(prompt ids, {side: completion ids}) of prompt and completion together. Tokens may merge across the border: the
+    completions begin where one of them leaves the prompt's tokens."""
+    common = min(len(commonprefix([prompt_ids, ids])) for ids in whole.values())
     if common == 0:
         raise ValueError(f"pair {name}: the prompt has no token, so nothing predicts the completion's first one")
-    eos = tokenizer.eos_token_id
-    for side, ids in completions.items():
-        ended = ids if ids[-1] == eos or eos is None else [*ids, eos]
-        completions[side] = ended[common:]
-    return prompt_ids[:common], completions
+    return prompt_ids[:common], {side: ids[common:] for side, ids in whole.items()}
 
 
-def _up_to_last(ids, token):
-    """`ids` up to and including the last `token`; all of them when it does not occur (a template without one)."""
-    return ids[: len(ids) - ids[::-1].index(token)] if token in ids else ids
+def _up_to_last_eos(ids, tokenizer):
+    """`ids` up to and including the last eos_token, if there is one and nothing but whitespace follows; else all."""
+    token = tokenizer.eos_token_id
+    end = len(ids) - ids[::-1].index(token) if token in ids else len(ids)
+    return ids if tokenizer.decode(ids[end:]).strip() else ids[:end]
 
 
 class PreferenceCollator:
@@ -273,7 +290,7 @@ class PreferenceCollator:
     With padding_free, the N tokens of the 2B sequences lie one after another, and in place of the first three:
         input_ids, position_ids (1, N) int64; labels (N,) int64; cu_seqlens (2B + 1,) int32, the sequences' offsets
 
-    Raises ValueError without a padding token, or for pad_to_multiple_of beside padding_free.
+    Raises ValueError without a padding token, or for pad_to_multiple_of beside padding_free; for a mark that is none.
     """
 
     def __init__(self, pad_token_id, *, pad_to_multiple_of=None, padding_free=False):
@@ -293,7 +310,7 @@ class PreferenceCollator:
         if self.padding_free:
             batch = _packed(batch)
         batch["index"] = torch.tensor([row["index"] for row in rows])
-        batch["is_flipped"] = torch.tensor([bool(row.get("is_flipped", False)) for row in rows])
+        batch["is_flipped"] = torch.tensor([_mark(row.get("is_flipped"), row["index"]) for row in rows])
         return batch
 
 

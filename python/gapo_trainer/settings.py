@@ -16,22 +16,24 @@ from importlib import resources
 from pathlib import Path
 
 import yaml
-from accelerate.utils import DynamoBackend
+from accelerate.utils import DynamoBackend, parse_flag_from_env
 from accelerate.utils.constants import FSDP_AUTO_WRAP_POLICY
 from peft import TaskType
 from torch.utils.checkpoint import checkpoint
-from transformers import HfArgumentParser, PreTrainedModel
+from transformers import HfArgumentParser, PreTrainedModel, Trainer
 from transformers.debug_utils import DebugOption
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.training_args import OptimizerNames
 from transformers.utils import is_liger_kernel_available
 
 from .config import CHECKPOINTING, GAPOConfig, nearest
 
 SHIPPED_MODEL = "smollm2-135m-instruct-offline"
 SHIPPED_DATASET = "gapo-preferences"
+TORCHS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")  # optimizers
 FLAGS = ("--print-config", "--help")
 # What settings were called in older versions and other trainers, where the letters alone lead elsewhere.
 _FORMER = {
@@ -92,6 +94,19 @@ def recipes():
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
+class _Loader(yaml.SafeLoader):
+    """Where YAML's own keeps the last of several values of a key."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            name = str(key.value)  # of one that is no scalar, its parts
+            if name in seen:
+                raise SettingsError(f"expected each key once, got {name!r} again in line {key.start_mark.line + 1}")
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
 def read(source):
     """The mapping in a YAML file, given by path or as the name of a shipped recipe.
 
@@ -104,7 +119,7 @@ def read(source):
             f"the recipes are {', '.join(recipes())}"
         )
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path} is no YAML file: {error}") from error
     if not isinstance(settings, dict):
@@ -113,12 +128,13 @@ def read(source):
 
 
 def change(settings, changes):
-    """`settings` with `--key=value` or `--key value` strings applied. Values are YAML; keys may be dotted.
+    """`settings` with `--key=value` or `--key value` strings applied. Values are YAML, but for settings that are text they
+    are kept as they stand (null is none where that may be); keys may be dotted.
 
     Raises SettingsError for a string that is neither.
     """
     settings = copy.deepcopy(settings)
-    queue = list(changes)
+    queue, kinds = list(changes), _kinds()
     while queue:
         argument = queue.pop(0)
         if not argument.startswith("--") or argument == "--":
@@ -128,12 +144,25 @@ def change(settings, changes):
             if not queue or queue[0].startswith("--"):
                 raise SettingsError(f"expected --{key}=value, got no value{nearest(argument, FLAGS)}")
             value = queue.pop(0)
-        try:
-            value = yaml.safe_load(value)
-        except yaml.YAMLError:
-            pass  # a text that happens to be no YAML, a template with braces say
-        _put(settings, key, value)
+        _put(settings, key, _read_value(value, kinds.get(key.replace("-", "_"))))
     return settings
+
+
+def _kinds():
+    """dict of the settings and their types; not those of the parser, which rewrites them."""
+    kinds = {name: hint for kind in dataclass_types() for name, hint in typing.get_type_hints(kind).items()}
+    return kinds | {"fsdp": bool | str}  # a switch, whatever transformers says
+
+
+def _read_value(text, kind):
+    """kind: the setting's type; None of a key in a mapping."""
+    may_be_none = set(typing.get_args(kind)) == {str, type(None)}
+    if (kind is str or may_be_none) and not (may_be_none and text in ("null", "~", "")):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text  # that happens to be no YAML, a template with braces say
 
 
 def _put(settings, key, value):
@@ -175,8 +204,7 @@ def parse(settings):
             raise SettingsError(f"accelerator_config.{key} must be True or False, got {value!r}{near}")
     arguments = []
     defaults = {name: value for kind in dataclass_types() for name, value in _defaults(kind).items()}
-    # Not the fields' own types, which the parser rewrites.
-    kinds = {name: hint for kind in dataclass_types() for name, hint in typing.get_type_hints(kind).items()}
+    kinds = _kinds()
     for key, value in settings.items():
         choices = _choices(actions[key])
         if value is False and "no" in choices:
@@ -205,6 +233,8 @@ def parse(settings):
     try:
         configs = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
         _check_adapters(configs[1], defaults)
+        _check_sharding(settings)
+        _check_optimizer(configs[2])
         return configs
     except SettingsError:
         raise
@@ -217,6 +247,26 @@ def _check_adapters(model_args, defaults):
     for name, value in vars(model_args).items() if not model_args.use_peft else ():
         if (name.startswith("lora_") or name in ("use_rslora", "use_dora")) and value != defaults.get(name):
             raise SettingsError(f"{name} expects use_peft: true, got {value!r} without it")
+
+
+def _check_sharding(settings):
+    """Raises SettingsError for settings of FSDP without a word on fsdp, which would be passed over."""
+    value, fsdp = settings.get("fsdp_config"), settings.get("fsdp")
+    if value and fsdp is None and not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise SettingsError(f"fsdp_config expects fsdp: true, got {value!r} without it")
+
+
+def _check_optimizer(config):
+    """Raises SettingsError for keys of optim_args that an optimizer of torch does not get from transformers."""
+    if not config.optim_args or OptimizerNames(config.optim).value not in TORCHS:
+        return
+    plain = copy.copy(config)
+    plain.optim_args = None
+    (kind, given), (_, always) = map(Trainer.get_optimizer_cls_and_kwargs, (config, plain))
+    for key in (part.split("=")[0].strip() for part in config.optim_args.split(",")):
+        if key not in given.keys() - always.keys():
+            near = nearest(key, _parameters(kind, "POSITIONAL_OR_KEYWORD") - {key, *always})
+            raise SettingsError(f"unknown setting 'optim_args.{key}' of {OptimizerNames(config.optim).value}{near}")
 
 
 class _Parser(HfArgumentParser):
@@ -253,9 +303,12 @@ def _check_choice(name, choices, value):
 
 
 def _nested(value):
-    """What a setting that is a mapping holds: of a file in its place, which transformers would read, what is in that."""
+    """What a setting that is a mapping holds: of JSON in its place, or a file of it, which transformers would read, what is
+    in that."""
+    if not isinstance(value, str):
+        return value
     try:
-        return json.loads(Path(value).read_text(encoding="utf-8")) if isinstance(value, str) else value
+        return json.loads(value if value.startswith("{") else Path(value).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return value  # which transformers refuses
 

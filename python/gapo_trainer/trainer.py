@@ -10,12 +10,13 @@ from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from gapo_kernels import GeometricAnchor, gapo_objective, gapo_step
+from gapo_kernels.layout import align_targets, sequence_count, sequence_of_rows
 
 from . import metrics
 from .adapters import warn_of_zeros, with_adapters
 from .config import GAPOConfig, nearest
 from .forward import MARK, check_logps, check_shared_backward, install
-from .preferences import PreferenceCollator, are_marked, prepare_pairs
+from .preferences import IGNORE_INDEX, PreferenceCollator, are_marked, prepare_pairs
 from .storage import write_json
 
 logger = logging.get_logger(__name__)
@@ -23,6 +24,7 @@ logger = logging.get_logger(__name__)
 ANCHOR_FILE = "anchor.json"
 LEAST_RATE_16_BIT = 1e-5  # half a unit in the last place of a bfloat16 weight of 0.005
 INPUTS = ("input_ids", "position_ids", "cu_seqlens")
+SFT_SHARE = "sft_share"  # by which a micro-batch's NLL counts in its update's
 WITHOUT_TRITON = ("cpu", "mps")
 PACKED_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
@@ -42,7 +44,8 @@ class GAPOTrainer(Trainer):
 
     One anchor is made per micro-batch, from that micro-batch on all processes, so that accumulation is not the same as a
     larger batch. With it the gradient of an update is the mean over all its pairs: micro-batches count by their pairs,
-    also when the last of an epoch is smaller.
+    also when the last of an epoch is smaller. The NLL of sft_weight is the mean over all chosen tokens of the update, on
+    all processes.
 
     Evaluation has no anchor: its loss is that of the margin itself (SimPO), its accuracy the share of pairs with a
     positive margin. No reference model is ever made.
@@ -119,7 +122,7 @@ class GAPOTrainer(Trainer):
             prepare_pairs(pairs, processing_class, args) for pairs in (train_dataset, eval_dataset)
         )
         if train_dataset is not None:
-            _check_batch(data_collator([train_dataset[0]]))
+            _check_batch(data_collator([train_dataset[0]]), args.padding_free)
         super().__init__(
             model,
             args,
@@ -219,8 +222,17 @@ class GAPOTrainer(Trainer):
         self._before = self.state.global_step, self.anchor.state_dict()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         pairs = sum(len(batch["index"]) for batch in batches)
+        tokens = [_chosen_tokens(batch).to(device) for batch in batches] if self.args.sft_weight else []
+        if self.args.world_size == 1 and not tokens:
+            return batches, pairs
+        own = torch.stack([torch.tensor(pairs, device=device), *tokens])
+        totals = torch.stack([own[0], own[1:].sum()])
         if self.args.world_size > 1:
-            pairs = self.accelerator.gather(torch.tensor([pairs], device=device)).sum().item()
+            totals = self.accelerator.gather(totals[None]).sum(0)
+        pairs, all_tokens, *tokens = torch.cat([totals, own[1:]]).tolist()  # the one wait for the device
+        for batch, count in zip(batches, tokens):
+            # Over the share of the pairs, with which compute_loss multiplies.
+            batch[SFT_SHARE] = count / max(all_tokens, 1) * pairs / len(batch["index"])
         return batches, pairs
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -242,7 +254,7 @@ class GAPOTrainer(Trainer):
             probe=args.probe,
             label_smoothing=args.label_smoothing,
             loss_type=args.loss_type,
-            sft_weight=args.sft_weight,
+            sft_weight=args.sft_weight * inputs.get(SFT_SHARE, 1.0),
             share_backward=args.share_backward,
         )
         self._record.add(self.state.global_step + 1, metrics.table(out, inputs))
@@ -375,6 +387,16 @@ class GAPOTrainer(Trainer):
         return result
 
 
+def _chosen_tokens(batch):
+    """Number of scored tokens in the chosen completions of a batch's valid pairs: a tensor, for nothing waits for it."""
+    offsets = batch.get("cu_seqlens")
+    targets = align_targets(batch["labels"], offsets, True, IGNORE_INDEX)
+    counts = torch.zeros(sequence_count(targets, offsets), dtype=torch.int64, device=targets.device)
+    counts.index_add_(0, sequence_of_rows(targets, offsets), (targets != IGNORE_INDEX).flatten().long())
+    chosen, rejected = counts.chunk(2)
+    return (chosen * (rejected > 0)).sum()
+
+
 def _refuse_for_sharing(found):
     if found:
         raise ValueError(f"share_backward needs the probe's backward of a whole, padded batch, got {', '.join(found)}")
@@ -443,12 +465,17 @@ def _refuse_what_has_no_place(args, model, options):
         args.liger_kernel_config = liger | {"fused_linear_cross_entropy": False}
 
 
-def _check_batch(batch):
+def _check_batch(batch, padding_free):
     missing = {"input_ids", "labels", "index", "is_flipped"} - batch.keys()
     if missing:
         raise ValueError(
             f"expected a data_collator that returns input_ids, labels, index, is_flipped, as PreferenceCollator does, got "
             f"{', '.join(batch)}"
+        )
+    if padding_free != ("cu_seqlens" in batch):
+        packed = "packed rows, with cu_seqlens," if padding_free else "padded rows, without cu_seqlens,"
+        raise ValueError(
+            f"padding_free = {padding_free} expects {packed} of the data_collator, got {', '.join(batch)}: make both alike"
         )
 
 

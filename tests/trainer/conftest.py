@@ -20,7 +20,7 @@ for folder in (ROOT, ROOT / "python"):
 
 WORDS = [f"w{i}" for i in range(40)]
 TEMPLATE = (
-    "{% for m in messages %}{{ '<s> ' + m['role'] + ' ' + m['content'] + ' </s> <nl> ' }}{% endfor %}"
+    "{% for m in messages %}{{ '<s> ' + m['role'] + ' ' + m['content'] + ' </s> \\n ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<s> assistant ' }}{% endif %}"
 )
 
@@ -31,10 +31,10 @@ def tokenizer():
 
 
 def tiny_tokenizer():
-    special = ["<pad>", "<s>", "</s>", "<nl>", "user", "assistant", "[UNK]"]
+    special = ["<pad>", "<s>", "</s>", "\n", "user", "assistant", "[UNK]"]
     vocabulary = {word: i for i, word in enumerate(special + WORDS)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="[UNK]"
     )

@@ -52,6 +52,12 @@ def test_presets():
         GAPOConfig.preset("llama-3-8b-instuct")
 
 
+def test_the_learning_rate_is_trls_for_preferences():
+    from trl import DPOConfig
+
+    assert settings.parse(TINY)[-1].learning_rate == DPOConfig(output_dir="out", use_cpu=True).learning_rate == 1e-6
+
+
 def test_changes_reach_into_mappings_and_keep_types():
     changes = ["--rho=0.5", "--scope", "3", "--use_peft=true", "--lora-r=4"]
     changes += ["--lr_scheduler_type=cosine", "--lr_scheduler_kwargs.num_cycles=0.25"]
@@ -65,6 +71,24 @@ def test_changes_reach_into_mappings_and_keep_types():
     assert settings.parse(settings.change(TINY, ["--save_strategy=no"]))[-1].save_strategy == "no"  # YAML: False
     for fsdp in (True, False):
         assert settings.parse(TINY | {"fsdp": fsdp, "fsdp_config": {"version": 2}})[-1].fsdp is fsdp
+
+
+@pytest.mark.parametrize("text", ["1.10", "1:30", "on", "0123", "1e3", "2026-01-02", "[a"])
+def test_text_stays_as_it_was_typed(text):
+    _, model, config = settings.parse(settings.change(TINY, [f"--model_revision={text}", "--run-name", text]))
+    assert (model.model_revision, config.run_name) == (text, text)
+    assert settings.parse(settings.change(TINY | {"run_name": "x"}, ["--run_name=null"]))[-1].run_name is None
+
+
+@pytest.mark.parametrize("given, expected", [("true", "all"), ("false", "no"), ("no", "no"), ("all", "all")])
+def test_tokens_may_be_counted(given, expected):
+    config = settings.parse(settings.change(TINY, [f"--include_num_input_tokens_seen={given}"]))[-1]
+    assert config.include_num_input_tokens_seen == expected
+
+
+def test_arguments_of_torchs_optimizers_are_taken():
+    config = settings.parse(settings.change(TINY, ["--optim=sgd", "--optim_args=momentum=0.9, nesterov=true"]))[-1]
+    assert config.optim_args == "momentum=0.9, nesterov=true"
 
 
 def test_lists_are_lists():
@@ -170,6 +194,10 @@ def test_checkpointing_of_the_command_line_is_not_reentrant(recipe):
         (["smollm2-135m-offline", "--lr_scheduler_kwargs={x"], "lr_scheduler_kwargs must be a mapping, got '{x'"),
         (["smollm2-135m-offline", "--lora_r=8"], "lora_r expects use_peft: true, got 8 without it"),
         (["smollm2-135m-offline", "--lora_target_modules=[q_proj]"], "lora_target_modules expects use_peft: true, got "),
+        (["smollm2-135m-offline", "--fsdp_config.version=2"], "fsdp_config expects fsdp: true, got {'version': 2} without"),
+        (["smollm2-135m-offline", "--optim=sgd", "--optim_args=momentm=0.9"], "of sgd; did you mean 'momentum'"),
+        (["smollm2-135m-offline", "--optim_args=eps=1e-3"], "unknown setting 'optim_args.eps' of adamw_torch"),
+        (["smollm2-135m-offline", "--include_num_input_tokens_seen=al"], "got 'al'; did you mean 'all'"),
         (["smollm2-135m-offline", "--use_dora=true", "--use_peft=false"], "use_dora expects use_peft: true, got True"),
         (["smollm2-135m-offline", "--max_grad_norm=null"], "max_grad_norm must be a number, got None"),
     ],
@@ -184,6 +212,27 @@ def test_wrong_keys_in_a_file_that_a_setting_names_are_named(tmp_path, capsys):
     (tmp_path / "fsdp.json").write_text('{"fsdp_versoin": 2}')
     assert cli.main(["smollm2-135m-offline", f"--fsdp_config={tmp_path / 'fsdp.json'}", "--use_cpu=true"]) == 2
     assert "unknown setting 'fsdp_config.fsdp_versoin'; did you mean 'fsdp_version'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, text, near",
+    [
+        ("fsdp_config", '{"fsdp_versoin": 2}', "fsdp_version"),
+        ("accelerator_config", '{"even_batch": true}', "even_batches"),
+        ("lr_scheduler_kwargs", '{"num_cycle": 2}', "num_cycles"),
+    ],
+)
+def test_wrong_keys_in_json_are_named(name, text, near):
+    with pytest.raises(settings.SettingsError, match=f"unknown setting '{name}.*'; did you mean '{near}'"):
+        settings.parse(TINY | {"lr_scheduler_type": "cosine", name: text})
+
+
+def test_a_key_that_is_there_twice_is_named(tmp_path, capsys):
+    (tmp_path / "twice.yaml").write_text("rho: 0.1\nbeta: 2\nrho: 0.2\n")
+    assert cli.main([str(tmp_path / "twice.yaml")]) == 2
+    assert "expected each key once, got 'rho' again in line 3" in capsys.readouterr().err
+    (tmp_path / "merged.yaml").write_text("x: &x\n  rho: 0.1\ny:\n  <<: *x\n  rho: 0.2\n")
+    assert settings.read(str(tmp_path / "merged.yaml"))["y"] == {"rho": 0.2}
 
 
 def test_yaml_that_is_no_mapping(tmp_path, capsys):
@@ -209,6 +258,7 @@ def recipe(tokenizer, tmp_path):
         "flip_labels": 0.25,
         "output_dir": str(tmp_path / "out"),
         "max_steps": 2,
+        "learning_rate": 5e-5,
         "logging_steps": 1,
         "report_to": "none",
         "use_cpu": True,
@@ -247,7 +297,7 @@ def test_the_keys_of_mappings_are_those_that_are_read():
         "fsdp_config.fsdp_auto_wrap_policy=NO_WRAP",
         "accelerator_config={even_batches: 'false', dispatch_batches: null, non_blocking: true}",
     ):
-        settings.parse(settings.change(TINY, [f"--{name}"]))
+        settings.parse(settings.change(TINY | {"fsdp": False}, [f"--{name}"]))
 
 
 def test_the_keys_of_liger_are_some_models():
@@ -298,6 +348,19 @@ def test_what_training_cannot_begin_with_is_named(recipe, capsys, change, messag
     assert cli.main([recipe(), *change.split()]) == 2
     error = capsys.readouterr().err
     assert error.count("gapo-train: error:") == 1 and message in error
+
+
+def test_flips_of_a_file_without_pairs_are_refused(recipe, tmp_path, capsys):
+    (tmp_path / "train.jsonl").write_text('{"prompt": "w1", "good": "w2", "bad": "w3"}\n')
+    assert cli.main([recipe()]) == 2
+    assert "with the columns chosen and rejected" in capsys.readouterr().err
+
+
+def test_the_last_checkpoint_has_a_number(recipe, tmp_path):
+    assert cli.main([recipe(save_strategy="steps", save_steps=1, max_steps=1)]) == 0
+    (tmp_path / "out" / "checkpoint-1").rename(tmp_path / "out" / "checkpoint-best")
+    assert cli.main([recipe(save_strategy="no"), "--resume_from_checkpoint=last"]) == 0
+    assert len(json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]) > 2
 
 
 def test_a_split_that_a_saved_dataset_lacks_is_named(recipe, tmp_path, capsys):

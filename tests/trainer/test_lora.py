@@ -17,8 +17,8 @@ LORA = dict(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False
 
 
 def lora_trainer(tokenizer, tmp_path, model, peft_config, **settings):
-    settings = dict(max_steps=2, report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True) | settings
-    config = GAPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=3, **settings)
+    defaults = dict(max_steps=2, report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True, learning_rate=5e-5)
+    config = GAPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=3, **(defaults | settings))
     options = dict(train_dataset=made_up_pairs(6), processing_class=tokenizer, peft_config=peft_config)
     return GAPOTrainer(model, config, **options)
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 from conftest import made_up_pairs
 from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from gapo_trainer.config import GAPOConfig
 from gapo_trainer.preferences import (
@@ -52,6 +54,15 @@ def test_flips_are_exact_marked_and_seeded(fraction, expected):
         assert flip_labels(pairs, fraction, seed=4) != flipped
 
 
+def test_a_flip_of_a_marked_pair_toggles_its_mark():
+    once = flip_labels(made_up_pairs(20), 0.3, seed=0)
+    twice = flip_labels(once, 0.5, seed=1)
+    for clean, pair, before in zip(made_up_pairs(20), twice, once):
+        assert pair["is_flipped"] == (pair["chosen"] != clean["chosen"])
+        assert pair["is_flipped"] != before["is_flipped"] or pair["chosen"] == before["chosen"]
+    assert flip_labels(once, 0.3, seed=0) == [pair | {"is_flipped": False} for pair in made_up_pairs(20)]
+
+
 @pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan")])
 def test_flipped_fraction_out_of_range_is_refused(fraction):
     with pytest.raises(ValueError, match="fraction"):
@@ -61,7 +72,7 @@ def test_flipped_fraction_out_of_range_is_refused(fraction):
 def test_completion_ends_with_the_end_of_turn(tokenizer):
     pair = made_up_pairs(1)[0]
     row = tokenize_pair(pair, tokenizer, 100)
-    prompt = f"<s> user {pair['prompt'][0]['content']} </s> <nl> <s> assistant"
+    prompt = f"<s> user {pair['prompt'][0]['content']} </s> \n <s> assistant"
     assert tokenizer.decode(row["prompt_ids"]) == prompt
     for side in ("chosen", "rejected"):
         assert tokenizer.decode(row[f"{side}_ids"]) == f"{pair[side][0]['content']} </s>"
@@ -72,6 +83,30 @@ def test_template_that_rewrites_the_prompt_is_refused(tokenizer):
     tokenizer.chat_template = "{{ messages | length }} {{ messages[-1]['content'] }}"
     with pytest.raises(ValueError, match="pair pair-0.*without rewriting"):
         tokenize_pair(made_up_pairs(1)[0], tokenizer, 100)
+
+
+def test_tokens_of_messages_may_merge_across_the_border():
+    """As in text, the completions begin where one of them leaves the prompt's tokens."""
+    vocabulary = {token: i for i, token in enumerate([*"UA:x \n", ": ", "</s>"])}
+    backend = Tokenizer(models.BPE(vocabulary, [(":", " ")]))
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'][0] | upper + ':' + m['content'] + '</s>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'A:' }}{% endif %}"
+    )
+    pair = {"prompt": [{"role": "user", "content": "x"}]}
+    for side, text in (("chosen", " x"), ("rejected", "xx")):
+        pair[side] = [{"role": "assistant", "content": text}]
+    row = tokenize_pair(pair, tokenizer, 100)
+    texts = [tokenizer.decode(row[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
+    assert texts == ["U:x</s>A", ": x</s>", ":xx</s>"]
+
+
+def test_only_whitespace_after_the_end_of_turn_is_dropped(tokenizer):
+    tokenizer.chat_template = tokenizer.chat_template.replace("</s> ", "</s> w39 ")
+    row = tokenize_pair(made_up_pairs(1)[0], tokenizer, 100)
+    assert tokenizer.decode(row["chosen_ids"]).endswith("</s> w39 \n")
 
 
 def test_empty_completion_is_refused(tokenizer):
@@ -236,6 +271,8 @@ def test_rows_that_trl_tokenised_get_their_numbers(tokenizer, kind):
     prepared = prepare_pairs(kind(rows), tokenizer, GAPOConfig(use_cpu=True))
     batch = PreferenceCollator(0)([prepared[2], prepared[0]])
     assert batch["index"].tolist() == [2, 0] and batch["is_flipped"].tolist() == [False, False]
+    with pytest.raises(ValueError, match="pair 2: is_flipped must be true, false or nothing, got 'false'"):
+        PreferenceCollator(0)([prepared[2] | {"is_flipped": "false"}])
 
 
 @pytest.mark.parametrize("are_tokens", [False, True], ids=["pairs", "rows"])

@@ -51,8 +51,8 @@ def plain_margins(model, batch):
     return chosen - rejected, nll
 
 
-def plain_step(model, batch, args):
-    """Loss and gradients by name of one micro-batch; the anchor is a second model."""
+def plain_step(model, batch, args, sft_weight=None):
+    """Loss and gradients by name of one micro-batch; the anchor is a second model. sft_weight: other than that of args."""
 
     def logistic(argument):
         return -torch.nn.functional.logsigmoid(argument)
@@ -76,7 +76,7 @@ def plain_step(model, batch, args):
         losses = (1 - argument).relu()
     else:
         losses = (1 - args.label_smoothing) * logistic(argument) + args.label_smoothing * logistic(-argument)
-    loss = losses.mean() + args.sft_weight * nll
+    loss = losses.mean() + (args.sft_weight if sft_weight is None else sft_weight) * nll
     names, parameters = zip(*model.named_parameters())
     return loss.detach(), dict(zip(names, torch.autograd.grad(loss, parameters))), gap.detach()
 
@@ -177,7 +177,7 @@ def authors_batch(pairs, tokenizer, max_length, max_prompt_length):
 
     rows = {"chosen": [], "rejected": []}
     for pair in pairs:
-        prompt = ids(f"<s> user {pair['prompt'][0]['content']} </s> <nl> <s> assistant")
+        prompt = ids(f"<s> user {pair['prompt'][0]['content']} </s> \n <s> assistant")
         completions = {side: ids(pair[side][0]["content"]) + [tokenizer.eos_token_id] for side in rows}
         longest = max(len(completion) for completion in completions.values())
         if len(prompt) + longest > max_length:
@@ -199,7 +199,8 @@ def authors_batch(pairs, tokenizer, max_length, max_prompt_length):
 
 def authors_five_updates(model, pairs, tokenizer, args):
     """Losses of five updates of AdamW by the authors' recipe, which move `model`: each micro-batch of pairs has a probe,
-    a forward at the anchor and a backward, all on whole logits with an attention mask. From the pairs' texts on."""
+    a forward at the anchor and a backward, all on whole logits with an attention mask. From the pairs' texts on. The NLL is
+    that of the whole update."""
     matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == wide] for wide in (True, False))
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.999), eps=args.adam_epsilon)
@@ -207,16 +208,18 @@ def authors_five_updates(model, pairs, tokenizer, args):
     losses = []
     for _ in range(5):
         update, pairs = pairs[: args.gradient_accumulation_steps * size], pairs[args.gradient_accumulation_steps * size :]
-        total = 0.0
+        whole = authors_batch(update, tokenizer, args.max_length, args.max_prompt_length)
+        nll = args.sft_weight * plain_margins(model, whole)[1]
+        nll.backward()
+        total = nll.item()
         for start in range(0, len(update), size):
             part = update[start : start + size]
             share = len(part) / len(update)
             batch = authors_batch(part, tokenizer, args.max_length, args.max_prompt_length)
-            loss, gradients, _ = plain_step(model, batch, args)
+            loss, gradients, _ = plain_step(model, batch, args, sft_weight=0.0)
             total += share * loss.item()
             for name, parameter in model.named_parameters():
-                gradient = share * gradients[name]
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+                parameter.grad += share * gradients[name]
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -584,6 +587,74 @@ def test_a_head_that_is_not_known_is_refused(tokenizer, tmp_path):
         make_trainer(tokenizer, tmp_path, model)
 
 
+def changed_behind_the_head(model, change):
+    """The model, with logits that its hidden states and its head's weight do not account for."""
+    forward = type(model).forward
+
+    class Changed(type(model)):
+        def forward(self, *args, **kwargs):
+            output = forward(self, *args, **kwargs)
+            output.logits = change(output.logits)
+            return output
+
+    model.__class__ = Changed
+    return model
+
+
+@pytest.mark.parametrize("settings", [{}, {"bf16": True}], ids=["16-bit weights", "autocast"])
+@pytest.mark.parametrize(
+    "change", [lambda x: 1.02 * x, lambda x: 30 * torch.tanh(x / 30)], ids=["scale", "softcap"]
+)
+def test_small_changes_of_logits_are_refused_whatever_the_rounding(tokenizer, tmp_path, settings, change):
+    dtype = torch.float32 if settings else torch.bfloat16
+    model = changed_behind_the_head(tiny_model(dtype), change)
+    with pytest.raises(NotImplementedError, match="Changed does something to its logits that is not known here"):
+        make_trainer(tokenizer, tmp_path, model, **settings)
+    make_trainer(tokenizer, tmp_path, changed_behind_the_head(tiny_model(dtype), lambda x: x), **settings)
+
+
+@pytest.mark.parametrize("dtype, settings", [(torch.bfloat16, {}), (torch.float32, {"bf16": True})], ids=["16 bits", "autocast"])
+@pytest.mark.parametrize(
+    "architecture, known",
+    [
+        ("Gemma2", {"final_logit_softcapping": 30.0, "head_dim": 8, "num_key_value_heads": 1}),
+        ("Cohere", {"logit_scale": 0.0625, "eos_token_id": 2}),
+        ("Granite", {"logits_scaling": 3.0}),
+        ("Phi", {}),
+        ("OPT", {"ffn_dim": 24}),
+    ],
+)
+def test_heads_of_other_models_in_16_bits_are_taken(tokenizer, tmp_path, architecture, known, dtype, settings):
+    model = other_model(architecture, **known).to(dtype)
+    if model.lm_head.bias is not None:
+        torch.nn.init.normal_(model.lm_head.bias)
+    make_trainer(tokenizer, tmp_path, model, **settings)
+
+
+def test_a_model_that_an_earlier_trainer_put_under_autocast_is_taken(tokenizer, tmp_path):
+    model = tiny_model(torch.float32)
+    for _ in range(2):
+        make_trainer(tokenizer, tmp_path, model, bf16=True, max_steps=1).train()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ["Llama", "Gemma3", "XLNet"])
+def test_models_that_look_ahead_are_refused(tokenizer, tmp_path, architecture, dtype):
+    if architecture == "Llama":
+        model = tiny_model(dtype)
+        for layer in model.model.layers:
+            layer.self_attn.is_causal = False
+    elif architecture == "Gemma3":
+        sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, head_dim=8)
+        look_ahead = dict(num_key_value_heads=1, use_bidirectional_attention=True, initializer_range=0.3)
+        model = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(vocab_size=53, **sizes, **look_ahead))
+    else:
+        sizes = dict(vocab_size=53, d_model=16, n_layer=2, n_head=2, d_inner=24, initializer_range=0.3)
+        model = transformers.XLNetLMHeadModel(transformers.XLNetConfig(**sizes))
+    with pytest.raises(NotImplementedError, match="expected a causal model, .* got changes up to .* from"):
+        make_trainer(tokenizer, tmp_path, model.to(dtype))
+
+
 def test_packed_rows_that_the_model_does_not_keep_apart_are_refused(tokenizer, tmp_path):
     model = other_model("Bloom", n_head=2, initializer_range=0.3)
     make_trainer(tokenizer, tmp_path, model)
@@ -818,6 +889,15 @@ def test_a_collator_that_leaves_out_what_is_read_is_refused(tokenizer, tmp_path)
     with pytest.raises(ValueError, match="data_collator that returns input_ids, labels, index, is_flipped, .* got .*mask"):
         GAPOTrainer(tiny_model(), config, data_collator=DataCollatorForPreference(0), **options)
     GAPOTrainer(tiny_model(), config, data_collator=PreferenceCollator(0), **options)
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_a_collator_that_pads_otherwise_than_the_settings_is_refused(tokenizer, tmp_path, packs):
+    config = GAPOConfig(output_dir=str(tmp_path), use_cpu=True, padding_free=not packs)
+    collator = PreferenceCollator(0, padding_free=packs)
+    options = dict(train_dataset=made_up_pairs(2), processing_class=tokenizer, data_collator=collator)
+    with pytest.raises(ValueError, match=f"padding_free = {not packs} expects .* of the data_collator, got input_ids"):
+        GAPOTrainer(tiny_model(), config, **options)
 
 
 @pytest.mark.parametrize("given", [{"preserve_rng_state": False}, '{"preserve_rng_state": false}'], ids=["dict", "JSON"])
