@@ -55,7 +55,8 @@ from gapo_kernels import host_memory
 RESULTS = ROOT / "bench" / "results"
 PACKAGES = ("torch", "triton", "liger-kernel", "trl", "cut-cross-entropy", "transformers")
 REPEATS = 3  # the thirds of a run whose ratios are compared
-# A call this long finds nothing of what it left in the caches one call ago: it is not run untimed before each timing.
+# Where all calls are this long, none finds what it left in the caches one call ago: they are not run untimed before each
+# timing.
 LONG_CALL = 0.25
 LIBC = ctypes.CDLL(None)
 HOST_LEAD_CYCLES = 2_000_000  # about a millisecond
@@ -233,8 +234,9 @@ def interleaved(
             spent = seconds is not None and time.perf_counter() - begin > seconds
             if spent and number - warmup >= least:
                 break
+            warm = min(last.values()) < LONG_CALL
             for name, contender in contenders.items():
-                if last[name] < LONG_CALL:
+                if warm:
                     contender.seconds(next(turn), where)
                 last[name] = contender.seconds(next(turn), where)
                 if number >= warmup:
