@@ -161,33 +161,30 @@ def _token_logps(
     return logps.where(in_range, torch.nan), total
 
 
-def terms_(logits: Tensor, labels: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Shift, total and log-prob of each row (R,) of logits (R, V), in their dtype, and over the logits the terms
-    exp(x - shift), at the label less the total: scale / total times them is the gradient of -scale * log-prob.
+def terms_(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Shift, total and log-prob of each row (R,) of logits (R, V), in their dtype, and over the logits the softmax, at the
+    label less 1: the gradient of -log-prob. Of a row that is not finite it is zeros: the total is NaN.
 
-    known: the shift (R,), from an earlier call. Of a row that is not finite the terms are zeros: the total is NaN.
+    In torch's own operations on all rows at once: its softmax goes over each row while the row is in the caches.
     """
     in_range = (labels >= 0) & (labels < logits.shape[1])
     labels = labels.clamp(0, logits.shape[1] - 1)[:, None]
-    label_logit = logits.gather(1, labels).squeeze(1)
-    label_term, rest = (torch.empty_like(label_logit) for _ in range(2))
-    shift = torch.empty_like(label_logit) if known is None else known
-    limit = max(1, SCRATCH_BYTES // (logits.shape[1] * logits.element_size()))
-
-    def drain(queue: Iterator[slice]) -> None:
-        for at in queue:
-            terms = logits[at]
-            if known is None:
-                torch.amax(terms, 1, out=shift[at])
-            _exp(terms, shift[at, None], terms)
-            torch.gather(terms, 1, labels[at], out=label_term[at, None])
-            torch.sum(terms.scatter_(1, labels[at], 0), 1, out=rest[at])
-            terms.scatter_(1, labels[at], -rest[at, None])
-            terms[~rest[at].isfinite()] = 0
-
-    threads.share([slice(i, i + limit) for i in range(0, logits.shape[0], limit)], drain, logits.device)
-    logps, total = _token_logps(label_logit, shift, label_term, rest, in_range)
-    return shift, total.where(in_range, torch.nan).to(shift.dtype), logps.to(shift.dtype)
+    label_logit, shift = logits.gather(1, labels).double(), logits.amax(1, keepdim=True)
+    torch.softmax(logits, 1, out=logits)
+    label_term = logits.gather(1, labels)
+    rest = logits.scatter_(1, labels, 0).sum(1, keepdim=True)
+    logits.scatter_(1, labels, -rest)
+    total = (label_logit - shift).exp() / label_term
+    logps = torch.log1p(rest.double() / label_term).neg_()
+    lost = (label_term < torch.finfo(logits.dtype).tiny).squeeze(1)  # digits, or all
+    if lost.any():
+        total[lost] = 1 / logits[lost].amax(1, keepdim=True).double()
+        logps[lost] = label_logit[lost] - shift[lost] - total[lost].log()
+    broken = ~(rest.isfinite().squeeze(1) & in_range)
+    if broken.any():
+        logits[broken & ~rest.isfinite().squeeze(1)] = 0
+        total[broken], logps[broken] = torch.nan, torch.nan
+    return shift.squeeze(1), *(found.squeeze(1).to(shift.dtype) for found in (total, logps))
 
 
 def _sums(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:

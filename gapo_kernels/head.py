@@ -107,13 +107,14 @@ class Head(NamedTuple):
         part = self.partial(logits, labels)
         return part if self.shard is None else self.combined([part])
 
-    def terms_(self, logits: Tensor, labels: Tensor, known: Tensor | None = None) -> Statistics:
-        """The same, and over the logits what `row_numbers` make d(-log-prob) of. known: the shift (R,)."""
-        return Statistics(*cpu.terms_(logits, labels, known))
+    def terms_(self, logits: Tensor, labels: Tensor) -> Statistics:
+        """The same, and over the logits what `row_numbers` make d(-log-prob) of."""
+        return Statistics(*cpu.terms_(logits, labels))
 
     def row_numbers(self, total: Tensor, scale: Tensor) -> Tensor:
         """What the rows of `terms_` (R, V) are to be multiplied by: 0 where the scale (R,) is, whatever the row is."""
-        return (scale.to(total.dtype) * self.logit_scale / total).masked_fill_(scale == 0, 0)
+        numbers = (scale.to(total.dtype) * self.logit_scale).masked_fill_(~total.isfinite(), torch.nan)
+        return numbers.masked_fill_(scale == 0, 0)
 
     def partial(self, logits: Tensor, labels: Tensor) -> Statistics:
         """Of a shard: with the label's logit, 0 if that is another's, in the log-probability's place."""
@@ -236,7 +237,7 @@ class WeightGradient:
             hidden = hidden.to(gradient.dtype)
             if total is None:
                 shape = (gradient.shape[1], hidden.shape[1])
-                total = host_memory.uninitialized(shape, gradient.dtype, gradient.device)
+                total = host_memory.uninitialized(shape, gradient.dtype, gradient.device, host_memory.WEIGHT)
                 torch.mm(gradient.t(), hidden, out=total)
             elif factor is not None and factor.device.type == "cpu":  # in the GEMM: no pass of its own
                 total.addmm_(gradient.t(), hidden, beta=factor.item())

@@ -3,7 +3,7 @@
 A fresh tensor of that size costs a page fault for each of its pages, and the operating system zeroes them all before
 anyone writes: for [4, 256, 32000] in float32 that is a third of the whole backward. So the pages of the last gradient
 stay mapped when it dies, huge where the system has such, and marked as free for the taking: under memory pressure the
-system takes them back. What two of them took is kept at most.
+system takes them back. Of a kind, one's memory is kept at most.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor
 
 HUGE_PAGE = 2**21
 
-KEPT = 2  # at most: a buffer of logits, and the gradient of what it is made from
-
-_spare: list[mmap.mmap] = []
+# One of each kind: LOGITS, their gradient or a buffer of them, and WEIGHT, a head's gradient.
+LOGITS, WEIGHT = "logits", "weight"
+_spare: dict[str, mmap.mmap] = {}
 
 
 def zeros_but(like: Tensor, written: Tensor) -> Tensor:
@@ -26,33 +26,42 @@ def zeros_but(like: Tensor, written: Tensor) -> Tensor:
 
     `written`: (K,) int64, ascending, those rows' positions among all rows: they hold anything.
     """
-    mapped = _mapped(like.shape, like.dtype, like.device)
+    mapped = _mapped(like.shape, like.dtype, like.device, LOGITS)
     if mapped is None:
         return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
     flat, memory, fresh = mapped
     if not fresh:
-        size = like.numel() * like.element_size()
-        _discard(memory, size, len(memory))
-        row = size // like.shape[:-1].numel()
+        row = like.numel() * like.element_size() // like.shape[:-1].numel()
         for start, stop in _gaps(written, like.shape[:-1].numel()):
             _zero(memory, flat, start * row, stop * row)
-    return flat.view(like.shape)
+    return _shaped(flat, like.shape)
 
 
-def uninitialized(shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """torch.empty, in kept memory where that pays."""
-    mapped = _mapped(torch.Size(shape), dtype, device)
-    return torch.empty(shape, dtype=dtype, device=device) if mapped is None else mapped[0].view(shape)
+def uninitialized(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, kind: str) -> Tensor:
+    """torch.empty, in kept memory where that pays. kind: LOGITS or WEIGHT."""
+    mapped = _mapped(torch.Size(shape), dtype, device, kind)
+    return torch.empty(shape, dtype=dtype, device=device) if mapped is None else _shaped(mapped[0], shape)
 
 
-def _mapped(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, mmap.mmap, bool] | None:
+def _shaped(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
+    # No view for autograd, which would add to one out of place.
+    return flat.view(shape).detach()
+
+
+def _mapped(
+    shape: torch.Size, dtype: torch.dtype, device: torch.device, kind: str
+) -> tuple[Tensor, mmap.mmap, bool] | None:
     """A flat tensor, its memory, and whether that is new (all zeros); None where torch's own allocator serves."""
     size = shape.numel() * dtype.itemsize
     if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE") or size < HUGE_PAGE:
         return None
-    memory = _taken(size)
+    memory = _spare.pop(kind, None)
+    if memory is not None and len(memory) < size:
+        memory = None  # unmapped before its successor is mapped
     fresh = memory is None
-    if memory is None:
+    if memory is not None:
+        _discard(memory, size, len(memory))  # no more than was asked for stays in memory
+    else:
         try:
             memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError:  # no memory: torch's own error says so as users expect it
@@ -60,7 +69,7 @@ def _mapped(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> tupl
         _advise(memory, mmap.MADV_HUGEPAGE, 0, size)
     view = memoryview(memory)
     # The tensor owns the view: when it dies, the memory comes back.
-    weakref.finalize(view, _keep, memory).atexit = False
+    weakref.finalize(view, _keep, memory, kind).atexit = False
     return torch.frombuffer(view, dtype=dtype, count=shape.numel()), memory, fresh
 
 
@@ -69,29 +78,9 @@ def release() -> None:
     _spare.clear()
 
 
-def _keep(memory: mmap.mmap) -> None:
+def _keep(memory: mmap.mmap, kind: str) -> None:
     _advise(memory, mmap.MADV_FREE, 0, len(memory))
-    _spare.append(memory)
-    del _spare[:-KEPT]
-
-
-def _taken(size: int) -> mmap.mmap | None:
-    """The smallest kept memory of at least `size` bytes. If there is none, the smallest goes before its successor is
-    mapped, unless there is room for both."""
-    spare = sorted(_spare, key=len)
-    found = next((memory for memory in spare if len(memory) >= size and _removed(memory)), None)
-    if found is None and len(spare) >= KEPT:
-        _removed(spare[0])
-    return found
-
-
-def _removed(memory: mmap.mmap) -> bool:
-    """Whether no other thread was sooner."""
-    try:
-        _spare.remove(memory)
-    except ValueError:
-        return False
-    return True
+    _spare[kind] = memory
 
 
 def _gaps(written: Tensor, rows: int) -> list[tuple[int, int]]:

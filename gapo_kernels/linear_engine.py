@@ -78,7 +78,8 @@ class Buffer:
     def rows(self, count: int, columns: int | None = None) -> Tensor:
         if self._memory is None:
             shape = (self._rows, self.columns)
-            self._memory = host_memory.uninitialized(shape, self._head.buffer_dtype, self._head.weight.device)
+            options = self._head.buffer_dtype, self._head.weight.device, host_memory.LOGITS
+            self._memory = host_memory.uninitialized(shape, *options)
         return self._memory[:count, :columns]
 
     def tiles(self, start: int, stop: int) -> list[slice]:
@@ -161,7 +162,7 @@ class Gradients:
             gradient = operands.logits(tile, self._buffer) if logits is None else logits
             if head.leaves_terms:
                 if logits is None:
-                    head.terms_(gradient, rows.label[tile], statistics.shift)
+                    head.terms_(gradient, rows.label[tile])
                 numbers = head.row_numbers(statistics.total, scale)
             else:
                 head.differentiate_(gradient, rows.label[tile], statistics.shift, statistics.total, scale)
@@ -197,14 +198,14 @@ class Gradients:
 
 
 def _statistics(
-    operands: Operands, tile: slice, buffer: Buffer, out: Tensor | None = None, used: bool = False
+    operands: Operands, tile: slice, buffer: Buffer, out: Tensor | None = None
 ) -> tuple[Tensor | None, Statistics]:
-    """And the logits, in `out` or the buffer, or if they are to be `used` the terms that the head leaves there; None if
-    that does not hold a row of them."""
+    """And the logits, in `out` or the buffer, or the terms that the head leaves there; None if that does not hold a row of
+    them."""
     head, label = operands.head, operands.rows.label[tile]
     if buffer.columns == head.weight.shape[0]:
         logits = operands.logits(tile, buffer, out)
-        return logits, (head.terms_ if used and head.leaves_terms else head.statistics)(logits, label)
+        return logits, (head.terms_ if head.leaves_terms else head.statistics)(logits, label)
     slices = (part for _, part in head.slices(buffer.columns))
     return None, head.combined([s.partial(operands._replace(head=s).logits(tile, buffer), label) for s in slices])
 
@@ -255,8 +256,7 @@ def loss(
         unit = len(tiles) > 1 and needs[0] and not (needs[1] or needs[2])
         ahead = len(tiles) > 1 and (needs[1] or needs[2]) and shares is not None and not every
         for tile in tiles:
-            used = unit or ahead or any(needs) and tile.stop == stop
-            logits, statistics = _statistics(operands, tile, buffer, used=used)
+            logits, statistics = _statistics(operands, tile, buffer)
             if unit or ahead and tile.stop < stop:
                 share = shares[rows.sequence[tile]] if ahead else torch.ones_like(statistics.total)
                 gradients.add(tile, logits, statistics, share)
@@ -344,14 +344,14 @@ def logps(
     buffer = (Buffer if any(needs) else _small_buffer)(head, kept, max_logits_bytes)
     logits_kept = None
     if keep and (needs[1] or needs[2]) and kept + _least_tile(kept) <= max_logits_bytes // head.row_bytes:
-        logits_kept = torch.empty(kept, head.weight.shape[0], dtype=head.buffer_dtype, device=hidden.device)
+        shape = (kept, head.weight.shape[0])
+        logits_kept = host_memory.uninitialized(shape, head.buffer_dtype, hidden.device, host_memory.LOGITS)
         buffer = buffer if head.leaves_terms else _beside_kept(head, kept, max_logits_bytes)
     # Not rounded to 16 bits before a coefficient scales it.
     unit = Gradients(operands, (needs[0], False, False), buffer, kept_only=True)
     every: list[Statistics] = []
     for tile in buffer.tiles(0, kept):
-        out, used = (None, needs[0]) if logits_kept is None else (logits_kept[tile], True)
-        logits, statistics = _statistics(operands, tile, buffer, out, used)
+        logits, statistics = _statistics(operands, tile, buffer, None if logits_kept is None else logits_kept[tile])
         every.append(statistics)
         if needs[0]:
             if logits_kept is not None and not head.leaves_terms:

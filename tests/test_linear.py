@@ -353,8 +353,14 @@ def test_the_logits_that_d_weight_needs_are_kept_if_they_fit(gemms):
 def test_one_exponential_a_logit(budget, frozen, monkeypatch):
     """Forward and backward; and of the anchor."""
     hidden, weight, _, labels, anchor, _ = problem()
-    kept, taken, exp = (labels[:, 1:] != -100).sum().item() * VOCABULARY, [], cpu._exp
-    monkeypatch.setattr(cpu, "_exp", lambda x, *others: (taken.append(x.numel()), exp(x, *others))[1])
+    kept, taken = (labels[:, 1:] != -100).sum().item() * VOCABULARY, []
+    for module, name in [(cpu, "_exp"), (torch, "softmax")]:
+
+        def counted(x, *others, before=getattr(module, name), **options):
+            taken.append(x.numel())
+            return before(x, *others, **options)
+
+        monkeypatch.setattr(module, name, counted)
     options = dict(max_logits_bytes=BUDGETS[budget], frozen=frozen)
     for function, own, times in [
         (fused_linear_gapo_loss, {}, 1),
@@ -367,10 +373,36 @@ def test_one_exponential_a_logit(budget, frozen, monkeypatch):
         assert sum(taken) == times * kept, (function, own)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_terms_of_any_row(dtype):
+    """Where the label's probability is lost to underflow, nearly 1 or 0, and where the row is broken."""
+    logits = 5 * torch.randn(8, 37, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([3, 3, 3, 3, 3, 3, 40, 3])
+    logits[0, 3], logits[1, 3], logits[2, 3], logits[3, 7] = -2000.0, 60.0, -torch.inf, -torch.inf
+    logits[4], logits[5, 9] = -torch.inf, torch.nan
+    exact = logits.to(dtype).double()
+    terms = exact.to(dtype, copy=True)
+    shift, total, logps = cpu.terms_(terms, labels)
+    expected = exact.log_softmax(1)[torch.arange(8), labels.clamp(max=36)]
+    rest = (exact[1] - exact[1, 3]).exp().index_fill_(0, torch.tensor(3), 0).sum()
+    expected[1] = -torch.log1p(rest)  # 1e-20, of which log_softmax keeps nothing
+    expected[[4, 5, 6]] = torch.nan
+    precise = 1e-12 if dtype == torch.float64 else 5e-6  # of an exponent of 50
+    torch.testing.assert_close(logps.double(), expected, rtol=precise, atol=1e-30, equal_nan=True)
+    assert (total.isnan() == expected.isnan()).all() and not terms[[4, 5]].any()
+    good = [0, 1, 2, 3, 7]
+    softmax = exact[good].softmax(1)
+    others = torch.ones(len(good), 37, dtype=torch.bool).index_fill_(1, torch.tensor([3]), False)
+    torch.testing.assert_close(terms[good].double()[others], softmax[others], rtol=10 * precise, atol=1e-37)
+    torch.testing.assert_close(terms[good, 3].double(), -(softmax * others).sum(1), rtol=10 * precise, atol=1e-37)
+    rebuilt = (exact[good] - shift[good, None].double()).exp() / total[good, None].double()
+    torch.testing.assert_close(rebuilt, softmax, rtol=10 * precise, atol=1e-37)
+
+
 def test_without_gradients_there_are_statistics_only(gemms, monkeypatch):
     hidden, weight, _, labels, _, _ = problem()
     monkeypatch.setattr(linear_engine.Head, "differentiate_", None)
-    monkeypatch.setattr(linear_engine.Head, "terms_", None)
+    monkeypatch.setattr(linear_engine.Gradients, "add", None)
     with torch.no_grad():
         fused_linear_gapo_loss(hidden, weight, labels)
         linear_sequence_logps(hidden, weight, labels)
