@@ -3,13 +3,13 @@
 import math
 import os
 import signal
-import sys
 import threading
 import weakref
 
 import pytest
 import tiny_models
 import torch
+from signalled import SignalAt
 from torch import nn
 
 from gapo_kernels import GeometricAnchor, gapo_step
@@ -696,40 +696,32 @@ def test_other_threads_have_no_ctrl_c_to_hold(params, anchor):
     assert not failures
 
 
+def of_a_use(frame):
+    return any(file in frame.f_code.co_filename for file in (os.path.join("gapo_kernels", ""), "contextlib.py"))
+
+
 @pytest.mark.parametrize("second", [False, True], ids=["the first", "a second"])
 def test_a_ctrl_c_at_any_line_finds_the_weights_back(params, anchor, second):
     """Interrupts a use at every line of this library and of contextlib in turn: in the entry, the body and the exit; or,
     after a Ctrl-C in the body, in the exit."""
-    grads, before, files = make_grads(params), bits(params), (os.path.join("gapo_kernels", ""), "contextlib.py")
-    handler = signal.getsignal(signal.SIGINT)
+    grads, before, handler = make_grads(params), bits(params), signal.getsignal(signal.SIGINT)
 
     def use(at):
         """Number of lines that were passed; SIGINT comes just before line number `at`."""
-        lines = 0
-
-        def trace(frame, event, argument):
-            nonlocal lines
-            if not any(file in frame.f_code.co_filename for file in files):
-                return None
-            if event == "line":
-                lines += 1
-                if lines == at:
-                    os.kill(os.getpid(), signal.SIGINT)
-            return trace
-
-        previous = sys.gettrace()
-        sys.settrace(None if second else trace)
+        lines = SignalAt(at, signal.SIGINT, of_a_use)
+        if not second:
+            lines.start()
         try:
             with anchor.perturbed(grads=grads):
                 if second:
-                    os.kill(os.getpid(), signal.SIGINT)
-                    sys.settrace(trace)
+                    signal.raise_signal(signal.SIGINT)
+                    lines.start()
         except KeyboardInterrupt:
             if at or not second:
                 raise
         finally:
-            sys.settrace(previous)
-        return lines
+            lines.stop()
+        return lines.lines
 
     lines = use(at=0)
     assert lines > 60
@@ -749,35 +741,17 @@ def test_a_ctrl_c_at_any_line_finds_the_weights_back(params, anchor, second):
 @pytest.mark.parametrize("name", ["SIGALRM", "SIGCHLD", "SIGPROF"])
 def test_any_signal_at_any_line_finds_the_weights_back(params, anchor, name):
     """A timeout's, a DataLoader's for a worker that died: one whose handler raises. In the body it does not wait."""
-    signum = getattr(signal, name)
-    grads, before, files = make_grads(params), bits(params), (os.path.join("gapo_kernels", ""), "contextlib.py")
+    grads, before, signum = make_grads(params), bits(params), getattr(signal, name)
 
     def expire(signum, frame):
         raise TimeoutError
 
     def use(at):
-        lines = 0
-
-        def trace(frame, event, argument):
-            nonlocal lines
-            if not any(file in frame.f_code.co_filename for file in files):
-                return None
-            if event == "line":
-                lines += 1
-                if lines == at:
-                    signal.raise_signal(signum)
-            return trace
-
-        previous = sys.gettrace()
-        sys.settrace(trace)
-        try:
-            with anchor.perturbed(grads=grads):
-                if at is None:
-                    signal.raise_signal(signum)
-                    pytest.fail("it waited")
-        finally:
-            sys.settrace(previous)
-        return lines
+        with SignalAt(at, signum, of_a_use) as lines, anchor.perturbed(grads=grads):
+            if at is None:
+                signal.raise_signal(signum)
+                pytest.fail("it waited")
+        return lines.lines
 
     handler = signal.signal(signum, expire)
     try:
@@ -987,26 +961,10 @@ def test_a_ctrl_c_at_any_line_of_the_sharded_probe_loses_no_gradient(sharded):
     assert any(grad is not None for grad in kept)
 
     def use(at):
-        lines = 0
-
-        def trace(frame, event, argument):
-            nonlocal lines
-            if frame.f_code.co_name != "gradients":
-                return None
-            if event == "line":
-                lines += 1
-                if lines == at:
-                    signal.raise_signal(signal.SIGINT)
-            return trace
-
-        previous = sys.gettrace()
-        sys.settrace(trace)
-        try:
-            with anchor.perturbed(objective):
-                pass
-        finally:
-            sys.settrace(previous)
-        return lines
+        in_gradients = SignalAt(at, signal.SIGINT, lambda frame: frame.f_code.co_name == "gradients")
+        with in_gradients as lines, anchor.perturbed(objective):
+            pass
+        return lines.lines
 
     lines = use(at=0)
     assert lines > 15

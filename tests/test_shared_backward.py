@@ -2,12 +2,12 @@
 
 import copy
 import signal
-import sys
 import weakref
 
 import pytest
 import tiny_models
 import torch
+from signalled import SignalAt
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -523,29 +523,14 @@ def test_a_ctrl_c_at_any_line_of_the_comparison_leaves_no_hook():
 
     def use(at):
         """The number of lines of the comparison; SIGINT comes just before line number `at`."""
-        lines, anchor = 0, GeometricAnchor(model.named_parameters(), rho=RHO)
-
-        def trace(frame, event, argument):
-            nonlocal lines
-            if frame.f_code.co_filename not in (shared_backward.__file__, interrupts.__file__):
-                return None
-            if event == "line":
-                lines += 1
-                if lines == at:
-                    signal.raise_signal(signal.SIGINT)
-            return trace
-
+        anchor, files = GeometricAnchor(model.named_parameters(), rho=RHO), (shared_backward.__file__, interrupts.__file__)
         logps = sequence_logps(model(ids), labels)
         sharing = shared_backward.SharedBackward(logps, anchor, anchor.params)
         with sharing.recorded():
             torch.autograd.grad(logps.sum(), anchor.params, retain_graph=True)
-        previous = sys.gettrace()
-        sys.settrace(trace)
-        try:
+        with SignalAt(at, signal.SIGINT, lambda frame: frame.f_code.co_filename in files) as lines:
             sharing.compare(logps)
-        finally:
-            sys.settrace(previous)
-        return lines
+        return lines.lines
 
     lines = use(at=0)
     assert lines > 40

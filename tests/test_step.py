@@ -8,12 +8,12 @@ import contextlib
 import math
 import random
 import signal
-import sys
 import warnings
 
 import pytest
 import tiny_models
 import torch
+from signalled import SignalAt
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -720,34 +720,17 @@ def test_a_ctrl_c_at_any_line_of_a_step_leaves_nothing_behind():
     anchor = GeometricAnchor.from_model(model, rho=RHO, scope=2, direction="gaussian")
     logps, before = language_logps(model), state(model)
 
-    def traced(frame):
-        file = frame.f_code.co_filename
-        return file in (step.__file__, scope.__file__) or (
-            file == contextlib.__file__ and frame.f_back.f_code is gapo_step.__code__
-        )
+    def counted(frame):
+        # Of the step itself no line: the ends of its `with` statements are lines, but no place for a signal.
+        file, is_step = frame.f_code.co_filename, frame.f_code is gapo_step.__code__
+        own_context = file == contextlib.__file__ and frame.f_back.f_code is gapo_step.__code__
+        return own_context or file in (step.__file__, scope.__file__) and not is_step
 
     def use(at):
         """The number of lines of the step and of its contexts; SIGINT comes just before line number `at`."""
-        lines = 0
-
-        def trace(frame, event, argument):
-            nonlocal lines
-            if not traced(frame):
-                return None
-            # Of the step itself no line: the ends of its `with` statements are lines, but no place for a signal.
-            if event == "line" and frame.f_code is not gapo_step.__code__:
-                lines += 1
-                if lines == at:
-                    signal.raise_signal(signal.SIGINT)
-            return trace
-
-        previous = sys.gettrace()
-        sys.settrace(trace)
-        try:
+        with SignalAt(at, signal.SIGINT, counted) as lines:
             gapo_step(logps, anchor)
-        finally:
-            sys.settrace(previous)
-        return lines
+        return lines.lines
 
     use(at=0)  # what is computed once, and kept
     lines, counter = use(at=0), anchor.state_dict()
