@@ -169,22 +169,21 @@ def terms_(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     in_range = (labels >= 0) & (labels < logits.shape[1])
     labels = labels.clamp(0, logits.shape[1] - 1)[:, None]
-    label_logit, shift = logits.gather(1, labels).double(), logits.amax(1, keepdim=True)
+    label_logit, shift = logits.gather(1, labels).squeeze(1), logits.amax(1)
     torch.softmax(logits, 1, out=logits)
-    label_term = logits.gather(1, labels)
-    rest = logits.scatter_(1, labels, 0).sum(1, keepdim=True)
-    logits.scatter_(1, labels, -rest)
-    total = (label_logit - shift).exp() / label_term
-    logps = torch.log1p(rest.double() / label_term).neg_()
-    lost = (label_term < torch.finfo(logits.dtype).tiny).squeeze(1)  # digits, or all
+    share = logits.gather(1, labels).squeeze(1)
+    rest = logits.scatter_(1, labels, 0).sum(1)
+    logits.scatter_(1, labels, -rest[:, None])
+    label_term = (label_logit.double() - shift).exp()
+    total = label_term / share
+    lost = share < torch.finfo(logits.dtype).tiny  # to underflow: some digits, or all
     if lost.any():
-        total[lost] = 1 / logits[lost].amax(1, keepdim=True).double()
-        logps[lost] = label_logit[lost] - shift[lost] - total[lost].log()
-    broken = ~(rest.isfinite().squeeze(1) & in_range)
+        total[lost] = 1 / logits[lost].amax(1).double()
+    broken = ~rest.isfinite()
     if broken.any():
-        logits[broken & ~rest.isfinite().squeeze(1)] = 0
-        total[broken], logps[broken] = torch.nan, torch.nan
-    return shift.squeeze(1), *(found.squeeze(1).to(shift.dtype) for found in (total, logps))
+        logits[broken] = 0
+    logps, total = _token_logps(label_logit, shift, label_term, rest * total, in_range)
+    return shift, total.where(in_range, torch.nan).to(shift.dtype), logps.to(shift.dtype)
 
 
 def _sums(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:

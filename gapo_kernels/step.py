@@ -62,9 +62,9 @@ def gapo_step(
             gradients are the same to rounding, not to the bit. It keeps the layers' inputs and their outputs' gradients
             until then, in the place of the graph, and makes all of the parameters' at once. For models that keep
             sequences apart, in a batch (S, T): the 1st step is compared with log2(S) real backwards, the 4th, 16th, ...
-            with one. Without a probe nothing is shared, and where it gave a pair no weight (below 1e-20) logps_fn may run once
-            more, for a real backward. No other loss of the same forward, no hooks but on parameters, and gradients of
-            torch.nn.Parameter alone.
+            with one. Without a probe nothing is shared, and where it gave a pair no weight (below 1e-20) logps_fn may
+            run once more, for a real backward. No other loss of the same forward, no hooks but on parameters, and
+            gradients of torch.nn.Parameter alone.
 
     Returns:
         GAPOOutput; only its `loss` carries gradient.

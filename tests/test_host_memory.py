@@ -159,7 +159,8 @@ def test_what_is_kept_is_within_the_budget(calls):
         assert beyond <= max(before, budget) + 64 + 8
 
 
-def test_gradients_are_no_views_and_add_up_in_place():
+def test_gradients_are_no_views():
+    """To which autograd would add out of place."""
     weight, hidden = torch.randn(VOCABULARY, 16, requires_grad=True), torch.randn(2, 8, 16)
     labels = torch.randint(VOCABULARY, (2, 8))
     (found,) = torch.autograd.grad(fused_linear_gapo_loss(hidden, weight, labels, backend="torch").loss, weight)
