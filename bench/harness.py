@@ -4,15 +4,15 @@ Each bench_*.py has `cases(device, quick)` and `measure(case, rounds, ...)`, whi
 
     suite, name    "logits", "linear", "anchor" or "step"; what the case is called in tables
     params         the case in numbers, among them pairs, length, vocabulary, dtype, ignored, data ("random" or "smollm2")
-    rounds         how often each contender was timed
-    times          {contender: {median_ms, quartile_1_ms, quartile_3_ms, min_ms, max_ms}}
+    rounds         how often ours was timed
+    times          {contender: {median_ms, quartile_1_ms, quartile_3_ms, min_ms, max_ms, rounds}}
     ratios         {contender: {median, quartile_1, quartile_3}} of its time over ours, round by round
     ratio_spread   {contender: (largest - least) / median} of the ratio of medians, over thirds of the rounds
     floor          {name, ms, fraction}: the least time that the work can take, and its share of ours; measured in the
                    same run
     parts          where measured, {"forward" or "backward": a summary like those in `times`, of ours, and its floor}
     peak_...       {contender: MiB at the worst moment beyond what the name says, None where it cannot be known}
-    errors         {contender: {"loss", "gradient"}}: relative, against the float32 reference; the latter of the largest entry
+    errors         {contender: {"loss", "gradient"}}: relative, against the reference; the latter of the largest entry
     absent         {contender: why it was not measured}
     versions       {package: version}
 
@@ -217,30 +217,39 @@ def interleaved(
     warmup: int = 1,
     seconds: float | None = None,
     least: int = 2 * REPEATS,
+    close: float | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of every contender in every round, the contenders taking turns so that drift meets all of them.
 
     In each turn a contender runs once untimed and then timed, as it does in a loop of its own: nobody pays for what
     another left in the caches and page tables. Each call takes the next of `inputs`, equal copies which together exceed a
-    GPU's L2 cache (`copies`). After `seconds`, rounds end with the `least` number of them.
+    GPU's L2 cache (`copies`). After `seconds`, rounds end with the `least` number of them. close: ours and those within
+    this factor of it then have rounds by themselves, at most as many and for as long: few cannot tell them apart.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     last = dict.fromkeys(contenders, 0.0)
     turn = itertools.cycle(inputs)
-    begin = time.perf_counter()
-    gc.disable()
-    try:
+
+    def take_turns(names: Iterable[str], warmup: int, least: int) -> None:
+        begin = time.perf_counter()
         for number in range(warmup + rounds):
             spent = seconds is not None and time.perf_counter() - begin > seconds
             if spent and number - warmup >= least:
                 break
             warm = min(last.values()) < LONG_CALL
-            for name, contender in contenders.items():
+            for name in names:
                 if warm:
-                    contender.seconds(next(turn), where)
-                last[name] = contender.seconds(next(turn), where)
+                    contenders[name].seconds(next(turn), where)
+                last[name] = contenders[name].seconds(next(turn), where)
                 if number >= warmup:
                     times[name].append(last[name])
+
+    gc.disable()
+    try:
+        take_turns(contenders, warmup, least)
+        if close is not None:
+            medians = {name: statistics.median(spent) for name, spent in times.items()}
+            take_turns([name for name in contenders if 1 / close < medians[name] / medians["ours"] < close], 0, 0)
     finally:
         gc.enable()
     return times
@@ -282,18 +291,19 @@ def summary(seconds: Sequence[float]) -> dict[str, float]:
         "quartile_3_ms": high * 1e3,
         "min_ms": min(seconds) * 1e3,
         "max_ms": max(seconds) * 1e3,
+        "rounds": len(seconds),
     }
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str, float]:
-    """Median of the rounds' own ratios, with the quartiles as spread."""
-    low, middle, high = quartiles(a / b for a, b in zip(numerator, denominator, strict=True))
+    """Median of the rounds' own ratios, with the quartiles as spread. What was timed in fewer rounds was in the first."""
+    low, middle, high = quartiles(a / b for a, b in zip(numerator, denominator))
     return {"median": middle, "quartile_1": low, "quartile_3": high}
 
 
 def ratio_spread(numerator: Sequence[float], denominator: Sequence[float]) -> float | None:
     """(largest - least) / median over thirds of the rounds, of the ratio of the medians in each; None below three."""
-    count = len(numerator)
+    count = min(len(numerator), len(denominator))
     if count < REPEATS:
         return None
     edges = [count * number // REPEATS for number in range(REPEATS + 1)]
@@ -452,7 +462,7 @@ def _rows(case: dict) -> Iterable[dict]:
             "name": case["name"],
             **case["params"],
             "contender": name,
-            "rounds": case["rounds"],
+            "rounds": times.get("rounds", case["rounds"]),
             "median_ms": times["median_ms"],
             "quartile_1_ms": times["quartile_1_ms"],
             "quartile_3_ms": times["quartile_3_ms"],

@@ -106,10 +106,16 @@ def _exp(x: Tensor, shift: Tensor, out: Tensor) -> Tensor:
 
 
 def for_each_block(logits: Tensor, rows: Rows, work: Callable[[Block, Tensor], None]) -> None:
-    """Calls work(block, scratch) on every block; results do not depend on which thread takes which block."""
+    """Calls work(block, scratch) on every block; results do not depend on which thread takes which block.
+
+    What fits into all threads' scratch is one block, whose operations torch splits over them: there a thread that waits
+    for its turn to call the next one costs more than the barrier of each operation.
+    """
     dtype = accumulation_dtype(logits)
-    vocabulary = logits.shape[-1]
+    vocabulary, kept = logits.shape[-1], rows.index.shape[0]
     limit = max(1, SCRATCH_BYTES // (vocabulary * dtype.itemsize))
+    if kept <= limit * torch.get_num_threads():
+        limit = max(1, kept)
 
     def drain(queue: Iterator[Block]) -> None:
         scratch = torch.empty(limit, vocabulary, dtype=dtype, device=logits.device)

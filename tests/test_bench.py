@@ -17,7 +17,7 @@ from bench import bench_anchor, bench_linear, bench_logits, gpu, harness, peers
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
-STATISTICS = {"median_ms", "quartile_1_ms", "quartile_3_ms", "min_ms", "max_ms"}
+STATISTICS = {"median_ms", "quartile_1_ms", "quartile_3_ms", "min_ms", "max_ms", "rounds"}
 
 
 def run_gpu(*arguments):
@@ -246,6 +246,19 @@ def test_rounds_end_with_the_time_but_not_below_the_least():
 
     assert count(seconds=0.0, least=4) == 4
     assert count(seconds=60.0) == 50
+
+
+def test_close_contenders_have_rounds_by_themselves():
+    spent = {"ours": 0.01, "near": 0.01, "far": 0.05}
+    contenders = {name: harness.Contender(lambda _, s=seconds: time.sleep(s)) for name, seconds in spent.items()}
+    times = harness.interleaved(contenders, [None], CPU, 3, close=2.0)
+    assert {name: len(seconds) for name, seconds in times.items()} == {"ours": 6, "near": 6, "far": 3}
+    case = harness.result("linear", "case", {}, times, {})
+    assert case["rounds"] == 6 and case["times"]["far"]["rounds"] == 3
+    assert case["ratios"]["far"]["median"] > 2 > case["ratios"]["near"]["median"]
+    times = {"ours": [1.0, 1.0, 1.0, 9.0, 9.0, 9.0], "far": [2.0, 2.0, 2.0]}
+    assert harness.ratio(times["far"], times["ours"])["median"] == 2.0  # of the same rounds
+    assert harness.ratio_spread(times["far"], times["ours"]) == 0.0
 
 
 def test_ratios_and_their_spread():

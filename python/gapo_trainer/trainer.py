@@ -14,8 +14,9 @@ from gapo_kernels.layout import align_targets, sequence_count, sequence_of_rows
 
 from . import metrics
 from .adapters import warn_of_zeros, with_adapters
+from .checks import check_logps, check_shared_backward
 from .config import GAPOConfig, nearest
-from .forward import MARK, check_logps, check_shared_backward, install
+from .forward import MARK, install
 from .preferences import IGNORE_INDEX, PreferenceCollator, are_marked, prepare_pairs
 from .storage import write_json
 
