@@ -7,9 +7,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 PEERS := $(VENV)/.bench-ready
 LIBRARY_TESTS := tests $(addprefix --ignore tests/,compile distributed trainer test_examples.py test_smollm2_anchor.py)
-TRAINER_TESTS := tests/trainer tests/test_examples.py tests/test_smollm2_anchor.py
+TRAINER_TESTS := tests/trainer tests/test_examples.py
 
-.PHONY: setup demo test test-torch test-trainer test-interpreter test-distributed test-compile test-oldest fuzz bench bench-gpu report clean
+.PHONY: setup demo test test-torch test-trainer test-anchor test-interpreter test-distributed test-compile test-oldest fuzz bench bench-gpu report clean
 
 setup: $(READY)
 
@@ -40,14 +40,17 @@ demo: $(READY)
 # knows how.
 test: $(READY)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(MAKE) -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) \
-		test-torch test-interpreter test-trainer test-distributed test-compile
+		test-interpreter test-torch test-trainer test-anchor test-distributed test-compile
 
 test-torch: $(READY)
 	$(BIN)/python -m pytest -q $(LIBRARY_TESTS)
 
-# On whole models, the real one among them.
 test-trainer: $(READY)
 	$(BIN)/python -m pytest -q $(TRAINER_TESTS)
+
+# Of a real model: minutes for one test.
+test-anchor: $(READY)
+	$(BIN)/python -m pytest -q tests/test_smollm2_anchor.py
 
 test-distributed: $(READY)
 	$(BIN)/python -m pytest -q tests/distributed

@@ -333,8 +333,8 @@ class GeometricAnchor:
         return norm
 
     def _warn_of_loss(self, squares: Sequence[float]) -> None:
-        """Once, when rounding has taken more than half of the perturbation. `squares`: AnchorStats', or nothing."""
-        if self._warned or not squares or squares[1] >= 0.25 * squares[0]:
+        """Once, when rounding to nearest has taken more than half of the perturbation. `squares`: AnchorStats', or nothing."""
+        if self._warned or self.rounding != "nearest" or not squares or squares[1] >= 0.25 * squares[0]:
             return
         self._warned = True
         warnings.warn(

@@ -182,12 +182,10 @@ def terms_(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     logits.scatter_(1, labels, -rest[:, None])
     label_term = (label_logit.double() - shift).exp()
     total = label_term / share
-    lost = share < torch.finfo(logits.dtype).tiny  # to underflow: some digits, or all
-    if lost.any():
-        total[lost] = 1 / logits[lost].amax(1).double()
-    broken = ~rest.isfinite()
-    if broken.any():
-        logits[broken] = 0
+    lost = (share < torch.finfo(logits.dtype).tiny).nonzero().flatten()  # to underflow: some digits, or all
+    for rows in lost.split(max(1, SCRATCH_BYTES // (logits.shape[1] * logits.element_size()))):
+        total[rows] = 1 / logits[rows].amax(1).double()
+    logits.index_fill_(0, (~rest.isfinite()).nonzero().flatten(), 0)
     logps, total = _token_logps(label_logit, shift, label_term, rest * total, in_range)
     return shift, total.where(in_range, torch.nan).to(shift.dtype), logps.to(shift.dtype)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -131,18 +130,36 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _check_apart(tensors: Sequence[Tensor]) -> None:
-    """Raises where two dense parameters share memory: their deltas would overwrite each other."""
-    spans = sorted(
-        (tensor.data_ptr(), tensor.data_ptr() + _extent(tensor), number)
-        for number, tensor in enumerate(tensors)
-        if tensor.numel() and _extent(tensor) == tensor.numel() * tensor.element_size()
-    )
-    for (_, stop, one), (start, _, other) in pairwise(spans):
-        if start < stop:
-            raise ValueError(
-                f"parameters {one} and {other} of the anchor, of shapes {tuple(tensors[one].shape)} and "
-                f"{tuple(tensors[other].shape)}, share memory but are two Parameters: tie them by using one Parameter"
-            )
+    """Raises where two parameters share memory: their deltas would overwrite each other."""
+    spans = [(t.data_ptr(), t.data_ptr() + _extent(t), number) for number, t in enumerate(tensors) if t.numel()]
+    begun: list[tuple[int, int]] = []  # (end, number) of those that may reach into the next
+    for start, stop, number in sorted(spans):
+        begun = [(end, other) for end, other in begun if end > start]
+        for _, other in begun:
+            if _share_bytes(tensors[other], tensors[number]):
+                one, other = sorted((number, other))
+                raise ValueError(
+                    f"parameters {one} and {other} of the anchor, of shapes {tuple(tensors[one].shape)} and "
+                    f"{tuple(tensors[other].shape)}, share memory but are two Parameters: tie them by using one Parameter"
+                )
+        begun.append((stop, number))
+
+
+def _share_bytes(one: Tensor, other: Tensor) -> bool:
+    """Of two tensors whose memory overlaps from end to end: columns of one matrix, say, lie between one another."""
+    if all(_extent(tensor) == tensor.numel() * tensor.element_size() for tensor in (one, other)):
+        return True
+    first = min(one.data_ptr(), other.data_ptr())
+    last = max(tensor.data_ptr() + _extent(tensor) for tensor in (one, other))
+    taken = torch.zeros(last - first, dtype=torch.bool, device="cpu")
+
+    def its(tensor: Tensor) -> Tensor:
+        size = tensor.element_size()
+        strides = [stride * size for stride in tensor.stride()]
+        return taken.as_strided((*tensor.shape, size), (*strides, 1), tensor.data_ptr() - first)
+
+    its(one).fill_(True)
+    return bool(its(other).any())
 
 
 def _extent(tensor: Tensor) -> int:

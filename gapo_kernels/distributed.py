@@ -16,6 +16,7 @@ from gapo_kernels import ownership
 from gapo_kernels.interrupts import interrupt_held
 
 BUCKET_BYTES = 32 * 2**20
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of gradients; ranks that differ take the later one
 # What marks a parameter that is not whole, by attribute: their classes are slow to import and may be missing.
 UNSUPPORTED = {
     "_fsdp_flattened": "sharded by FSDP's first version; shard with torch.distributed.fsdp.fully_shard (FSDP2) instead",
@@ -89,22 +90,24 @@ def averaged(
     size = ranks(group)
     if size == 1 or not grads:
         return grads
-    present = torch.tensor([grad is not None for grad in grads], dtype=torch.int32, device=params[0].device)
-    torch.distributed.all_reduce(present, torch.distributed.ReduceOp.MAX, group=group)
+    kinds = [0 if grad is None else 1 + DTYPES.index(grad.dtype) for grad in grads]
+    kinds = torch.tensor(kinds, dtype=torch.int32, device=params[0].device)
+    torch.distributed.all_reduce(kinds, torch.distributed.ReduceOp.MAX, group=group)
     free = ownership.exclusive(grads) if ours else [False] * len(params)
     means: list[Tensor | None] = []
-    for number, (param, anywhere) in enumerate(zip(params, present.tolist())):
+    for number, (param, kind) in enumerate(zip(params, kinds.tolist())):
         grad, grads[number] = grads[number], None
-        if anywhere and grad is None:
-            grad = torch.zeros_like(param, memory_format=torch.contiguous_format)
-        elif anywhere and not (free[number] and grad.is_contiguous()):
-            grad = grad.clone(memory_format=torch.contiguous_format)
+        dtype = DTYPES[kind - 1]
+        if kind and grad is None:
+            grad = torch.zeros_like(param, dtype=dtype, memory_format=torch.contiguous_format)
+        elif kind and not (free[number] and grad.is_contiguous() and grad.dtype == dtype):
+            grad = torch.empty_like(grad, dtype=dtype, memory_format=torch.contiguous_format).copy_(grad)
         means.append(grad)
     del grad
     for bucket in _buckets([mean for mean in means if mean is not None]):
         flat = bucket[0].view(-1) if len(bucket) == 1 else torch.cat([mean.view(-1) for mean in bucket])
+        flat /= size  # before: a sum may overflow where the mean does not
         torch.distributed.all_reduce(flat, group=group)
-        flat /= size
         if len(bucket) > 1:
             for mean, part in zip(bucket, flat.split([mean.numel() for mean in bucket])):
                 mean.view(-1).copy_(part)
@@ -126,7 +129,8 @@ def _buckets(grads: list[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
-def _nodes(result: Tensor) -> Iterator[torch.autograd.graph.Node]:
+def nodes(result: Tensor) -> Iterator[torch.autograd.graph.Node]:
+    """Of a result's graph, each once."""
     seen, ahead = set(), [result.grad_fn]
     while ahead:
         node = ahead.pop()
@@ -139,7 +143,7 @@ def _nodes(result: Tensor) -> Iterator[torch.autograd.graph.Node]:
 
 def _leaves(result: Tensor) -> Iterator[Tensor]:
     """What a backward from `result` would write to the .grad of."""
-    return (node.variable for node in _nodes(result) if hasattr(node, "variable"))
+    return (node.variable for node in nodes(result) if hasattr(node, "variable"))
 
 
 @contextmanager
@@ -148,7 +152,7 @@ def no_iteration_of_ddp(objective: Tensor) -> Iterator[None]:
     the first iteration, at whose end it averages every .grad, and the backward of the loss would be left as it is."""
     waiting = []
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        outputs = [node.ddp_weakref() for node in _nodes(objective) if hasattr(node, "ddp_weakref")]
+        outputs = [node.ddp_weakref() for node in nodes(objective) if hasattr(node, "ddp_weakref")]
         waiting = [ddp for ddp in outputs if ddp.static_graph and not ddp._static_graph_delay_allreduce_enqueued]
     try:
         for ddp in waiting:

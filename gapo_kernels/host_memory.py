@@ -19,6 +19,7 @@ HUGE_PAGE = 2**21
 # One of each kind: LOGITS, their gradient or a buffer of them, and WEIGHT, a head's gradient.
 LOGITS, WEIGHT = "logits", "weight"
 _spare: dict[str, mmap.mmap] = {}
+_lent: set[int] = set()  # addresses
 
 
 def zeros_but(like: Tensor, written: Tensor) -> Tensor:
@@ -68,9 +69,16 @@ def _mapped(
             return None
         _advise(memory, mmap.MADV_HUGEPAGE, 0, size)
     view = memoryview(memory)
+    flat = torch.frombuffer(view, dtype=dtype, count=shape.numel())
+    _lent.add(flat.data_ptr())
     # The tensor owns the view: when it dies, the memory comes back.
-    weakref.finalize(view, _keep, memory, kind).atexit = False
-    return torch.frombuffer(view, dtype=dtype, count=shape.numel()), memory, fresh
+    weakref.finalize(view, _keep, memory, kind, flat.data_ptr()).atexit = False
+    return flat, memory, fresh
+
+
+def is_lent(storage: torch.UntypedStorage) -> bool:
+    """Whether its memory comes from here: nobody else's, until the storage dies."""
+    return storage.data_ptr() in _lent
 
 
 def release() -> None:
@@ -78,7 +86,8 @@ def release() -> None:
     _spare.clear()
 
 
-def _keep(memory: mmap.mmap, kind: str) -> None:
+def _keep(memory: mmap.mmap, kind: str, address: int) -> None:
+    _lent.discard(address)
     _advise(memory, mmap.MADV_FREE, 0, len(memory))
     _spare[kind] = memory
 

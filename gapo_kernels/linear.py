@@ -277,8 +277,10 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, *_):
         if ctx.compiled:
-            gradients = [None if g is None else (g * grad_loss).to(ctx.dtype) for g in ctx.saved_tensors[8:]]
-            return (*gradients, *[None] * 8)
+            d_hidden, *others = ctx.saved_tensors[8:]
+            if d_hidden is not None:  # 0 * NaN, as below
+                d_hidden = torch.where(d_hidden == 0, 0, d_hidden * grad_loss).to(ctx.dtype)
+            return (d_hidden, *(None if g is None else (g * grad_loss).to(ctx.dtype) for g in others), *[None] * 8)
         if torch.is_grad_enabled():
             _once_differentiable()
         gradients, ctx.ready = ctx.ready, None
@@ -286,7 +288,7 @@ class _LinearLoss(torch.autograd.Function):
             hidden, weight, bias, labels, cu_seqlens, coefficients, row_shift, row_total = ctx.saved_tensors
             nothing = hidden.new_empty(0)
             results = linear_logps_backward(
-                coefficients * grad_loss,
+                (coefficients * grad_loss).masked_fill(coefficients == 0, 0),
                 hidden,
                 weight,
                 labels,
@@ -305,16 +307,21 @@ class _LinearLoss(torch.autograd.Function):
             gradients = [g if needed else None for g, needed in zip(results, ctx.needs)]
         else:
             for i, gradient in enumerate(gradients):
-                gradients[i] = None if gradient is None else _scaled(gradient, grad_loss, ctx.dtype)
+                gradients[i] = None if gradient is None else _scaled(gradient, grad_loss, ctx.dtype, zeros_stay=i == 0)
         return (*gradients, *[None] * 8)
 
 
-def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * scale, rounded to dtype; over the gradient where that is its own."""
-    if scale.device.type == "cpu":  # a GPU's would have to be waited for
-        return (gradient if scale.item() == 1 else gradient.mul_(scale)).to(dtype)
-    out = gradient if gradient.dtype == dtype else gradient.new_empty(gradient.shape, dtype=dtype)
-    return torch.mul(gradient, scale, out=out)
+def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, zeros_stay: bool) -> Tensor:
+    """gradient * scale, rounded to dtype; over the gradient where that is its own. zeros_stay: whatever the scale is, as
+    rows that predict nothing have no gradient."""
+    on_cpu = scale.device.type == "cpu"  # a GPU's scale would have to be waited for
+    zeros = gradient == 0 if zeros_stay and not (on_cpu and scale.isfinite()) else None
+    if on_cpu:
+        out = (gradient if scale.item() == 1 else gradient.mul_(scale)).to(dtype)
+    else:
+        out = gradient if gradient.dtype == dtype else gradient.new_empty(gradient.shape, dtype=dtype)
+        torch.mul(gradient, scale, out=out)
+    return out if zeros is None else out.masked_fill_(zeros, 0)
 
 
 class _LinearLogps(torch.autograd.Function):

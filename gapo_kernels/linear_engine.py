@@ -4,7 +4,7 @@ Rows that predict nothing are left out before any GEMM. With kept rows K: the lo
 d weight as much each. Where a tile holds whole pairs their loss, and so every row's coefficient, is known while their
 logits, or the softmax's terms in their place, are still there: nothing is computed twice. A pair beyond the budget is
 computed twice, unless the weight is frozen: then each sequence's d hidden is made up to its coefficient, at once. Below
-the budget of one row there are slices of the vocabulary, too: all their logits are computed again for the gradient.
+the budget of one row there are slices of the vocabulary, too: d weight has all their logits computed again.
 """
 
 from __future__ import annotations
@@ -184,6 +184,9 @@ class Gradients:
                         hidden = _scaled(hidden.to(gradient.dtype), numbers[of_tile])
                         self._head.add(gradient[of_tile], hidden, columns, own_factor, numbers[of_tile])
 
+    def put_hidden(self, tile: slice, d_hidden: Tensor) -> None:
+        self.hidden[tile if self._kept_only else self._operands.rows.index[tile]] = d_hidden
+
     def scale_hidden(self, tile: slice, factor: Tensor) -> None:
         """The tile's rows of d hidden, times a number () or one for each."""
         if self._needs[0]:
@@ -208,6 +211,38 @@ def _statistics(
         return logits, (head.terms_ if head.leaves_terms else head.statistics)(logits, label)
     slices = (part for _, part in head.slices(buffer.columns))
     return None, head.combined([s.partial(operands._replace(head=s).logits(tile, buffer), label) for s in slices])
+
+
+def _statistics_and_unit(operands: Operands, tile: slice, buffer: Buffer) -> tuple[Statistics, Tensor]:
+    """And d(-log-prob of the row's label) / d hidden (R, H), from slices of the vocabulary, of which each is computed once:
+    what the softmax of those so far gives is weighed anew with every slice, and the label's part comes last."""
+    head, labels = operands.head, operands.rows.label[tile]
+    shift = labels.new_full(labels.shape, -torch.inf, dtype=cpu.accumulation_dtype(head.weight))
+    total, label_logit, unit = torch.zeros_like(shift), torch.zeros_like(shift), shift.new_zeros(1)
+    nowhere, one = torch.full_like(labels, -1), torch.ones_like(shift)
+
+    def weighed(values: Tensor, weight: Tensor, among: Tensor) -> Tensor:
+        return (values * (weight / among)[:, None]).masked_fill((weight == 0)[:, None], 0)
+
+    for _, part in head.slices(buffer.columns):
+        logits = operands._replace(head=part).logits(tile, buffer)
+        own = part.partial(logits, labels)
+        label_logit += own.logps
+        largest = torch.maximum(shift, own.shift)
+        before, new = ((t * (m - largest).exp()).masked_fill(m == -torch.inf, 0) for m, t in ((shift, total), own[:2]))
+        shift, total = largest, before + new
+        part.differentiate_(logits, nowhere, own.shift, own.total, one)
+        unit = weighed(unit, before, total) + weighed(part.hidden_gradient(logits), new, total)
+    statistics = head.combined([Statistics(shift, total, label_logit)])
+    here = (total * (shift - statistics.shift).exp()).masked_fill(shift == -torch.inf, 0)
+    unit = weighed(unit, here, statistics.total)
+    column = labels - (0 if head.shard is None else head.shard.start)
+    slope = one * head.logit_scale
+    if head.softcap is not None:
+        slope = slope * (1 - (label_logit / head.softcap).square())
+    slope = slope.masked_fill((column < 0) | (column >= head.weight.shape[0]), 0)  # on another rank, or nowhere
+    weight = head.weight[column.clamp(0, head.weight.shape[0] - 1)].to(unit.dtype)
+    return statistics, unit.sub_(weight * slope[:, None])
 
 
 def _rows_logps(operands: Operands, start: int, stop: int, buffer: Buffer) -> list[Tensor]:
@@ -244,6 +279,7 @@ def loss(
     pairs, kept = rows.counts.shape[0] // 2, rows.index.shape[0]
     buffer = Buffer(head, kept, max_logits_bytes)
     gradients = Gradients(operands, needs, buffer)
+    sliced = buffer.columns < head.weight.shape[0]
     every: list[Statistics] = []
     sums = torch.zeros(2 * pairs, dtype=torch.float64, device=hidden.device)
     anchor_sums = torch.zeros_like(sums)
@@ -253,9 +289,14 @@ def loss(
             logps = torch.cat(_rows_logps(anchor, start, stop, buffer))
             anchor_sums += _sums_of(rows, logps, start, stop)
         tiles, found = buffer.tiles(start, stop), []
-        unit = len(tiles) > 1 and needs[0] and not (needs[1] or needs[2])
+        unit = (len(tiles) > 1 or sliced) and needs[0] and not (needs[1] or needs[2])
         ahead = len(tiles) > 1 and (needs[1] or needs[2]) and shares is not None and not every
         for tile in tiles:
+            if unit and sliced:
+                statistics, d_hidden = _statistics_and_unit(operands, tile, buffer)
+                gradients.put_hidden(tile, d_hidden)
+                found.append(statistics)
+                continue
             logits, statistics = _statistics(operands, tile, buffer)
             if unit or ahead and tile.stop < stop:
                 share = shares[rows.sequence[tile]] if ahead else torch.ones_like(statistics.total)
@@ -351,6 +392,11 @@ def logps(
     unit = Gradients(operands, (needs[0], False, False), buffer, kept_only=True)
     every: list[Statistics] = []
     for tile in buffer.tiles(0, kept):
+        if needs[0] and buffer.columns < head.weight.shape[0]:
+            statistics, d_hidden = _statistics_and_unit(operands, tile, buffer)
+            unit.put_hidden(tile, d_hidden)
+            every.append(statistics)
+            continue
         logits, statistics = _statistics(operands, tile, buffer, None if logits_kept is None else logits_kept[tile])
         every.append(statistics)
         if needs[0]:

@@ -40,6 +40,7 @@ class _FusedGAPOLoss(torch.autograd.Function):
         logits, labels, cu_seqlens, coefficients, row_shift, row_total = ctx.saved_tensors
         # reduction="none": one upstream gradient a pair, for its chosen and its rejected row
         scale = coefficients * (grad_loss.repeat(2) if grad_loss.dim() else grad_loss)
+        scale = scale.masked_fill(coefficients == 0, 0)  # an inert pair has no gradient, whatever comes from above
         gradient = ops.logits_gradient(scale, logits, labels, cu_seqlens, row_shift, row_total, *ctx.options)
         return (gradient, None, None, None, None, None, None, None, None, None, None)
 

@@ -1,7 +1,7 @@
 """Whether a gradient's memory is ours to overwrite.
 
 A custom function's backward may return what its graph keeps for the next backward, or what someone looks at later, and
-two parameters may share one gradient: such memory must stay as it is.
+two parameters may share one gradient: such memory must stay as it is. So must what torch did not allocate, numpy's say.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from gapo_kernels import host_memory
 
 
 def exclusive(tensors: Sequence[Tensor | None]) -> list[bool]:
@@ -26,6 +28,10 @@ def exclusive(tensors: Sequence[Tensor | None]) -> list[bool]:
             parts.setdefault(tensors[number].untyped_storage()._cdata, []).append(number)
     found = [False] * len(tensors)
     for numbers in parts.values():
+        storage = tensors[numbers[0]].untyped_storage()
+        if not (storage.resizable() or host_memory.is_lent(storage)):
+            continue
+        del storage  # a reference
         if len(numbers) == 1 or _apart([_span(tensors[number]) for number in numbers]):
             for number in numbers:
                 found[number] = _alone(_references(tensors[number]), len(numbers))

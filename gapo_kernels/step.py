@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
 import torch._functorch.config
+import torch.compiler.config
 from torch import Tensor
 
-from gapo_kernels import validation
+from gapo_kernels import distributed, validation
 from gapo_kernels.anchor import GeometricAnchor
 from gapo_kernels.objective import gapo_objective, sft_terms
 from gapo_kernels.outputs import GAPOOutput
@@ -111,6 +113,8 @@ def gapo_step(
             # A backward of dynamic shapes is compiled when it first runs, which is in the probe.
             recorded = nullcontext() if sharing is None else sharing.recorded()
             kept, again = sharing is None or sharing.needs_graph, False
+            if kept and objective is not None:
+                _check_buffers_are_kept(margin)
             with _kept_buffers(), recorded, anchor.perturbed(objective, retain_graph=kept), torch.no_grad():
                 if sharing is not None and not sharing.tells_apart(valid):
                     sharing, again = None, not kept
@@ -135,14 +139,31 @@ def gapo_step(
 def _kept_buffers() -> Iterator[None]:
     """What is compiled in here keeps its buffers, so that its graph may be walked twice.
 
-    Set by hand: config.patch makes a ContextVar in each call, and the thread's context never lets go of one.
+    The tag is for the compiler's cache on disk, of whose keys the setting is no part. Both by hand: config.patch makes a
+    ContextVar in each call, and the thread's context never lets go of one.
     """
-    config = torch._functorch.config
-    before, config.donated_buffer = config.donated_buffer, False
+    functorch, compiler = torch._functorch.config, torch.compiler.config
+    before = functorch.donated_buffer, compiler.cache_key_tag
+    functorch.donated_buffer, compiler.cache_key_tag = False, f"{before[1]} gapo_kernels: kept buffers"
     try:
         yield
     finally:
-        config.donated_buffer = before
+        functorch.donated_buffer, compiler.cache_key_tag = before
+
+
+def _check_buffers_are_kept(result: Tensor) -> None:
+    """RuntimeError for a graph with compiled code from elsewhere whose first backward writes over what it saved: torch's
+    own check of that goes by the setting that `_kept_buffers` changes."""
+    if "torch._dynamo" not in sys.modules:
+        return
+    for node in distributed.nodes(result):
+        metadata = getattr(getattr(node, "_forward_cls", None), "metadata", None)
+        if getattr(metadata, "bw_donated_idxs", None):
+            raise RuntimeError(
+                "expected a graph that two backwards can walk, got compiled code whose first backward uses up its buffers, "
+                "for it first ran outside of gapo_step: run it inside first, or set torch._functorch.config.donated_buffer "
+                "to False before it is compiled"
+            )
 
 
 def _packed(

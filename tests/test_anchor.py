@@ -182,6 +182,20 @@ def test_two_parameters_in_the_same_memory_are_refused():
             with GeometricAnchor(params, rho=0.5).perturbed(grads=[torch.ones_like(p) for p in params]):
                 pytest.fail("entered")
         assert torch.equal(storage, before)
+    matrix = torch.randn(3, 8, dtype=torch.float64)
+    for shared in (
+        [matrix[:, ::2], matrix[:, ::2]],
+        [matrix, matrix[:, :4]],
+        [matrix[:, :5], matrix[:, 3:]],
+        [matrix[:, :3], matrix[:, 3:6], matrix[2, 5:]],
+    ):
+        with pytest.raises(ValueError, match="share memory"):
+            params = [nn.Parameter(part) for part in shared]
+            with GeometricAnchor(params, rho=0.5).perturbed(grads=[torch.ones_like(p) for p in params]):
+                pytest.fail("entered")
+    apart = [nn.Parameter(part) for part in (matrix[:, :3], matrix[:, 3:6], matrix[1, 6:], matrix[2, 6:7])]
+    with GeometricAnchor(apart, rho=0.5).perturbed(grads=[torch.ones_like(p) for p in apart]):
+        pass
     apart = [nn.Parameter(storage[:3]), nn.Parameter(storage[3:])]
     with GeometricAnchor(apart, rho=0.5).perturbed(grads=[torch.ones_like(p) for p in apart]):
         assert (storage != before).all()

@@ -4,11 +4,12 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from gapo_kernels import GeometricAnchor, ownership, perturbation
+from gapo_kernels import GeometricAnchor, gapo_step, host_memory, ownership, perturbation
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
@@ -116,6 +117,9 @@ def test_the_loss_of_the_perturbation_is_warned_of_once():
         warnings.simplefilter("error")
         with GeometricAnchor(params, rho=0.01).perturbed(grads=gradients(params)):
             pass
+        nothing = GeometricAnchor(params, rho=1e-9)  # too little for any weight to change, whatever the rounding
+        with nothing.perturbed(grads=gradients(params)):
+            assert nothing.stats.applied_norm < 0.5 * nothing.stats.intended_norm
 
 
 @pytest.mark.parametrize("share, warned", [(0.01, True), (0.49, True), (0.51, False), (0.99, False)])
@@ -206,6 +210,36 @@ def test_an_ordinary_gradient_is_ours():
     assert ownership.exclusive(gradients) == [False]
     del view
     assert ownership.exclusive(gradients) == [True]
+
+
+def test_memory_that_torch_did_not_allocate_is_not_ours():
+    gradients = [torch.from_numpy(np.zeros(4, np.float32)), torch.zeros(4)]
+    assert ownership.exclusive(gradients) == [False, True]
+    shape = (host_memory.HUGE_PAGE, 1)  # but that of a head's gradient on a CPU is
+    gradients = [host_memory.uninitialized(shape, F32, torch.device("cpu"), host_memory.WEIGHT)]
+    assert ownership.exclusive(gradients) == [True]
+
+
+def test_a_backward_that_hands_out_its_scratch():
+    class Scale(torch.autograd.Function):
+        scratch = np.zeros(6, np.float32)
+
+        @staticmethod
+        def forward(ctx, x, weight):
+            ctx.save_for_backward(x, weight)
+            Scale.scratch[:] = -1
+            return x * weight
+
+        @staticmethod
+        def backward(ctx, upstream):
+            x, weight = ctx.saved_tensors
+            np.copyto(Scale.scratch, (upstream * x).sum(0).numpy())
+            return upstream * weight, torch.from_numpy(Scale.scratch)
+
+    weight, x = nn.Parameter(torch.randn(6)), torch.randn(4, 6)
+    before = weight.detach().clone()
+    out = gapo_step(lambda: Scale.apply(x, weight).sum(1), GeometricAnchor([weight], rho=0.1))
+    assert torch.equal(weight, before) and (out.gap > 0).any()
 
 
 def test_a_linear_layers_gradients_are_views_and_ours():

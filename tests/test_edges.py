@@ -46,6 +46,17 @@ def test_a_pair_with_an_empty_completion_is_inert(backend, device, empty, reduct
         assert found.fields["loss"][0] == 0
 
 
+@pytest.mark.parametrize("upstream", [torch.nan, torch.inf])
+def test_what_has_no_gradient_has_none_whatever_comes_from_above(backend, device, upstream):
+    batch = make_batch(4, 3, 7, device=device)
+    batch.labels[0] = -100
+    logits = batch.logits.float().requires_grad_()
+    loss = fused_gapo_loss(logits, batch.labels, backend=backend).loss
+    (gradient,) = torch.autograd.grad(loss, logits, torch.full_like(loss, upstream))
+    assert not gradient[[0, 2]].any() and not gradient[:, -1].any()  # the inert pair; rows that predict nothing
+    assert not gradient[1, 0].isfinite().any()
+
+
 # No token anywhere: every label ignored; one position, which has nothing to predict; no position at all; and packed
 # sequences of one row and of none.
 NOTHING = {

@@ -335,6 +335,55 @@ def test_a_pair_beyond_the_budget_is_computed_twice_but_its_last_tile_the_first_
     assert sum(gemms) == sum(rows)
 
 
+@pytest.mark.parametrize("function", [fused_linear_gapo_loss, linear_sequence_logps])
+@pytest.mark.parametrize("budget", [8, 5 * 8, ROW - 8, ROW, 3 * ROW])
+def test_a_frozen_head_computes_every_logit_once(function, budget, monkeypatch):
+    hidden, weight, bias, labels, _, _ = problem(bias=True)
+    computed, project = [], linear_engine.Head.project
+
+    def counted(head, hidden, out):
+        computed.append(out.numel())
+        return project(head, hidden, out)
+
+    monkeypatch.setattr(linear_engine.Head, "project", counted)
+    options = dict(max_logits_bytes=budget, frozen=("weight", "bias"), softcap=2.0)
+    run(function, hidden, weight, bias, labels, **options)
+    assert sum(computed) == (labels[:, 1:] != -100).sum() * VOCABULARY
+
+
+@pytest.mark.parametrize("frozen", [("weight", "bias"), ()], ids=str)
+@pytest.mark.parametrize("budget", [8, 5 * 8, ROW, 2**30])
+def test_tokens_that_are_ruled_out(budget, frozen):
+    """By a bias of -inf, whole slices of the vocabulary among them, from the first and the last one on."""
+    hidden, weight, bias, labels, anchor, _ = problem(bias=True)
+    with torch.no_grad():
+        bias[:11] = bias[17:24] = bias[30:] = -torch.inf
+    labels = labels.where(labels < 0, 11 + labels % 6)
+    labels[4, 3] = 2  # one has no probability at all
+    options = dict(anchor_hidden=anchor, frozen=frozen)
+    expected = run(reference.fused_linear_gapo_loss, hidden, weight, bias, labels, **options)
+    found = run(fused_linear_gapo_loss, hidden, weight, bias, labels, max_logits_bytes=budget, **options)
+    assert expected[0].loss.isnan() or expected[0].loss.isinf() or expected[0].loss > 1
+    for name, one, other in zip(FIELDS, found[0], expected[0]):
+        torch.testing.assert_close(one, other, atol=1e-10, rtol=0, equal_nan=True, msg=lambda m: f"{name}: {m}")
+    for one, other in zip(found[1], expected[1]):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, atol=1e-10, rtol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("upstream", [torch.nan, torch.inf])
+@pytest.mark.parametrize("budget", [ROW, 2**30])
+def test_what_has_no_gradient_has_none_whatever_comes_from_above(budget, upstream):
+    hidden, weight, _, labels, _, _ = problem(empty=(1,))
+    upstream = torch.tensor(upstream, dtype=torch.float64)
+    out = fused_linear_gapo_loss(hidden, weight, labels, max_logits_bytes=budget)
+    for last in (False, True):
+        (gradient,) = torch.autograd.grad(out.loss, hidden, upstream, retain_graph=not last)
+        assert not gradient[[1, 4]].any() and not gradient[:, -1].any()  # the pair of an empty completion; the last rows
+        assert not gradient[2, 0].isfinite().any() or not gradient[0, 0].isfinite().any()
+
+
 def test_the_logits_that_d_weight_needs_are_kept_if_they_fit(gemms):
     hidden, weight, _, labels, _, _ = problem()
     kept = (labels[:, 1:] != -100).sum().item()
@@ -844,6 +893,8 @@ def loss(*head, **options):
     fused_linear_gapo_loss(*head, anchor_hidden=head[0], **options).loss.sum().backward()
 def loss_of_each_pair(*head, **options):
     loss(*head, reduction="none", **options)
+def loss_of_labels_that_underflow(*head, **options):
+    loss(*head, logit_scale=40.0, **options)
 def logps(*head, **options):
     linear_sequence_logps(*head, **options).sum().backward()
 def logps_as_in_a_step(*head, **options):
@@ -882,29 +933,26 @@ PEAK_CASES = [
     (8, 512, 2048, 512),
     (160, 128, 64, 32768),
 ]
-PEAK_CALLS = ["loss", "loss_of_each_pair", "logps", "logps_as_in_a_step", "logps_with_softcap"]
-
-
-def cases_of(call):
-    return PEAK_CASES[-1:] if call == "logps_with_softcap" else PEAK_CASES
+PEAK_CALLS = ["loss", "loss_of_each_pair", "logps", "logps_as_in_a_step"]
+LAST_CALLS = ["logps_with_softcap", "loss_of_labels_that_underflow"]  # of the last case alone
+PEAKS_ASKED = [(call, *case) for call in PEAK_CALLS for case in PEAK_CASES] + [(c, *PEAK_CASES[-1]) for c in LAST_CALLS]
 
 
 @pytest.fixture(scope="module")
 def peaks():
     """Of each call and case, in a process of its own: MiB beyond operands and gradients."""
-    asked = [(call, *case) for call in PEAK_CALLS for case in cases_of(call)]
-    command = [sys.executable, "-c", PEAKS, json.dumps(asked)]
+    command = [sys.executable, "-c", PEAKS, json.dumps(PEAKS_ASKED)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     if "PermissionError" in done.stderr:
         pytest.skip("the kernel does not let the peak be reset")
     assert done.returncode == 0, done.stderr
-    return dict(zip(asked, map(json.loads, done.stdout.splitlines()), strict=True))
+    return dict(zip(PEAKS_ASKED, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("call, case", [(call, case) for call in PEAK_CALLS for case in cases_of(call)], ids=str)
+@pytest.mark.parametrize("call, case", [(call, case) for call, *case in PEAKS_ASKED], ids=str)
 def test_peak_memory_is_the_budget_and_at_most_64_mib(peaks, call, case):
     """Eager holds all logits several times."""
     mib, length, width, _ = case
-    beyond, kept = peaks[call, *case], 0 if call == "loss" else 4 * 8 * length * width / 2**20
+    beyond, kept = peaks[call, *case], 0 if call.startswith("loss") and call != "loss_of_each_pair" else 4 * 8 * length * width / 2**20
     assert 0 < beyond <= mib + kept + 64

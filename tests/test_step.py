@@ -336,6 +336,43 @@ def test_a_compiled_model(model, anchor):
     assert_close(results[1], results[0], 1e-12)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_generated_code_that_uses_up_its_buffers(dynamic):
+    """The default compiler writes over what a graph keeps, where it may be walked once: a graph that was compiled so is
+    refused, and its code on the disk is not taken for a graph that is walked twice."""
+    from torch._inductor.utils import fresh_cache
+
+    torch.manual_seed(0)
+    layers = [nn.Linear(40, 48), nn.Linear(48, 48), nn.Linear(48, 1)]
+    x = torch.randn(16, 40)
+
+    def chain(x):
+        for layer in layers:
+            x = layer(x).sin().sin()
+        return x.sum(1)
+
+    params = [p for layer in layers for p in layer.parameters()]
+    before = [p.detach().clone() for p in params]
+
+    def run(function):
+        out = gapo_step(lambda: function(x), GeometricAnchor(params, rho=0.3))
+        return [out.loss.detach(), *torch.autograd.grad(out.loss, params)]
+
+    expected = run(chain)
+    with fresh_cache():
+        compiled = torch.compile(chain, dynamic=dynamic)
+        try:
+            compiled(x).mean().backward()
+        except torch._inductor.exc.InvalidCxxCompiler:
+            pytest.skip("torch.compile's default back end needs a C++ compiler, and there is none")
+        with pytest.raises(RuntimeError, match="uses up its buffers"):
+            run(compiled)
+        assert all(map(torch.equal, params, before))
+        torch._dynamo.reset()
+        for _ in range(2):
+            assert_close(run(compiled), expected, 1e-5)
+
+
 def test_a_compiled_model_with_new_shapes(model, anchor):
     """A backward of dynamic shapes is compiled when it first runs: in the probe."""
     ids, labels = batch()

@@ -21,6 +21,7 @@ from gapo_kernels import (
     validation,
 )
 from gapo_kernels.displacement import Displacement
+from gapo_kernels.distributed import averaged
 
 RANKS, PAIRS, RHO = 2, 4, 0.3
 
@@ -142,6 +143,13 @@ def given_gradients(rank, alone=False):
         moved = [p.detach() - 1 for p in params]
     assert all(torch.equal(g, b) for g, b in zip(grads, before))
     return moved
+
+
+def averaged_gradients(rank):
+    """Of float16 numbers whose sum is none, and of one in another dtype than its parameter that rank 1 lacks."""
+    params = [nn.Parameter(torch.ones(4, dtype=torch.float16)), nn.Parameter(torch.ones(3))]
+    grads = [torch.full((4,), 4e4, dtype=torch.float16), None if rank else torch.full((3,), 5.0, dtype=torch.float64)]
+    return averaged(grads, params, None, ours=False)
 
 
 def not_finite_on_one_rank(rank):

@@ -194,6 +194,12 @@ def test_given_gradients_are_averaged(on_two_ranks):
     assert all(torch.equal(a, b) for a, b in zip(one, other))
 
 
+def test_averages_of_large_numbers_and_of_other_dtypes(on_two_ranks):
+    for large, wide in on_two_ranks("averaged_gradients"):
+        assert torch.equal(large, torch.full((4,), 4e4, dtype=torch.float16))
+        assert torch.equal(wide, torch.full((3,), 2.5, dtype=torch.float64))
+
+
 def test_a_group_of_each_rank_alone(on_two_ranks):
     one, other = on_two_ranks("given_gradients", alone=True)
     for moved, grads in ((one, [torch.full((4,), 1.0), torch.zeros(3)]), (other, [torch.full((4,), 2.0), torch.arange(3.0)])):
