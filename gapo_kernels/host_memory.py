@@ -19,7 +19,7 @@ HUGE_PAGE = 2**21
 # One of each kind: LOGITS, their gradient or a buffer of them, and WEIGHT, a head's gradient.
 LOGITS, WEIGHT = "logits", "weight"
 _spare: dict[str, mmap.mmap] = {}
-_lent: set[int] = set()  # addresses
+_lent: set[int] = set()  # the storages that are alive, by torch's own addresses
 
 
 def zeros_but(like: Tensor, written: Tensor) -> Tensor:
@@ -70,15 +70,16 @@ def _mapped(
         _advise(memory, mmap.MADV_HUGEPAGE, 0, size)
     view = memoryview(memory)
     flat = torch.frombuffer(view, dtype=dtype, count=shape.numel())
-    _lent.add(flat.data_ptr())
+    storage = flat.untyped_storage()._cdata
     # The tensor owns the view: when it dies, the memory comes back.
-    weakref.finalize(view, _keep, memory, kind, flat.data_ptr()).atexit = False
+    weakref.finalize(view, _keep, memory, kind, storage).atexit = False
+    _lent.add(storage)
     return flat, memory, fresh
 
 
 def is_lent(storage: torch.UntypedStorage) -> bool:
     """Whether its memory comes from here: nobody else's, until the storage dies."""
-    return storage.data_ptr() in _lent
+    return storage._cdata in _lent
 
 
 def release() -> None:
@@ -86,8 +87,8 @@ def release() -> None:
     _spare.clear()
 
 
-def _keep(memory: mmap.mmap, kind: str, address: int) -> None:
-    _lent.discard(address)
+def _keep(memory: mmap.mmap, kind: str, storage: int) -> None:
+    _lent.discard(storage)
     _advise(memory, mmap.MADV_FREE, 0, len(memory))
     _spare[kind] = memory
 

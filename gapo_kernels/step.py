@@ -43,8 +43,8 @@ def gapo_step(
     Both runs must compute the same function, so a run that draws random numbers (dropout in train mode) is refused:
     between two masks the gap would be mostly their difference. Switch dropout off (`model.eval()`, or its probabilities
     to 0), or pass allow_dropout=True: the anchor's run then draws the same masks again. The kept graph is walked twice:
-    checkpoint activations with use_reentrant=False; a compiled model's first run must be in here (or compile with
-    torch._functorch.config.donated_buffer = False), so that its graph may be walked twice, too.
+    checkpoint activations with use_reentrant=False; a compiled model's first run must be in here, with an anchor (or in
+    here after torch._dynamo.reset()), so that its graph may be walked twice, too.
 
     With an anchor of scope k from `GeometricAnchor.from_model`, the decoder layers below k run once: the anchor's run
     takes their outputs from the first.
@@ -87,7 +87,9 @@ def gapo_step(
         raise TypeError(f"anchor must be a GeometricAnchor or None, got {type(anchor).__name__}")
     randomness = None if anchor is None else _Randomness({param.device for param in anchor.params})
     unmoved = UnmovedLayers([] if anchor is None else anchor.unmoved_layers)
-    with _kept_buffers(), unmoved.recorded():
+    walked_twice = anchor is not None and anchor.direction != "gaussian"
+    # A backward of dynamic shapes is compiled when it first runs: in the probe, or, without one, after this function.
+    with _kept_buffers() if walked_twice else nullcontext(), unmoved.recorded():
         margin, logps, counts = _margin(logps_fn())
     if sft_weight and counts is None:
         raise ValueError("sft_weight needs token counts: logps_fn must return (logps, counts), got logps alone")
@@ -96,7 +98,7 @@ def gapo_step(
 
     options = dict(beta=beta, gamma=gamma, label_smoothing=label_smoothing, loss_type=loss_type)
     sharing = None
-    if share_backward and anchor is not None and anchor.direction != "gaussian" and logps.grad_fn is not None:
+    if share_backward and walked_twice and logps.grad_fn is not None:
         sharing = SharedBackward(logps, anchor, anchor.params)
     counter = None if anchor is None else anchor.state_dict()
     try:
@@ -109,8 +111,7 @@ def gapo_step(
                     "anchor. Switch dropout off, model.eval() or its probabilities to 0, or pass allow_dropout=True to "
                     "draw the same numbers in both runs"
                 )
-            objective = None if anchor.direction == "gaussian" else _probe(probe, margin, beta, gamma, valid)
-            # A backward of dynamic shapes is compiled when it first runs, which is in the probe.
+            objective = None if not walked_twice else _probe(probe, margin, beta, gamma, valid)
             recorded = nullcontext() if sharing is None else sharing.recorded()
             kept, again = sharing is None or sharing.needs_graph, False
             if kept and objective is not None:
@@ -144,7 +145,7 @@ def _kept_buffers() -> Iterator[None]:
     """
     functorch, compiler = torch._functorch.config, torch.compiler.config
     before = functorch.donated_buffer, compiler.cache_key_tag
-    functorch.donated_buffer, compiler.cache_key_tag = False, f"{before[1]} gapo_kernels: kept buffers"
+    functorch.donated_buffer, compiler.cache_key_tag = False, f"{before[1]} gapo_kernels: a probe walks it, too"
     try:
         yield
     finally:
@@ -161,8 +162,8 @@ def _check_buffers_are_kept(result: Tensor) -> None:
         if getattr(metadata, "bw_donated_idxs", None):
             raise RuntimeError(
                 "expected a graph that two backwards can walk, got compiled code whose first backward uses up its buffers, "
-                "for it first ran outside of gapo_step: run it inside first, or set torch._functorch.config.donated_buffer "
-                "to False before it is compiled"
+                "for it first ran outside of gapo_step, or without a probe: run it inside first, or call "
+                "torch._dynamo.reset() before"
             )
 
 

@@ -218,6 +218,9 @@ def test_memory_that_torch_did_not_allocate_is_not_ours():
     shape = (host_memory.HUGE_PAGE, 1)  # but that of a head's gradient on a CPU is
     gradients = [host_memory.uninitialized(shape, F32, torch.device("cpu"), host_memory.WEIGHT)]
     assert ownership.exclusive(gradients) == [True]
+    seen = gradients[0].numpy()
+    gradients[0] = torch.from_numpy(seen)  # another storage over that memory
+    assert ownership.exclusive(gradients) == [False]
 
 
 def test_a_backward_that_hands_out_its_scratch():

@@ -369,6 +369,10 @@ def test_generated_code_that_uses_up_its_buffers(dynamic):
             run(compiled)
         assert all(map(torch.equal, params, before))
         torch._dynamo.reset()
+        gapo_step(lambda: compiled(x), None).loss.backward()  # walks it once
+        with pytest.raises(RuntimeError, match="uses up its buffers"):
+            run(compiled)
+        torch._dynamo.reset()
         for _ in range(2):
             assert_close(run(compiled), expected, 1e-5)
 
