@@ -118,7 +118,7 @@ class Head(NamedTuple):
 
     def partial(self, logits: Tensor, labels: Tensor) -> Statistics:
         """Of a shard: with the label's logit, 0 if that is another's, in the log-probability's place."""
-        shard_labels, elsewhere = self._local(labels)
+        shard_labels, elsewhere = self.local(labels)
         options = (_rows_apart(logits), False, False, _NO_LABEL)
         logps, _, shift, total = self.launchers.logps_forward(logits, shard_labels, *options)
         if self.shard is None:
@@ -156,7 +156,7 @@ class Head(NamedTuple):
         return logits
 
     def _softmax_gradient_(self, logits: Tensor, labels: Tensor, shift: Tensor, total: Tensor, scale: Tensor) -> None:
-        shard_labels, elsewhere = self._local(labels)
+        shard_labels, elsewhere = self.local(labels)
         if elsewhere is not None:
             # The label that stands in for one on another rank has a plain softmax's gradient.
             at = elsewhere.nonzero().flatten()
@@ -167,7 +167,7 @@ class Head(NamedTuple):
         if elsewhere is not None:
             logits[at, column] = plain.masked_fill(scale[at] == 0, 0)
 
-    def _local(self, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+    def local(self, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Labels as columns of this rank's shard, and which of them (R,) are another rank's: these become column 0."""
         if self.shard is None:
             return labels, None

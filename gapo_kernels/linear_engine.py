@@ -214,35 +214,50 @@ def _statistics(
 
 
 def _statistics_and_unit(operands: Operands, tile: slice, buffer: Buffer) -> tuple[Statistics, Tensor]:
-    """And d(-log-prob of the row's label) / d hidden (R, H), from slices of the vocabulary, of which each is computed once:
-    what the softmax of those so far gives is weighed anew with every slice, and the label's part comes last."""
+    """And d(-log-prob of the row's label) / d hidden (R, H), from slices of the vocabulary, of which each is computed once.
+
+    The terms exp(x - shift) of all tokens but the label, and their product with the weight, are added up from slice to
+    slice, weighed anew where the maximum grows, and divided once. The label's part is -(1 - p) times its row of the weight:
+    so a confident token, for which p - 1 has few digits, keeps them.
+    """
     head, labels = operands.head, operands.rows.label[tile]
     shift = labels.new_full(labels.shape, -torch.inf, dtype=cpu.accumulation_dtype(head.weight))
-    total, label_logit, unit = torch.zeros_like(shift), torch.zeros_like(shift), shift.new_zeros(1)
+    rest, label_logit, unit = torch.zeros_like(shift), torch.zeros_like(shift), shift.new_zeros(1)
     nowhere, one = torch.full_like(labels, -1), torch.ones_like(shift)
 
-    def weighed(values: Tensor, weight: Tensor, among: Tensor) -> Tensor:
-        return (values * (weight / among)[:, None]).masked_fill((weight == 0)[:, None], 0)
+    def times(values: Tensor, weight: Tensor) -> Tensor:
+        return (values * weight[:, None]).masked_fill((weight == 0)[:, None], 0)
 
     for _, part in head.slices(buffer.columns):
         logits = operands._replace(head=part).logits(tile, buffer)
-        own = part.partial(logits, labels)
-        label_logit += own.logps
-        largest = torch.maximum(shift, own.shift)
-        before, new = ((t * (m - largest).exp()).masked_fill(m == -torch.inf, 0) for m, t in ((shift, total), own[:2]))
-        shift, total = largest, before + new
-        part.differentiate_(logits, nowhere, own.shift, own.total, one)
-        unit = weighed(unit, before, total) + weighed(part.hidden_gradient(logits), new, total)
-    statistics = head.combined([Statistics(shift, total, label_logit)])
-    here = (total * (shift - statistics.shift).exp()).masked_fill(shift == -torch.inf, 0)
-    unit = weighed(unit, here, statistics.total)
-    column = labels - (0 if head.shard is None else head.shard.start)
-    slope = one * head.logit_scale
+        column, elsewhere = part.local(labels)
+        at = (~elsewhere).nonzero().flatten()
+        label = at, column[at]
+        label_logit[at] = logits[label].to(shift.dtype)
+        logits[label] = -torch.inf
+        others = part.partial(logits, nowhere)
+        largest = torch.maximum(shift, others.shift)
+        before, new = ((m - largest).exp().masked_fill(m == -torch.inf, 0) for m in (shift, others.shift))
+        rest = rest * before + (others.total * new).masked_fill(others.shift == -torch.inf, 0)
+        shift = largest
+        logits[label] = 0  # softcap's slope at -inf would be none
+        part.differentiate_(logits, nowhere, others.shift, one, one)
+        logits[label] = 0
+        unit = times(unit, before) + times(part.hidden_gradient(logits), new)
+    first = 0 if head.shard is None else head.shard.start
+    column = (labels - first).clamp(0, head.weight.shape[0] - 1)
+    here = column == labels - first
+    # No rank's: NaN, as the launchers have it.
+    label_logit.masked_fill_((labels < 0) | (labels >= head.vocabulary), torch.nan)
+    of_label = Statistics(label_logit.masked_fill(~here, -torch.inf), one, label_logit)
+    statistics = head.combined([Statistics(shift, rest, torch.zeros_like(rest)), of_label])
+    share = ((shift - statistics.shift).exp() / statistics.total).masked_fill(shift == -torch.inf, 0)
+    on_one_rank = head.shard is None or head.shard.group is None
+    others = rest * share if on_one_rank else -torch.expm1(statistics.logps)
+    slope = others * head.logit_scale
     if head.softcap is not None:
         slope = slope * (1 - (label_logit / head.softcap).square())
-    slope = slope.masked_fill((column < 0) | (column >= head.weight.shape[0]), 0)  # on another rank, or nowhere
-    weight = head.weight[column.clamp(0, head.weight.shape[0] - 1)].to(unit.dtype)
-    return statistics, unit.sub_(weight * slope[:, None])
+    return statistics, times(unit, share).sub_(times(head.weight[column].to(unit.dtype), slope.masked_fill(~here, 0)))
 
 
 def _rows_logps(operands: Operands, start: int, stop: int, buffer: Buffer) -> list[Tensor]:

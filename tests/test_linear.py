@@ -372,6 +372,40 @@ def test_tokens_that_are_ruled_out(budget, frozen):
             torch.testing.assert_close(one, other, atol=1e-10, rtol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize(
+    "function, confidence, frozen",
+    [
+        ("fused_linear_gapo_loss", 15, ()),
+        ("fused_linear_gapo_loss", 15, ("weight",)),
+        ("fused_linear_gapo_loss", 20, ("weight",)),
+        ("linear_sequence_logps", 15, ("weight",)),
+        ("linear_sequence_logps", 20, ()),
+    ],
+    ids=str,
+)
+def test_a_confident_token_keeps_its_digits_at_any_budget(function, confidence, frozen):
+    """In float32, against eager's own error: the label's p - 1 is not a difference of large vectors."""
+    width, vocabulary = 32, 128
+    errors = {}
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.randn(vocabulary, width, generator=generator)
+        labels = torch.randint(vocabulary, (2, 5), generator=generator)
+        towards = weight[labels.roll(-1, 1)]
+        hidden = confidence * towards / towards.square().sum(-1, keepdim=True)
+        hidden += 0.1 * torch.randn(hidden.shape, generator=generator)
+        truth = run(getattr(reference, function), hidden.double(), weight.double(), None, labels)[1][0]
+
+        def error(call, **options):
+            return ((run(call, hidden, weight, None, labels, **options)[1][0] - truth).norm() / truth.norm()).item()
+
+        errors.setdefault("eager", []).append(error(getattr(reference, function)))
+        for name, budget in {"row / 8": vocabulary // 2, "row / 32": vocabulary // 8, "one logit": 4}.items():
+            errors.setdefault(name, []).append(error(globals()[function], frozen=frozen, max_logits_bytes=budget))
+    eager = sum(errors.pop("eager"))
+    assert eager > 1e-6 and all(sum(found) <= 1.5 * eager for found in errors.values()), (eager, errors)
+
+
 @pytest.mark.parametrize("upstream", [torch.nan, torch.inf])
 @pytest.mark.parametrize("budget", [ROW, 2**30])
 def test_what_has_no_gradient_has_none_whatever_comes_from_above(budget, upstream):
