@@ -169,6 +169,13 @@ def _waits(group) -> bool:
     return partial is not None or any(param.unsharded_accumulated_grad is not None for param in group.fsdp_params)
 
 
+def is_sharded_model(model: nn.Module) -> bool:
+    """Also while it has all its parameters gathered, and none is a DTensor."""
+    return any(hasattr(module, "_get_fsdp_state") for module in model.modules()) or any(
+        map(is_sharded, model.parameters())
+    )
+
+
 class ShardedModel:
     """A model under fully_shard: its probe's gradients, and the copies of its shards that must not grow stale."""
 
@@ -203,6 +210,13 @@ class ShardedModel:
 
     def gradients(self, objective: Tensor, params: Sequence[nn.Parameter], retain_graph: bool) -> list[Tensor | None]:
         """The objective's gradients, averaged by FSDP; every .grad is what it was before."""
+        contexts = {module._get_fsdp_state()._state_ctx for module in self._modules}
+        if any(context.post_backward_final_callback_queued for context in contexts):
+            raise RuntimeError(
+                "an exception cut off an earlier backward of this model, which leaves FSDP2 in its middle: the probe's would "
+                "miss gradients. Call model.reset_iter_state() before the next step, or build the model anew where torch "
+                "does not have it"
+            )
         leaves = list({id(leaf): leaf for leaf in (*self._params, *_leaves(objective))}.values())
         if any(leaf._post_accumulate_grad_hooks for leaf in leaves):
             raise RuntimeError(
@@ -220,7 +234,6 @@ class ShardedModel:
                 "backward would add to them; leave gradient synchronisation on in all backwards between optimizer steps"
             )
         aside = [leaf.grad for leaf in leaves]
-        contexts = {module._get_fsdp_state()._state_ctx for module in self._modules}
         last = {context: context.is_last_backward for context in contexts}
         with interrupt_held():  # between two lines of the way back it would lose the .grad of some
             try:

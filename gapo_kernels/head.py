@@ -21,6 +21,7 @@ from torch import Tensor
 from gapo_kernels import cpu, host_memory
 
 CAST_BYTES = 16 * 2**20  # of the weight, or of the logits' gradient, cast at a time
+BIAS_ROWS = 16  # of the logits' gradient, summed at a time in its dtype
 SOFTCAP_BYTES = 8 * 2**20  # of the logits, kept at a time for softcap's derivative
 HALF = (torch.float16, torch.bfloat16)
 
@@ -133,13 +134,16 @@ class Head(NamedTuple):
         group = None if self.shard is None else self.shard.group
         # A shard whose logits are all -inf takes no part: its sum is 0 (exp(-inf - -inf) made it NaN), its maximum finite.
         total = total.masked_fill(shift == -torch.inf, 0)
-        largest = (shift + total.log()).nan_to_num(nan=torch.inf, neginf=torch.finfo(shift.dtype).min).amax(0)
+        # The maximum itself, as whole rows have it: shift + log(total) is rounded, which a confident token's 1 - p shows.
+        largest = shift.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.finfo(shift.dtype).min).amax(0)
         if group is not None:
             torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=group)
-        sums = torch.stack([(total * (shift - largest).exp()).sum(0), label_logit.sum(0)])
+        # In float64: where one token has nearly all of a sum of 1, every rounding shows in what the others have.
+        sums = torch.stack([(total.double() * (shift - largest).exp()).sum(0), label_logit.double().sum(0)])
         if group is not None:
             torch.distributed.all_reduce(sums, group=group)
-        return Statistics(largest, sums[0], sums[1] - largest - sums[0].log())
+        logps = sums[1] - largest - sums[0].log()
+        return Statistics(largest, *(values.to(shift.dtype) for values in (sums[0], logps)))
 
     def differentiate_(self, logits: Tensor, labels: Tensor, shift: Tensor, total: Tensor, scale: Tensor) -> Tensor:
         """scale[row] * d(-log-prob of the row's label) / d(hidden @ weight^T + bias), over the logits (R, V)."""
@@ -224,12 +228,15 @@ class WeightGradient:
         if gradient.shape[1] < self._like.shape[0]:
             self.results()  # the zeros that slices are added to
         if self._wanted[1]:
-            dtype = torch.promote_types(gradient.dtype, torch.float32)
-            part = gradient.sum(0, dtype=dtype) if numbers is None else gradient.t() @ numbers
+            # In float64: what adds rows one after the other, a product with a vector or tile after tile, loses digits.
             if self.bias is None:
-                self.bias = part
+                self.bias = self._like.new_zeros(self._like.shape[0], dtype=torch.float64)
+            total = _times(self.bias[columns], factor)
+            if numbers is None:
+                total.add_(gradient.sum(0, dtype=torch.promote_types(gradient.dtype, torch.float32)))
             else:
-                _times(self.bias[columns], factor).add_(part)
+                for rows, own in zip(gradient.split(BIAS_ROWS), numbers.split(BIAS_ROWS)):
+                    total.add_(rows.t() @ own)
         if not self._wanted[0]:
             return
         total = None if self.weight is None else self.weight[columns]
@@ -254,8 +261,8 @@ class WeightGradient:
         if self._wanted[0] and self.weight is None:
             self.weight = self._like.new_zeros(self._like.shape, dtype=dtype)
         if self._wanted[1] and self.bias is None:
-            self.bias = self._like.new_zeros(self._like.shape[0], dtype=dtype)
-        return self.weight, self.bias
+            self.bias = self._like.new_zeros(self._like.shape[0], dtype=torch.float64)
+        return self.weight, None if self.bias is None else self.bias.to(dtype)
 
 
 def _times(total: Tensor, factor: Tensor | None) -> Tensor:

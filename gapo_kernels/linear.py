@@ -405,7 +405,8 @@ def linear_sequence_logps(
         bias: (V,), the head's.
         softcap: > 0, as Gemma-2's final_logit_softcapping.
         logit_scale: not 0, as Cohere's logit_scale, or 1 / Granite's logits_scaling.
-        max_logits_bytes: at most this much logits at a time; one logit or more. Below one row's it is slow.
+        max_logits_bytes: at most this much logits at a time; one logit or more. For fewer than 16 rows' it is slow, and
+            d weight, which adds up tile after tile, loses digits over thousands of rows.
         vocab_parallel_group: the ranks over which the rows of weight (and bias) are sharded, in their order; hidden and
             labels are the same on all of them, and d hidden comes out whole on all of them. The head may be a DTensor
             with placements (Shard(0),), or this rank's rows.

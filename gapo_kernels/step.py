@@ -88,8 +88,8 @@ def gapo_step(
     randomness = None if anchor is None else _Randomness({param.device for param in anchor.params})
     unmoved = UnmovedLayers([] if anchor is None else anchor.unmoved_layers)
     walked_twice = anchor is not None and anchor.direction != "gaussian"
-    # A backward of dynamic shapes is compiled when it first runs: in the probe, or, without one, after this function.
-    with _kept_buffers() if walked_twice else nullcontext(), unmoved.recorded():
+    buffers = _kept_buffers if walked_twice else nullcontext
+    with buffers(), unmoved.recorded():
         margin, logps, counts = _margin(logps_fn())
     if sft_weight and counts is None:
         raise ValueError("sft_weight needs token counts: logps_fn must return (logps, counts), got logps alone")
@@ -116,7 +116,8 @@ def gapo_step(
             kept, again = sharing is None or sharing.needs_graph, False
             if kept and objective is not None:
                 _check_buffers_are_kept(margin)
-            with _kept_buffers(), recorded, anchor.perturbed(objective, retain_graph=kept), torch.no_grad():
+            # In here, too: a backward of dynamic shapes is compiled when it first runs.
+            with buffers(), recorded, anchor.perturbed(objective, retain_graph=kept), torch.no_grad():
                 if sharing is not None and not sharing.tells_apart(valid):
                     sharing, again = None, not kept
                 with randomness.repeated() if drawn else unmoved.replayed():

@@ -78,7 +78,14 @@ def describe(value: object) -> str:
     return f"a {value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
 
 
+def check_dense(tensor: Tensor, name: str) -> None:
+    if tensor.layout != torch.strided or tensor.is_nested:
+        got = "a nested one" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{name} must be a dense tensor, got {got}")
+
+
 def check_device(tensor: Tensor, like: Tensor, name: str, like_name: str) -> None:
+    check_dense(tensor, name)
     if tensor.device != like.device:
         raise ValueError(f"{name} must be on the device of {like_name}, {like.device}, got {tensor.device}")
 
@@ -203,6 +210,8 @@ def _check_rows_and_labels(
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {rows.dtype}")
     if not isinstance(labels, Tensor) or labels.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64):
         raise TypeError(f"labels must be an integer tensor (int64), got {describe(labels)}")
+    check_dense(rows, name)
+    check_dense(labels, "labels")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt)):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     if not -(2**63) <= ignore_index < 2**63:

@@ -182,8 +182,10 @@ def fsdp(
     reshard="default",
     dtype=torch.float64,
     policy=None,
+    gathered=False,
     **options,
 ):
+    """gathered: the anchor is made of a model that an evaluation has left whole."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     model = tiny_models.build(model, dtype)
@@ -193,6 +195,10 @@ def fsdp(
     if policy is not None:
         sharding["mp_policy"] = MixedPrecisionPolicy(**policy)
     model = _shard(model, mesh_shape, **sharding)
+    if gathered:
+        with torch.no_grad():
+            logps_of(model, rank)()
+        assert not any(isinstance(p, torch.distributed.tensor.DTensor) for p in model.parameters())
     anchor = GeometricAnchor.from_model(model, rho=RHO, **options)
     return _train(model, anchor, logps_of(model, rank), steps, lr, full)
 
@@ -273,6 +279,41 @@ def fsdp_fails_inside(rank, where):
         logits = model(input_ids=ids).logits
         expected = tiny_models.build("llama")(input_ids=ids).logits
     return error, restored, gradients, torch.equal(logits, expected)
+
+
+def fsdp_after_a_failed_backward(rank, which):
+    """What the next step says, and after the remedy its gap less the true one, the largest."""
+    model = _shard(tiny_models.build("llama"))
+    anchor = GeometricAnchor.from_model(model, rho=RHO)
+    logps, failing = logps_of(model, rank), [which == "probe"]
+
+    def fail(gradient):
+        if failing[0]:
+            raise MemoryError("in a backward")
+
+    handle = model.model.layers[0].register_forward_hook(
+        lambda module, args, output: output.register_hook(fail) and None if output.requires_grad else None
+    )
+    try:
+        out = gapo_step(logps, anchor)
+        failing[0] = True
+        out.loss.backward()
+    except MemoryError:
+        failing[0] = False
+    handle.remove()
+    before = [p.detach().to_local().clone() for p in anchor.params]
+    try:
+        gapo_step(logps, anchor)
+        message = None
+    except RuntimeError as error:
+        message = str(error)
+    kept = all(torch.equal(p.detach().to_local(), b) for p, b in zip(anchor.params, before))
+    if not hasattr(model, "reset_iter_state"):
+        return message, kept, 0.0
+    model.reset_iter_state()
+    whole = tiny_models.build("llama")
+    expected = gapo_step(logps_of(whole), GeometricAnchor.from_model(whole, rho=RHO)).gap.chunk(RANKS)[rank]
+    return message, kept, (gapo_step(logps, anchor).gap - expected).abs().max().item()
 
 
 def fsdp_streams(rank):

@@ -73,7 +73,7 @@ def test_ddp(on_two_ranks, options):
 FSDP = [
     dict(reshard="default"),
     dict(reshard=True, geometry="sam"),
-    dict(reshard=False),
+    dict(reshard=False, gathered=True),
     dict(reshard=False, model="gemma2", checkpointing=True),
     dict(model="gpt2", scope="all"),
     dict(scope=1),
@@ -85,7 +85,7 @@ FSDP = [
 @pytest.mark.parametrize("options", FSDP, ids=str)
 def test_fsdp2(on_two_ranks, options):
     found = on_two_ranks("fsdp", **options)
-    skipped = ("model", "checkpointing", "mesh_shape", "reshard")
+    skipped = ("model", "checkpointing", "mesh_shape", "reshard", "gathered")
     rest = {key: value for key, value in options.items() if key not in skipped}
     assert_steps_equal(found, options.get("model", "llama"), **rest)
 
@@ -124,6 +124,14 @@ def test_fsdp2_accumulates(on_two_ranks):
 def test_fsdp2_restores_its_shards(on_two_ranks, where, error):
     for found in on_two_ranks("fsdp_fails_inside", where=where):
         assert found == (error, True, True, True)
+
+
+@pytest.mark.parametrize("which", ["probe", "final"])
+def test_fsdp2_after_a_backward_that_was_cut_off(on_two_ranks, which):
+    """torch's own state is in the middle of that backward: the next probe would miss gradients, without a word."""
+    for message, kept, off in on_two_ranks("fsdp_after_a_failed_backward", which=which):
+        assert message is not None and "reset_iter_state" in message
+        assert kept and off < 1e-12
 
 
 def test_what_fsdp2_gathers_in_the_backward_waits_for_the_weights(on_two_ranks):
