@@ -110,15 +110,16 @@ class _Copy:
 
 
 def noise(params: Sequence[nn.Parameter], step: int, seed: int) -> list[Tensor]:
-    """Standard normal noise for every parameter (shard), a function of (seed, step) and its place alone. Of the parameter's
-    dtype, as gradients are: so its memory may take the original weights."""
+    """Standard normal noise for every parameter, or this rank's part of that for the whole one: a function of (seed, step)
+    and its place alone. Of the parameter's dtype, as gradients are: so its memory may take the original weights."""
     drawn = []
     for number, param in enumerate(params):
         tensor = distributed.local(param)
         values = torch.empty(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
+        first, shard = distributed.place_of_shard(param)
         for start in range(0, values.numel(), perturbation.CHUNK):
             chunk = values[start : start + perturbation.CHUNK]
-            place = (start, chunk.numel(), number, distributed.shard_number(param))
+            place = (first + start, chunk.numel(), number, shard)
             chunk.copy_(philox.normal(*place, step, seed, tensor.device))
         drawn.append(values.view(tensor.shape))
     return drawn

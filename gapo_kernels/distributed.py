@@ -66,6 +66,16 @@ def shard_number(param: Tensor) -> int:
     return 0 if dimension is None else param.device_mesh.get_local_rank(dimension)
 
 
+def place_of_shard(param: Tensor) -> tuple[int, int]:
+    """(the whole parameter's elements before this rank's, 0) where these lie one after another, as the rows do that FSDP2
+    takes apart by itself; else (0, the shard's number)."""
+    dimension = shard_dimension(param)
+    if dimension is None or not param.placements[dimension].is_shard(0):
+        return 0, shard_number(param)
+    rows, ranks = param.shape[0], param.device_mesh.size(dimension)
+    return min(shard_number(param) * -(-rows // ranks), rows) * param.shape[1:].numel(), 0
+
+
 def summed(value: Tensor, group: torch.distributed.ProcessGroup | None) -> Tensor:
     if group is not None:
         torch.distributed.all_reduce(value, group=group)

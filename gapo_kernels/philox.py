@@ -89,14 +89,14 @@ def bits16(
 
 
 def normal(start: int, count: int, number: int, shard: int, step: int, seed: int, device: torch.device) -> Tensor:
-    """(count,) float32, standard normal, for the elements [start, start + count) of a parameter; start is a multiple of 4.
+    """(count,) float32, standard normal, for the elements [start, start + count) of a parameter.
 
     Box-Muller: counter c serves the elements 4 c .. 4 c + 3, two from each pair of words.
     """
-    c0 = torch.arange(start // 4, start // 4 + -(-count // 4), device=device)
+    c0 = torch.arange(start // 4, -(-(start + count) // 4), device=device)
     uniform = [((word.float() + 0.5) * 2.0**-32) for word in philox(c0, 2 * shard + NOISE, number, step, seed)]
     values = []
     for u, v in (uniform[:2], uniform[2:]):
         radius, angle = u.double().log_().mul_(-2).sqrt_(), v.double().mul_(2 * math.pi)
         values += [radius * angle.cos(), radius * angle.sin()]
-    return torch.stack(values, 1).view(-1)[:count].float()
+    return torch.stack(values, 1).view(-1)[start % 4 : start % 4 + count].float()

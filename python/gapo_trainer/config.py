@@ -235,6 +235,8 @@ class GAPOConfig(TrainingArguments):
         if not layer and self.scope not in ("backbone", "all"):
             near = nearest(self.scope, ("backbone", "all"))
             raise ValueError(f"scope must be 'backbone', 'all' or the number of a layer, got {self.scope!r}{near}")
+        if self.load_best_model_at_end and self.eval_strategy == "no":
+            raise ValueError("load_best_model_at_end expects an eval_strategy that finds the best, got 'no'")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be False: the collator reads the pairs' own columns, got True")
         if self.label_smoothing_factor:

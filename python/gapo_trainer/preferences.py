@@ -15,6 +15,8 @@ import torch
 from transformers.utils import logging
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from .config import nearest
+
 logger = logging.get_logger(__name__)
 
 IGNORE_INDEX = -100
@@ -27,7 +29,8 @@ def load_preferences(split=None):
     split: "train", "test", or None for both. Raises ValueError for another split.
     """
     if split not in (None, "train", "test"):
-        raise ValueError(f"split must be 'train', 'test' or None, got {split!r}")
+        near = nearest(split, ("train", "test"))
+        raise ValueError(f"split must be 'train', 'test' or None, got {split!r}{near}")
     text = resources.files("gapo_trainer").joinpath("data", "preferences.jsonl").read_text(encoding="utf-8")
     pairs = [json.loads(line) for line in text.splitlines() if line.strip()]
     return [pair for pair in pairs if split is None or pair["split"] == split]
@@ -54,11 +57,12 @@ def flip_labels(pairs, fraction, seed):
     ]
 
 
-def prepare_pairs(pairs, tokenizer, args):
+def prepare_pairs(pairs, tokenizer, args, vocabulary=None):
     """Preference pairs in any of TRL's formats as rows of token ids, see `tokenize_pair`.
 
     pairs: None, a datasets.Dataset, a list of dicts, or a dict of these by name; rows with token ids stay as they are.
-    tokenizer may be None for those. args: GAPOConfig, for max_length, max_prompt_length and dataset_num_proc.
+    tokenizer may be None for those, and their ids are checked to be below `vocabulary`, if given. args: GAPOConfig, for
+    max_length, max_prompt_length and dataset_num_proc.
 
     Raises TypeError for anything else, ValueError for rows that are no preference pairs.
     """
@@ -67,7 +71,7 @@ def prepare_pairs(pairs, tokenizer, args):
     if pairs is None:
         return None
     if isinstance(pairs, dict) or isinstance(pairs, datasets.DatasetDict):
-        return {name: prepare_pairs(part, tokenizer, args) for name, part in pairs.items()}
+        return {name: prepare_pairs(part, tokenizer, args, vocabulary) for name, part in pairs.items()}
     if not isinstance(pairs, (datasets.Dataset, list, tuple)):
         raise TypeError(
             f"expected preference pairs as a datasets.Dataset or a list of dicts, got {type(pairs).__name__}"
@@ -78,7 +82,9 @@ def prepare_pairs(pairs, tokenizer, args):
         raise ValueError("expected at least one preference pair, got none")
     first = pairs[0]
     if set(TOKENS) <= first.keys():
-        return pairs if "index" in first else _numbered(pairs)
+        pairs = pairs if "index" in first else _numbered(pairs)
+        _check_tokens(pairs, sys.maxsize if vocabulary is None else vocabulary)
+        return pairs
     if tokenizer is None:
         raise ValueError("expected a tokenizer as processing_class, for pairs that are not tokenised, got none")
     _check_columns(first)
@@ -107,6 +113,22 @@ def _check_columns(pair):
             f"expected preference pairs with the columns chosen and rejected, and prompt unless those contain it, got "
             f"the columns {', '.join(pair)}"
         )
+
+
+def _check_tokens(rows, vocabulary):
+    """Raises ValueError at the first row of somebody else's that a model would fail at, in the middle of training."""
+    for i, row in enumerate(rows):
+        if not isinstance(row["index"], int):
+            raise ValueError(f"pair {i}: index must be a whole number, the pair's position, got {row['index']!r}")
+        for name in TOKENS:
+            ids = row[name]
+            if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids[:1]):
+                raise ValueError(f"pair {i}: {name} must be a list of token ids, got {type(ids).__name__}")
+            if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
+                wrong = next(token for token in ids if not 0 <= token < vocabulary)
+                raise ValueError(f"pair {i}: {name} must be token ids of the model, in [0, {vocabulary}), got {wrong}")
+        if not row["prompt_ids"]:
+            raise ValueError(f"pair {i}: the prompt has no token, so nothing predicts the completion's first one")
 
 
 def _numbered(rows):
@@ -139,7 +161,8 @@ def tokenize_pair(pair, tokenizer, max_length, max_prompt_length=None, *, index=
     """Token ids of one pair in one of TRL's preference formats: prompt, chosen and rejected, all text or all lists of
     messages; without a prompt, it is what chosen and rejected begin with in common.
 
-    Of text, a completion is what follows the prompt's tokens, and ends in the end-of-text token. Messages go through
+    Of text, a completion is what follows the prompt's tokens, and ends in the end-of-text token: of an empty one nothing
+    else is left. Messages go through
     the tokenizer's chat template, with the pair's own tools and chat_template_kwargs, and a completion is what the
     template appends to the prompt (which ends in the generation prompt), up to and including the tokenizer's eos_token,
     if that is its end of turn: whitespace that follows is never generated, so it takes no part in the log-probs.
@@ -231,7 +254,7 @@ def _encode_messages(pair, tokenizer, name):
         raise ValueError(f"pair {name}: the prompt has no token, so nothing predicts the completion's first one")
     whole = {}
     for side in ("chosen", "rejected"):
-        if not any(message.get("content") or message.get("tool_calls") for message in pair[side]):
+        if all(message.get("content") is None and not message.get("tool_calls") for message in pair[side]):
             raise ValueError(f"pair {name}: the {side} completion is empty, expected text")
         messages = pair["prompt"] + pair[side]
         whole[side] = full_ids = render(messages)
@@ -253,12 +276,12 @@ def _encode_text(pair, tokenizer, name):
     """(prompt ids, {side: completion ids})."""
     prompt_ids, whole, eos = tokenizer(pair["prompt"])["input_ids"], {}, tokenizer.eos_token_id
     for side in ("chosen", "rejected"):
-        if not pair[side]:
+        if not pair[side] and eos is None:
             raise ValueError(f"pair {name}: the {side} completion is empty, expected text")
         whole[side] = tokenizer(pair["prompt"] + pair[side])["input_ids"]
     prompt_ids, completions = _apart(prompt_ids, whole, name)
     for side, ids in completions.items():
-        completions[side] = ids if whole[side][-1] == eos or eos is None else [*ids, eos]
+        completions[side] = ids if ids and ids[-1] == eos or eos is None else [*ids, eos]
     return prompt_ids, completions
 
 

@@ -34,6 +34,7 @@ from .config import CHECKPOINTING, GAPOConfig, nearest
 SHIPPED_MODEL = "smollm2-135m-instruct-offline"
 SHIPPED_DATASET = "gapo-preferences"
 TORCHS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")  # optimizers
+BOOLEANS = ("true", "false", "yes", "no", "t", "f", "y", "n", "1", "0")
 FLAGS = ("--print-config", "--help")
 # What settings were called in older versions and other trainers, where the letters alone lead elsewhere.
 _FORMER = {
@@ -198,10 +199,7 @@ def parse(settings):
     nested = _nested(settings.get("accelerator_config"))
     for key, hint in typing.get_type_hints(AcceleratorConfig).items():
         value = nested.get(key) if isinstance(nested, dict) else None
-        is_boolean = value is None or str(value).lower() in ("true", "false", "0", "1")  # transformers converts text
-        if bool in (hint, *typing.get_args(hint)) and not is_boolean:
-            near = nearest(value, ("true", "false"))
-            raise SettingsError(f"accelerator_config.{key} must be True or False, got {value!r}{near}")
+        _check_boolean(f"accelerator_config.{key}", hint, value, ("true", "false", "0", "1"))
     arguments = []
     defaults = {name: value for kind in dataclass_types() for name, value in _defaults(kind).items()}
     kinds = _kinds()
@@ -212,6 +210,7 @@ def parse(settings):
         if key in defaults and value == defaults[key]:
             continue
         _check_choice(key, choices, value)
+        _check_boolean(key, kinds[key], value)
         if isinstance(value, str) and str in typing.get_args(kinds[key]):
             actions[key].type = str  # of "bool or str" the parser makes bool
         is_switch = actions[key].const is True  # fsdp is one, and text as well: "True" would not do
@@ -269,6 +268,13 @@ def _check_optimizer(config):
             raise SettingsError(f"unknown setting 'optim_args.{key}' of {OptimizerNames(config.optim).value}{near}")
 
 
+def _check_boolean(name, kind, value, texts=BOOLEANS):
+    """kind: the setting's type; texts: what transformers reads as a boolean. Raises SettingsError for anything else."""
+    kinds = {kind, *typing.get_args(kind)}
+    if bool in kinds and str not in kinds and value is not None and str(value).lower() not in texts:
+        raise SettingsError(f"{name} must be True or False, got {value!r}{nearest(str(value).lower(), ('true', 'false'))}")
+
+
 class _Parser(HfArgumentParser):
     def error(self, message):
         raise SettingsError(message)
@@ -283,6 +289,10 @@ def _choices(action):
         "debug": DebugOption,
         "fsdp": ["full_shard", "shard_grad_op", "offload", "auto_wrap"],  # of FSDP2
     }
+    if action.dest == "torch_compile_mode":
+        from torch._inductor import list_mode_options
+
+        return ["default", *(mode for mode in list_mode_options() if mode != "default")]
     if action.dest == "torch_compile_backend":
         import torch._dynamo
 

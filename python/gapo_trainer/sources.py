@@ -67,6 +67,9 @@ def _split(data_args, split):
     import datasets
 
     name = data_args.dataset_name
+    is_file = Path(name).suffix in READERS
+    if data_args.dataset_config is not None and (is_file or name == SHIPPED_DATASET):
+        raise SettingsError(f"dataset_config expects a dataset with configurations, got {name!r}")
     if name == SHIPPED_DATASET:
         from .preferences import load_preferences
 
@@ -75,7 +78,7 @@ def _split(data_args, split):
         except ValueError as error:
             raise SettingsError(f"{name}: {error}") from error
     try:
-        if Path(name).suffix in READERS:
+        if is_file:
             if data_args.dataset_train_split != "train":
                 raise ValueError(f"a file has no splits, expected 'train', got {data_args.dataset_train_split!r}")
             # Of a file, the training split is the file itself, and the test split another file.

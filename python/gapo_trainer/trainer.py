@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import DistributedType, is_peft_model, parse_flag_from_env
 from transformers import PreTrainedModel, Trainer
+from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
 from gapo_kernels import GeometricAnchor, gapo_objective, gapo_step
@@ -28,6 +29,8 @@ INPUTS = ("input_ids", "position_ids", "cu_seqlens")
 SFT_SHARE = "sft_share"  # by which a micro-batch's NLL counts in its update's
 WITHOUT_TRITON = ("cpu", "mps")
 PACKED_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+OF_METRICS = ("compute_metrics", "preprocess_logits_for_metrics")
+OF_METRICS_TOO = ("label_names", "include_for_metrics", "batch_eval_metrics")  # arguments
 DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
 
 
@@ -120,10 +123,20 @@ class GAPOTrainer(Trainer):
         if any(map(_is_reentrant, base.modules())):
             raise ValueError("gradient checkpointing must have use_reentrant=False: the step walks one graph twice, got True")
         train_dataset, eval_dataset = (
-            prepare_pairs(pairs, processing_class, args) for pairs in (train_dataset, eval_dataset)
+            prepare_pairs(pairs, processing_class, args, base.get_input_embeddings().weight.shape[0])
+            for pairs in (train_dataset, eval_dataset)
         )
         if train_dataset is not None:
             _check_batch(data_collator([train_dataset[0]]), args.padding_free)
+            together = args.train_batch_size * (1 if args.accelerator_config.split_batches else args.world_size)
+            if args.dataloader_drop_last and len(train_dataset) < together:
+                raise ValueError(
+                    f"dataloader_drop_last expects a batch of pairs to train on, {together}, got {len(train_dataset)}: "
+                    "nothing would be trained"
+                )
+        if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
+            # Trainer refuses it later: accelerate has noted it for the whole process by then.
+            _refuse_fsdp(f"fsdp = {args.fsdp!r}", args.parallel_mode.value)
         super().__init__(
             model,
             args,
@@ -142,12 +155,10 @@ class GAPOTrainer(Trainer):
         backend = self.accelerator.state.dynamo_plugin.backend.value  # which the launcher may set, too
         _refuse_for_sharing([f"dynamo_backend = {backend!r}"] if args.share_backward and backend != "NO" else [])
         # accelerate's launcher asks for it past the arguments.
-        fsdp = args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
+        fsdp = f"fsdp = {args.fsdp!r}" if args.fsdp else ""
+        fsdp = fsdp or ("ACCELERATE_USE_FSDP = true" if parse_flag_from_env("ACCELERATE_USE_FSDP") else "")
         if fsdp and self.accelerator.distributed_type != DistributedType.FSDP:
-            raise ValueError(
-                f"fsdp = {fsdp!r} expects accelerators and several processes, got "
-                f"{self.accelerator.distributed_type.value}: nothing would be sharded"
-            )
+            _refuse_fsdp(fsdp, self.accelerator.distributed_type.value)
         if self.accelerator.distributed_type not in DISTRIBUTED and not self._fsdp2:
             raise NotImplementedError(
                 f"GAPOTrainer runs on one device, with DDP and with FSDP2 (fsdp_version: 2), got "
@@ -219,26 +230,22 @@ class GAPOTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one update, and in place of Trainer's number of tokens the pairs in them, on all
-        processes together."""
+        processes together; those of which a completion is empty, and that no mean counts, are left out."""
         self._before = self.state.global_step, self.anchor.state_dict()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        pairs = sum(len(batch["index"]) for batch in batches)
-        tokens = [_chosen_tokens(batch).to(device) for batch in batches] if self.args.sft_weight else []
-        if self.args.world_size == 1 and not tokens:
-            return batches, pairs
-        own = torch.stack([torch.tensor(pairs, device=device), *tokens])
-        totals = torch.stack([own[0], own[1:].sum()])
+        own = torch.stack([torch.zeros(2, dtype=torch.int64, device=device), *(_counts(b).to(device) for b in batches)])
+        total = own.sum(0, keepdim=True)
         if self.args.world_size > 1:
-            totals = self.accelerator.gather(totals[None]).sum(0)
-        pairs, all_tokens, *tokens = torch.cat([totals, own[1:]]).tolist()  # the one wait for the device
-        for batch, count in zip(batches, tokens):
+            total = self.accelerator.gather(total).sum(0, keepdim=True)
+        (pairs, tokens), _, *counts = torch.cat([total, own]).tolist()  # the one wait for the device
+        for batch, (valid, chosen) in zip(batches, counts):
             # Over the share of the pairs, with which compute_loss multiplies.
-            batch[SFT_SHARE] = count / max(all_tokens, 1) * pairs / len(batch["index"])
-        return batches, pairs
+            batch[SFT_SHARE] = chosen / max(tokens, 1) * pairs / max(valid, 1)
+        return batches, max(pairs, 1)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Loss of one micro-batch of B pairs, scaled by world_size * B / num_items_in_batch (pairs in the whole
-        update; the gradients' mean over the processes takes the world_size away).
+        """Loss of one micro-batch, its pairs' mean, scaled by world_size * their number / num_items_in_batch (that of the
+        whole update; the gradients' mean over the processes takes the world_size away).
 
         Returns a scalar tensor, or (loss, GAPOOutput) with return_outputs.
         """
@@ -259,8 +266,9 @@ class GAPOTrainer(Trainer):
             share_backward=args.share_backward,
         )
         self._record.add(self.state.global_step + 1, metrics.table(out, inputs))
-        pairs = len(inputs["index"])
-        loss = out.loss if num_items_in_batch is None else out.loss * (args.world_size * pairs / num_items_in_batch)
+        loss = out.loss
+        if num_items_in_batch is not None:
+            loss = loss * (out.valid.sum().to(loss.dtype) * (args.world_size / num_items_in_batch))
         return (loss, out) if return_outputs else loss
 
     def _logps(self, model, inputs):
@@ -298,8 +306,8 @@ class GAPOTrainer(Trainer):
             file = Path(checkpoint) / ANCHOR_FILE
             if not file.is_file():
                 raise FileNotFoundError(
-                    f"expected {ANCHOR_FILE} in {checkpoint}, got none: the checkpoint is incomplete, or of another "
-                    "trainer; resume from an earlier one, or start from its weights"
+                    f"expected {ANCHOR_FILE} in {checkpoint}, got none: the checkpoint is incomplete, of another trainer, or "
+                    "saved with save_only_model; resume from an earlier one, or start from its weights"
                 )
             self.anchor.load_state_dict(json.loads(file.read_text(encoding="utf-8")))
 
@@ -388,19 +396,25 @@ class GAPOTrainer(Trainer):
         return result
 
 
-def _chosen_tokens(batch):
-    """Number of scored tokens in the chosen completions of a batch's valid pairs: a tensor, for nothing waits for it."""
+def _counts(batch):
+    """(2,) int64: a batch's pairs without an empty completion, and the scored tokens of their chosen ones. No wait for a
+    device."""
     offsets = batch.get("cu_seqlens")
     targets = align_targets(batch["labels"], offsets, True, IGNORE_INDEX)
     counts = torch.zeros(sequence_count(targets, offsets), dtype=torch.int64, device=targets.device)
     counts.index_add_(0, sequence_of_rows(targets, offsets), (targets != IGNORE_INDEX).flatten().long())
     chosen, rejected = counts.chunk(2)
-    return (chosen * (rejected > 0)).sum()
+    valid = (chosen > 0) & (rejected > 0)
+    return torch.stack([valid.sum(), (chosen * valid).sum()])
 
 
 def _refuse_for_sharing(found):
     if found:
         raise ValueError(f"share_backward needs the probe's backward of a whole, padded batch, got {', '.join(found)}")
+
+
+def _refuse_fsdp(name, found):
+    raise ValueError(f"{name} expects accelerators and several processes, got {found}: nothing would be sharded")
 
 
 def _refuse_what_has_no_place(args, model, options):
@@ -456,7 +470,13 @@ def _refuse_what_has_no_place(args, model, options):
             args.ignore_data_skip,
             "a resumed run would begin its epoch anew, and train on other pairs than the uninterrupted one",
         ),
-        ("compute_metrics", options.get("compute_metrics"), "evaluation has its own metrics; use a callback"),
+        *((name, options.get(name), "evaluation has its own metrics; use a callback") for name in OF_METRICS),
+        *((name, getattr(args, name), "evaluation has its own metrics and labels") for name in OF_METRICS_TOO),
+        (
+            "ddp_static_graph with gradient_accumulation_steps > 1",
+            getattr(args, "ddp_static_graph", None) and args.gradient_accumulation_steps > 1 and args.world_size > 1,
+            "DDP's first backward would be one without synchronisation, which a static graph cannot begin with",
+        ),
         ("compute_loss_func", options.get("compute_loss_func"), "the loss is GAPO's; override compute_loss"),
     ]
     for name, is_set, why in refused:

@@ -77,6 +77,7 @@ FSDP = [
     dict(reshard=False, model="gemma2", checkpointing=True),
     dict(model="gpt2", scope="all"),
     dict(scope=1),
+    dict(geometry="sam", direction="gaussian"),
     dict(mesh_shape=(1, 2)),
     dict(mesh_shape=(2, 1)),
 ]

@@ -109,11 +109,18 @@ def test_only_whitespace_after_the_end_of_turn_is_dropped(tokenizer):
     assert tokenizer.decode(row["chosen_ids"]).endswith("</s> w39 \n")
 
 
-def test_empty_completion_is_refused(tokenizer):
+def test_an_empty_completion_is_what_ends_it(tokenizer):
     pair = made_up_pairs(1)[0]
     pair["rejected"] = [{"role": "assistant", "content": ""}]
+    row, text = tokenize_pair(pair, tokenizer, 100), {"prompt": "w1 w2", "chosen": "", "rejected": " w3"}
+    assert row["rejected_ids"][-1] == tokenizer.eos_token_id and len(row["rejected_ids"]) < len(row["chosen_ids"])
+    assert tokenize_pair(text, tokenizer, 100)["chosen_ids"] == [tokenizer.eos_token_id]
+    pair["rejected"] = [{"role": "assistant", "content": None}]
     with pytest.raises(ValueError, match="pair pair-0: the rejected completion is empty"):
         tokenize_pair(pair, tokenizer, 100)
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="pair without id: the chosen completion is empty"):
+        tokenize_pair(text, tokenizer, 100)
 
 
 def test_truncation_cuts_the_prompt_first_and_never_empties_a_completion(tokenizer):
@@ -189,6 +196,7 @@ def test_messages_with_the_prompt_inside_are_as_with_it_apart(tokenizer, kind):
 
 
 MESSAGE = [{"role": "user", "content": "w9 w8"}]
+TOKENISED = {"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": []}
 SHAREGPT = [{"from": "human", "value": "w9 w8"}]
 
 
@@ -198,7 +206,11 @@ SHAREGPT = [{"from": "human", "value": "w9 w8"}]
         ("pairs.json", TypeError, "datasets.Dataset or a list of dicts, got str"),
         ([], ValueError, "at least one preference pair"),
         ([{"prompt": "w1", "chosen": "w2"}], ValueError, "columns chosen and rejected"),
-        ([{"prompt": "w1", "chosen": "", "rejected": "w2"}], ValueError, "the chosen completion is empty"),
+        ([TOKENISED | {"index": "first"}], ValueError, "pair 0: index must be a whole number, .* got 'first'"),
+        ([TOKENISED, TOKENISED | {"chosen_ids": "12"}], ValueError, "pair 1: chosen_ids must be a list of token ids, got str"),
+        ([TOKENISED | {"rejected_ids": [3, 40]}], ValueError, r"0: rejected_ids must be .* in \[0, 40\), got 40"),
+        ([TOKENISED | {"rejected_ids": [-1]}], ValueError, r"in \[0, 40\), got -1"),
+        ([TOKENISED | {"prompt_ids": []}], ValueError, "pair 0: the prompt has no token"),
         ([{"prompt": "w1", "chosen": "w2", "rejected": "w3", "images": []}], ValueError, "of text, got a column images"),
         ([{"prompt": "", "chosen": "w1", "rejected": "w2"}], ValueError, "prompt has no token"),
         ([{"id": "same", "chosen": MESSAGE, "rejected": MESSAGE}], ValueError, r"pair 0 \(same\): the prompt has no"),
@@ -215,7 +227,7 @@ SHAREGPT = [{"from": "human", "value": "w9 w8"}]
 )
 def test_what_is_no_preference_data_is_refused(tokenizer, pairs, error, message):
     with pytest.raises(error, match=message):
-        prepare_pairs(pairs, tokenizer, GAPOConfig(use_cpu=True))
+        prepare_pairs(pairs, tokenizer, GAPOConfig(use_cpu=True), 40)
 
 
 @pytest.mark.parametrize("kind", [list, Dataset.from_list], ids=["list", "Dataset"])

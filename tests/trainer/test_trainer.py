@@ -3,9 +3,11 @@
 import copy
 import importlib
 import json
+import os
 import re
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from gapo_trainer import versions
 from gapo_trainer.config import GAPOConfig
 from gapo_trainer.forward import install
 from gapo_trainer.preferences import IGNORE_INDEX, PreferenceCollator, flip_labels, tokenize_pairs
-from gapo_trainer.trainer import GAPOTrainer, _refuse_parallelism
+from gapo_trainer.trainer import GAPOTrainer, _refuse_parallelism, _refuse_what_has_no_place
 
 ABOVE_ZERO = 1e-6
 
@@ -148,6 +150,20 @@ def test_accumulated_gradient_is_the_mean_over_all_pairs_of_the_update(tokenizer
     logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
     assert logged["loss"] == pytest.approx(sum(s * loss.item() for s, (loss, _, _) in zip(shares, results)))
     assert [record["index"] for record in trainer.pair_records] == list(range(pairs))
+
+
+@pytest.mark.parametrize("sft_weight", [0.0, 0.5])
+def test_an_inert_pair_counts_nowhere_however_the_update_is_cut(tokenizer, tmp_path, sft_weight):
+    logged = []
+    for size, steps in ((4, 1), (2, 2), (1, 4)):
+        settings = dict(per_device_train_batch_size=size, gradient_accumulation_steps=steps, max_steps=1, rho=0.0)
+        settings |= dict(train_sampling_strategy="sequential", sft_weight=sft_weight)
+        trainer = make_trainer(tokenizer, tmp_path, tiny_model(), pairs=4, **settings)
+        trainer.train_dataset[1]["chosen_ids"] = []
+        trainer.train()
+        entry = trainer.state.log_history[0]
+        logged.append((entry["loss"], entry["grad_norm"]))
+    assert logged[1] == pytest.approx(logged[0], rel=1e-6) and logged[2] == pytest.approx(logged[0], rel=1e-6)
 
 
 class WithoutLossArguments(type(tiny_model())):
@@ -691,6 +707,13 @@ def test_mixed_precision_set_by_accelerate_reaches_the_anchor(tokenizer, tmp_pat
         ({"accelerator_config": {"even_batches": False}}, "accelerator_config.even_batches = False is not supported"),
         ({"accelerator_config": {"use_seedable_sampler": False}}, "use_seedable_sampler = False is not supported: a resumed"),
         ({"ignore_data_skip": True}, "ignore_data_skip is not supported: a resumed run would begin its epoch anew"),
+        ({"label_names": ["labels"]}, "label_names is not supported: evaluation has its own"),
+        ({"batch_eval_metrics": True}, "batch_eval_metrics is not supported"),
+        ({"load_best_model_at_end": True}, "load_best_model_at_end expects an eval_strategy that finds the best, got 'no'"),
+        (
+            {"dataloader_drop_last": True, "per_device_train_batch_size": 7},
+            "dataloader_drop_last expects a batch of pairs to train on, 7, got 6: nothing",
+        ),
         ({"share_backward": True, "padding_free": True}, "share_backward needs .* got padding_free = True"),
         ({"share_backward": True, "gradient_checkpointing": True}, "got gradient_checkpointing = True"),
         ({"share_backward": True, "scope": 1}, "got scope = 1"),
@@ -924,5 +947,43 @@ def test_float16_weights_are_refused(tokenizer, tmp_path):
 def test_sharding_asked_of_the_launcher_that_does_not_happen_is_refused(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     config = GAPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none")
-    with pytest.raises(ValueError, match="nothing would be sharded"):
+    with pytest.raises(ValueError, match="^ACCELERATE_USE_FSDP = true expects .* nothing would be sharded"):
         GAPOTrainer(tiny_model(), config, train_dataset=made_up_pairs(2), processing_class=tokenizer)
+
+
+def test_an_fsdp_that_was_refused_leaves_no_trace_in_the_process(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+    with pytest.raises(ValueError, match="^fsdp = .* expects accelerators and several processes, got .* nothing would be"):
+        make_trainer(tokenizer, tmp_path, fsdp=True)
+    assert "ACCELERATE_USE_FSDP" not in os.environ
+    make_trainer(tokenizer, tmp_path)
+
+
+def test_a_static_graph_with_accumulation_is_refused(tokenizer, tmp_path):
+    if not hasattr(GAPOConfig, "ddp_static_graph"):
+        pytest.skip("transformers has no ddp_static_graph yet")
+    settings = dict(output_dir=str(tmp_path), use_cpu=True, report_to="none", ddp_static_graph=True)
+    for steps in (1, 2):
+        config = GAPOConfig(gradient_accumulation_steps=steps, **settings)
+        refused = pytest.raises(ValueError, match="ddp_static_graph with gradient_accumulation_steps > 1 is not supported")
+        with refused if steps > 1 else nullcontext():
+            _refuse_what_has_no_place(_OfTwo(config), tiny_model(), {})
+
+
+class _OfTwo:
+    """The arguments of one of two processes."""
+
+    world_size = 2
+
+    def __init__(self, config):
+        self._config = config
+
+    def __getattr__(self, name):
+        return getattr(self._config, name)
+
+
+def test_metrics_of_ones_own_are_refused(tokenizer, tmp_path):
+    config = GAPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    for name in ("compute_metrics", "preprocess_logits_for_metrics"):
+        with pytest.raises(ValueError, match=f"^{name} is not supported: evaluation has its own metrics; use a callback"):
+            GAPOTrainer(tiny_model(), config, train_dataset=made_up_pairs(2), processing_class=tokenizer, **{name: max})
