@@ -19,21 +19,22 @@ from gapo_kernels.outputs import GAPOOutput
 TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
-def _head(weight, bias, softcap, logit_scale, group_name, backend) -> Head:
-    launchers = ops.launchers(backend, weight.device)
-    return Head(weight.detach(), bias, softcap, logit_scale, launchers, _shard(weight, group_name))
+def _head(weight, bias, softcap, logit_scale, max_logits_bytes, group_name, backend) -> tuple[Head, int]:
+    """And the budget: of several ranks the least, for they must cut their tiles alike."""
+    shard, budget = _shard(weight, max_logits_bytes, group_name)
+    return Head(weight.detach(), bias, softcap, logit_scale, ops.launchers(backend, weight.device), shard), budget
 
 
-def _shard(weight: Tensor, group_name: str | None) -> VocabularyShard | None:
+def _shard(weight: Tensor, budget: int, group_name: str | None) -> tuple[VocabularyShard | None, int]:
     if group_name is None:
-        return None
+        return None, budget
     group = torch.distributed.distributed_c10d._resolve_process_group(group_name)
     rank, ranks = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
-    sizes = torch.zeros(ranks, dtype=torch.int64, device=weight.device)
-    sizes[rank] = weight.shape[0]
-    torch.distributed.all_reduce(sizes, group=group)
-    sizes = sizes.tolist()
-    return VocabularyShard(group, sum(sizes[:rank]), max(sizes), sum(sizes))
+    numbers = torch.zeros(2, ranks, dtype=torch.int64, device=weight.device)
+    numbers[0, rank], numbers[1, rank] = weight.shape[0], budget
+    torch.distributed.all_reduce(numbers, group=group)
+    sizes, budgets = numbers.tolist()
+    return VocabularyShard(group, sum(sizes[:rank]), max(sizes), sum(sizes)), min(budgets)
 
 
 def _all_rows(values: Tensor, rows: linear_engine.Rows, count: int) -> Tensor:
@@ -75,7 +76,7 @@ def linear_loss_forward(
 ) -> list[Tensor]:
     """PairResults' ten fields, then per row (all of them) the shift and total, then d hidden, d weight, d bias: of
     16-bit operands in float32, so that they are rounded once, after the upstream gradient is folded in."""
-    head = _head(weight, bias, softcap, logit_scale, group_name, backend)
+    head, max_logits_bytes = _head(weight, bias, softcap, logit_scale, max_logits_bytes, group_name, backend)
     validation.check_values(labels, head.vocabulary, cu_seqlens, shift, ignore_index)
     rows = linear_engine.find_rows(labels, cu_seqlens, shift, ignore_index, in_pairs=True)
     with ops.on(hidden.device), torch.autocast(hidden.device.type, enabled=False):
@@ -143,7 +144,7 @@ def linear_logps_forward(
 ) -> list[Tensor]:
     """s (S,), counts (S,), the anchor's s (S,); per row (all of them) the shift, the total and d hidden at scale 1; kept
     logits (K, V). With `keep`, whose shapes may depend on the labels, d hidden of the K kept rows alone."""
-    head = _head(weight, bias, softcap, logit_scale, group_name, backend)
+    head, max_logits_bytes = _head(weight, bias, softcap, logit_scale, max_logits_bytes, group_name, backend)
     validation.check_values(labels, head.vocabulary, cu_seqlens, shift, ignore_index)
     rows = linear_engine.find_rows(labels, cu_seqlens, shift, ignore_index, in_pairs=False)
 
@@ -203,7 +204,7 @@ def linear_logps_backward(
     """d hidden, d weight and d bias of sum(scale[sequence] * -log-prob). length_normalized: of the margins, if the scales
     of a pair are its margin's shares but for a factor."""
     rows = linear_engine.find_rows(labels, cu_seqlens, shift, ignore_index, in_pairs)
-    head = _head(weight, bias, softcap, logit_scale, group_name, backend)
+    head, max_logits_bytes = _head(weight, bias, softcap, logit_scale, max_logits_bytes, group_name, backend)
     with ops.on(hidden.device), torch.autocast(hidden.device.type, enabled=False):
         d_hidden, *others = linear_engine.logps_gradients(
             hidden.detach(),
@@ -406,7 +407,7 @@ def linear_sequence_logps(
         softcap: > 0, as Gemma-2's final_logit_softcapping.
         logit_scale: not 0, as Cohere's logit_scale, or 1 / Granite's logits_scaling.
         max_logits_bytes: at most this much logits at a time; one logit or more. For fewer than 16 rows' it is slow, and
-            d weight, which adds up tile after tile, loses digits over thousands of rows.
+            d weight, which adds up tile after tile, loses digits over thousands of rows. Of ranks that differ the least.
         vocab_parallel_group: the ranks over which the rows of weight (and bias) are sharded, in their order; hidden and
             labels are the same on all of them, and d hidden comes out whole on all of them. The head may be a DTensor
             with placements (Shard(0),), or this rank's rows.
@@ -485,13 +486,13 @@ def fused_linear_gapo_loss(
 ) -> GAPOOutput:
     """`fused_gapo_loss` from hidden states and the LM head (arXiv 2602.04909), never with all logits in memory.
 
-    Rows that predict nothing are left out before any GEMM. Whole pairs at a time share one buffer of logits, and their
-    gradients are made there in the forward, if they will be needed: four GEMMs in all, policy and anchor logits,
-    d hidden, d weight. Only a pair that exceeds the budget by itself has its logits computed again, and not even that if
-    the weight is frozen, or for the first pair (without sft_weight). bfloat16's gradients wait in float32 until the
-    backward: the upstream gradient is folded in, and they are rounded once. With reduction="none", and in float16, the
-    gradients are made in the backward instead, and the logits of all pairs are kept for it, or computed again. CUDA
-    graphs: as `linear_sequence_logps`.
+    Rows that predict nothing are left out before any GEMM. Whole pairs at a time share one buffer of logits, and
+    their gradients are made there in the forward, if they will be needed: four GEMMs in all, policy and anchor
+    logits, d hidden, d weight. Only a pair that exceeds the budget by itself has its logits computed again, and not
+    even that if the weight is frozen, or for the first pair (without sft_weight, in float32 or float64). bfloat16's
+    gradients wait in float32 until the backward: the upstream gradient is folded in, and they are rounded once. With
+    reduction="none", and in float16, the gradients are made in the backward instead, and the logits of all pairs are
+    kept for it, or computed again. CUDA graphs: as `linear_sequence_logps`.
 
     Args:
         hidden: (2B, T, H) floating, the last hidden states, rows 0..B-1 of the chosen completions, rows B..2B-1 of the

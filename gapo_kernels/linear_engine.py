@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gapo_kernels import cpu, host_memory
-from gapo_kernels.head import Head, Statistics, WeightGradient
+from gapo_kernels.head import HALF, Head, Statistics, WeightGradient
 from gapo_kernels.layout import align_targets, sequence_count, sequence_of_rows
 from gapo_kernels.objective import PairResults, margin_shares, pair_results, sequence_means
 
@@ -298,7 +298,9 @@ def loss(
     every: list[Statistics] = []
     sums = torch.zeros(2 * pairs, dtype=torch.float64, device=hidden.device)
     anchor_sums = torch.zeros_like(sums)
-    shares = None if options["sft_weight"] else margin_shares(rows.counts, options["length_normalized"])
+    # 16 bits would round all labels' share of a sequence alike, and no later factor takes that back.
+    can_wait = not options["sft_weight"] and head.buffer_dtype not in HALF
+    shares = margin_shares(rows.counts, options["length_normalized"]) if can_wait else None
     for start, stop in _whole_pairs(rows, buffer.limit):
         if anchor is not None:
             logps = torch.cat(_rows_logps(anchor, start, stop, buffer))
@@ -468,6 +470,7 @@ def logps_gradients(
     for start, stop in groups if hidden_needed or needs[1] or needs[2] else []:
         tiles = buffer.tiles(start, stop)
         ahead = start == 0 and len(tiles) > 1 and (needs[1] or needs[2]) and shares is not None
+        ahead = ahead and head.buffer_dtype not in HALF  # as in `loss`
         for tile in tiles if ahead or not in_pairs else _last_first(tiles):
             own = None if logits is None else logits[tile]
             if copied:

@@ -601,6 +601,31 @@ def test_d_weight_of_16_bit_logits_is_as_close_as_an_eager_path(budget, upstream
     assert 0 < error <= 1.2 * allowed, (error, allowed)
 
 
+@pytest.mark.parametrize("tile", [4, 30, 1000])
+def test_d_weight_of_16_bit_logits_of_a_pair_beyond_the_budget(tile, monkeypatch):
+    """The first pair's, whose tiles come before its coefficients are known: what a tile rounds, no factor takes back."""
+    monkeypatch.setattr(lm_head.Head, "_casts", False)
+    width, vocabulary, ours, eagers = 64, 1000, 0.0, 0.0
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        hidden, weight = (torch.randn(*shape, generator=generator) for shape in ((2, 31, width), (vocabulary, width)))
+        hidden, weight = hidden.bfloat16(), (weight / 8).bfloat16()
+        labels = torch.randint(vocabulary, (2, 31), generator=generator)
+
+        def eager(hidden, weight, labels, bias):
+            return reference.fused_gapo_loss(nn.functional.linear(hidden, weight).float(), labels)
+
+        truth = run(reference.fused_linear_gapo_loss, hidden.double(), weight.double(), None, labels)[1][1]
+        for again in (False, True):  # by a second backward on the graph, too
+            leaves = [t.clone().requires_grad_() for t in (hidden, weight)]
+            loss = fused_linear_gapo_loss(*leaves, labels, max_logits_bytes=tile * vocabulary * 2).loss
+            found = torch.autograd.grad(loss, leaves, retain_graph=True)
+            found = torch.autograd.grad(loss, leaves) if again else found
+            ours += (found[1].double() - truth).norm()
+            eagers += (run(eager, hidden, weight, None, labels)[1][1].double() - truth).norm()
+    assert 0 < ours <= 1.2 * eagers, (ours, eagers)
+
+
 @pytest.mark.parametrize("available", ["neither", "mm", "addmm"])
 def test_d_weight_accumulates_in_float32_whatever_torchs_gemms_can(available, monkeypatch):
     """GEMMs of 16-bit operands into float32: torch 2.9 has mm for CUDA, 2.10 addmm to a float32 total, too, CPUs none."""

@@ -427,7 +427,7 @@ def fsdp_leaf_outside(rank):
     return untouched, scale.grad.item() != 0, out.gap.abs().max().item()
 
 
-def vocabulary_parallel(rank, sizes, dtype="float64", loss_options={}, masked=0, **options):
+def vocabulary_parallel(rank, sizes, dtype="float64", loss_options={}, masked=0, budgets=None, **options):
     """Loss and log-probs with the head's rows sharded over the ranks: (fields, gradients) of each.
 
     `masked`: that many tokens at the end of the vocabulary are masked out, as those that only pad it are.
@@ -444,6 +444,8 @@ def vocabulary_parallel(rank, sizes, dtype="float64", loss_options={}, masked=0,
     if rank is not None:
         mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
         options["vocab_parallel_group"] = distributed.group.WORLD
+        if budgets is not None:
+            options["max_logits_bytes"] = budgets[rank]
     found = []
     for loss in (True, False):
         leaves = [t.clone().requires_grad_() for t in (hidden, weight[mine], bias[mine])]

@@ -233,6 +233,8 @@ def test_all_ranks_refuse_what_is_not_finite_on_one(on_two_ranks):
         dict(sizes=(20, 17)),
         dict(sizes=(2, 35), softcap=2.0, logit_scale=0.5, max_logits_bytes=1000),
         dict(sizes=(2, 35), softcap=2.0, logit_scale=0.5, max_logits_bytes=100),
+        dict(sizes=(20, 17), budgets=(2**30, 1600)),
+        dict(sizes=(20, 17), budgets=(100, 480)),  # within a row, and more
         dict(sizes=(20, 17), loss_options=dict(reduction="none", sft_weight=0.2, loss_type="hinge")),
         dict(sizes=(20, 17), dtype="bfloat16"),
         dict(sizes=(20, 17), masked=17),  # all of a shard
@@ -271,5 +273,5 @@ def test_labels_outside_of_a_sharded_vocabulary(on_two_ranks):
 
 def test_a_sharded_head_reduces_twice_a_few_numbers_a_row_and_then_d_hidden(on_two_ranks):
     for forward, with_gradient, backward in on_two_ranks("vocabulary_parallel_collectives"):
-        sizes, rows = (ranks.RANKS,), [(10,), (2, 10)]
+        sizes, rows = (2, ranks.RANKS), [(10,), (2, 10)]  # and budgets
         assert forward == [sizes, *rows] and with_gradient == [sizes, *rows, (10, 4)] and backward == [sizes]
