@@ -278,22 +278,20 @@ class GeometricAnchor:
         ours = grads is None
         if ours:
             directions = self._gradients(objective, retain_graph)
-        elif isinstance(grads, Tensor) or len(grads) != len(self.params):
+        elif not isinstance(grads, (list, tuple)) or len(grads) != len(self.params):
             raise ValueError(
-                f"grads must have one entry for each of the {len(self.params)} parameters, got "
-                f"{validation.describe(grads) if isinstance(grads, Tensor) else len(grads)}"
+                f"grads must be a list with one entry for each of the {len(self.params)} parameters, got "
+                f"{len(grads) if isinstance(grads, (list, tuple)) else validation.describe(grads)}"
             )
         else:
             directions = list(grads)
         del grads
-        for number, (name, param) in enumerate(zip(self.names, self.params)):
-            grad, directions[number] = directions[number], None
-            if grad is not None and grad.shape != param.shape:
-                raise ValueError(
-                    f"the gradient of {name} must have shape {tuple(param.shape)}, got {tuple(grad.shape)}"
-                )
-            directions[number] = _plain(grad, param)
-            del grad
+        with interrupt_held():  # no_grad inside, cut off, would stay
+            for number, (name, param) in enumerate(zip(self.names, self.params)):
+                grad, directions[number] = directions[number], None
+                _check_gradient(grad, name, param)
+                directions[number] = _plain(grad, param)
+                del grad
         whole = [number for number, param in enumerate(self.params) if not distributed.is_sharded(param)]
         means = distributed.averaged(
             _taken(directions, whole), [self.params[number] for number in whole], self.process_group, ours
@@ -381,6 +379,17 @@ def _taken(directions: list[Tensor | None], numbers: list[int]) -> list[Tensor |
         taken.append(directions[number])
         directions[number] = None
     return taken
+
+
+def _check_gradient(grad: Tensor | None, name: str, param: Tensor) -> None:
+    if grad is None:
+        return
+    if not isinstance(grad, Tensor) or grad.dtype not in distributed.DTYPES:
+        raise TypeError(f"the gradient of {name} must be a floating-point tensor or None, got {validation.describe(grad)}")
+    if grad.shape != param.shape:
+        raise ValueError(f"the gradient of {name} must have shape {tuple(param.shape)}, got {tuple(grad.shape)}")
+    if grad.device != param.device:
+        raise ValueError(f"the gradient of {name} must be on the device {param.device}, got {grad.device}")
 
 
 def _plain(grad: Tensor | None, param: Tensor) -> Tensor | None:

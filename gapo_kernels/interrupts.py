@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import _GeneratorContextManager, contextmanager
 from types import FrameType
+from weakref import WeakKeyDictionary
 
-# On the stack while a `with` statement's entry or exit runs, from before its generator is resumed.
-_ENTRY_AND_EXIT = {_GeneratorContextManager.__enter__.__code__, _GeneratorContextManager.__exit__.__code__}
+import torch
+
+# On the stack while a `with` statement's entry or exit runs, from before its generator is resumed. torch.no_grad, cut off in
+# one of its own, leaves gradients off for good.
+_ENTRY_AND_EXIT = {
+    method.__code__
+    for manager in (_GeneratorContextManager, torch.no_grad)
+    for method in (manager.__enter__, manager.__exit__)
+}
+
+# What holds signals in a block: the handlers that were in place before it.
+_holds: WeakKeyDictionary[Callable, dict[int, Callable]] = WeakKeyDictionary()
 
 # Any handler that is Python's may raise: a timeout's, a launcher's, a DataLoader's for a worker that was killed.
 _SIGNALS = sorted(signal.valid_signals())
@@ -31,19 +42,31 @@ def interrupt_held() -> Iterator[None]:
         if not left and (first or _entering_or_leaving(frame)):
             held.append(signum)
         else:
-            previous[signum](signum, frame)
+            handler = previous[signum]
+            while handler in _holds:  # of a block around this one, which would let it wait after all
+                handler = _holds[handler][signum]
+            handler(signum, frame)
 
+    _holds[hold] = previous
     try:
         for signum in previous:
             signal.signal(signum, hold)
         yield
     finally:
-        for signum, handler in previous.items():
-            if signal.getsignal(signum) is hold:
-                signal.signal(signum, handler)
-        left.append(True)  # blocks that are not left in reverse order may put this handler back in place
-        for signum in held:
-            previous[signum](signum, None)
+        failure = None
+        while len(left) == 0 or held:
+            try:
+                for signum, handler in previous.items():
+                    if signal.getsignal(signum) is hold:
+                        signal.signal(signum, handler)
+                left.append(True)  # blocks that are not left in reverse order may put this handler back in place
+                while held:
+                    signum = held.pop(0)
+                    previous[signum](signum, None)
+            except BaseException as error:  # of one handler: the others are put back, and called, all the same
+                failure = failure or error
+        if failure is not None:
+            raise failure
 
 
 def _entering_or_leaving(frame: FrameType | None) -> bool:

@@ -8,7 +8,7 @@ left to do: a linear layer's is one GEMM, (ratio_s * x)^T (d probe / d y), ratio
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
@@ -127,23 +127,9 @@ class SharedBackward:
 
             return hook
 
-        handles, users = [], []
-        with interrupt_held():  # a hook that stayed would take a parameter's gradient away in every later backward
-            try:
-                for leaf in self.leaves:  # somebody's own hooks may do anything with a gradient
-                    users.append((leaf._backward_hooks, dict(leaf._backward_hooks or {})))
-                    if leaf._backward_hooks:
-                        leaf._backward_hooks.clear()
-                    handles.append(leaf.register_hook(measure(leaf)))
-                with distributed.no_iteration_of_ddp(logps):
-                    options = dict(retain_graph=retain_graph, allow_unused=True)
-                    torch.autograd.grad(logps, self.leaves, ratio * self._probe, **options)
-            finally:
-                for handle in handles:
-                    handle.remove()
-                for hooks, own in users:
-                    if own:
-                        hooks.update(own)
+        with _alone(self.leaves, measure), distributed.no_iteration_of_ddp(logps):
+            options = dict(retain_graph=retain_graph, allow_unused=True)
+            torch.autograd.grad(logps, self.leaves, ratio * self._probe, **options)
         return torch.stack(list(norms.values()), -1) if norms else ratio.new_zeros(2, 0)
 
     def loss(self, loss: Tensor, logps: Tensor) -> Tensor:
@@ -168,6 +154,30 @@ class SharedBackward:
                     gradient = own + gradient if own.is_sparse or gradient.is_sparse else own.add_(gradient)
                 total[id(leaf)] = gradient
         return [total.get(id(leaf)) for leaf in self.leaves]
+
+
+@contextmanager
+def _alone(leaves: Sequence[Tensor], hook_of: Callable[[Tensor], Callable]) -> Iterator[None]:
+    """With one hook on each of the leaves, in the place of somebody's own, which may do anything with a gradient.
+
+    One that stayed would take the parameter's gradient away in every later backward: so no signal comes between the lines
+    of an entry or exit.
+    """
+    handles, users = [], []
+    with interrupt_held():
+        try:
+            for leaf in leaves:
+                users.append((leaf._backward_hooks, dict(leaf._backward_hooks or {})))
+                if leaf._backward_hooks:
+                    leaf._backward_hooks.clear()
+                handles.append(leaf.register_hook(hook_of(leaf)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for hooks, own in users:
+                if own:
+                    hooks.update(own)
 
 
 class _SharedLoss(torch.autograd.Function):

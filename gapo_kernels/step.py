@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gapo_kernels import distributed, validation
 from gapo_kernels.anchor import GeometricAnchor
+from gapo_kernels.interrupts import interrupt_held
 from gapo_kernels.objective import gapo_objective, sft_terms
 from gapo_kernels.outputs import GAPOOutput
 from gapo_kernels.scope import UnmovedLayers
@@ -146,11 +147,12 @@ def _kept_buffers() -> Iterator[None]:
     """
     functorch, compiler = torch._functorch.config, torch.compiler.config
     before = functorch.donated_buffer, compiler.cache_key_tag
-    functorch.donated_buffer, compiler.cache_key_tag = False, f"{before[1]} gapo_kernels: a probe walks it, too"
-    try:
-        yield
-    finally:
-        functorch.donated_buffer, compiler.cache_key_tag = before
+    with interrupt_held():
+        try:
+            functorch.donated_buffer, compiler.cache_key_tag = False, f"{before[1]} gapo_kernels: a probe walks it, too"
+            yield
+        finally:
+            functorch.donated_buffer, compiler.cache_key_tag = before
 
 
 def _check_buffers_are_kept(result: Tensor) -> None:

@@ -12,7 +12,7 @@ import torch
 from signalled import SignalAt
 from torch import nn
 
-from gapo_kernels import GeometricAnchor, gapo_step
+from gapo_kernels import GeometricAnchor, displacement, gapo_step, interrupts
 
 AWKWARD = [-0.0, 0.0, 5e-324, 1e-38, -1e-30, 1.0]  # what arithmetic on the way back would not reproduce
 
@@ -671,6 +671,64 @@ def test_a_second_ctrl_c_does_not_wait(params, anchor):
     assert_usable(anchor)
 
 
+def test_every_signal_that_waited_is_delivered(params, anchor, monkeypatch):
+    """Also after one whose handler raised, and with the handlers that were in place."""
+    calls = []
+    before = signal.signal(signal.SIGTERM, lambda *_: calls.append(same(params, theta)))
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    restore = displacement.Displacement.restore
+
+    def with_a_signal(move):
+        signal.raise_signal(signal.SIGTERM)
+        restore(move)
+
+    monkeypatch.setattr(displacement.Displacement, "restore", with_a_signal)
+    try:
+        theta = bits(params)
+        with pytest.raises(KeyboardInterrupt), anchor.perturbed(grads=make_grads(params)):
+            signal.raise_signal(signal.SIGINT)
+        assert calls == [True]
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_ctrl_c_while_handlers_are_put_back_leaves_none_of_ours():
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+    before = [signal.signal(number, lambda *_: None) for number in numbers[1:]]
+    handlers = [signal.getsignal(number) for number in numbers]
+    code = interrupts.interrupt_held.__wrapped__.__code__
+
+    def leave(at):
+        """The number of lines of leaving a block; SIGINT comes just before line number `at`."""
+        lines = SignalAt(at, signal.SIGINT, lambda frame: frame.f_code is code)
+        try:
+            with interrupts.interrupt_held():
+                lines.start()
+        finally:
+            lines.stop()
+        return lines.lines
+
+    try:
+        lines = leave(at=0)
+        assert lines > 10
+        for at in range(1, lines + 1):
+            with pytest.raises(KeyboardInterrupt):
+                leave(at)
+            assert [signal.getsignal(number) for number in numbers] == handlers, f"line {at} of {lines}"
+    finally:
+        for number, handler in zip(numbers[1:], before):
+            signal.signal(number, handler)
+
+
+def test_a_second_ctrl_c_passes_through_all_blocks():
+    with pytest.raises(KeyboardInterrupt):
+        with interrupts.interrupt_held(), interrupts.interrupt_held():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            pytest.fail("it waited")
+
+
 def test_the_handler_in_place_gets_every_ctrl_c(params, anchor):
     calls, before = [], signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGINT, lambda *_: calls.append(same(params, theta)))
@@ -866,6 +924,18 @@ def test_probes_that_are_refused(params, anchor):
     with pytest.raises(ValueError, match="one entry for each of the 3 parameters, got a torch.float32 tensor"):
         with anchor.perturbed(grads=torch.ones(3)):
             pass
+    with pytest.raises(ValueError, match="grads must be a list with one entry for .*, got int"):
+        with anchor.perturbed(grads=3):
+            pass
+    for wrong, error, message in [
+        (1.0, TypeError, "must be a floating-point tensor or None, got float"),
+        (torch.ones(params[0].shape, dtype=torch.complex64), TypeError, "got a torch.complex64 tensor"),
+        (torch.ones(params[0].shape, dtype=torch.int64), TypeError, "got a torch.int64 tensor"),
+        (torch.ones(params[0].shape, device="meta"), ValueError, "must be on the device cpu, got meta"),
+    ]:
+        with pytest.raises(error, match=f"the gradient of parameter 0 {message if 'must' in message else 'must .*' + message}"):
+            with anchor.perturbed(grads=[wrong, *make_grads(params)[1:]]):
+                pass
     with pytest.raises(TypeError, match="objective must be a tensor, got float"):
         with anchor.perturbed(3.0):
             pass

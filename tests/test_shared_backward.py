@@ -515,10 +515,18 @@ def test_what_begins_as_zeros_is_compared_again():
         gapo_step(lambda: sequence_logps(model(ids), labels), anchor, share_backward=True)
 
 
-def test_a_ctrl_c_at_any_line_of_the_comparison_leaves_no_hook():
-    """One that stayed would make every later gradient of its parameter zeros."""
+@pytest.mark.parametrize("signals", [(signal.SIGINT,), (signal.SIGINT, signal.SIGINT), (signal.SIGTERM,)], ids=str)
+def test_a_signal_at_any_line_of_the_comparison_leaves_no_hook(signals, monkeypatch):
+    """One that stayed would make every later gradient of its parameter zeros. Whoever raises: a second Ctrl-C, a timeout."""
     torch.manual_seed(0)
     model = Mixing("not at all").double()
+    handle = next(model.parameters()).register_hook(lambda gradient: None)  # somebody's own, which stays
+
+    def expire(signum, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, expire)
+    monkeypatch.setattr(signal, "raise_signal", lambda _, one=signal.raise_signal: [one(signum) for signum in signals])
     ids, labels = (torch.randint(11, (4, 5)) for _ in range(2))
 
     def use(at):
@@ -539,7 +547,11 @@ def test_a_ctrl_c_at_any_line_of_the_comparison_leaves_no_hook():
             use(at)
         except KeyboardInterrupt:
             pass
-        assert not any(param._backward_hooks for param in model.parameters()), f"line {at} of {lines}"
+        hooks = [dict(param._backward_hooks or {}) for param in model.parameters()]
+        assert len(hooks[0]) == 1 and not any(hooks[1:]), f"line {at} of {lines}"
+        assert torch.is_grad_enabled(), f"line {at} of {lines}"
+    handle.remove()
+    signal.signal(signal.SIGTERM, before)
 
 
 def test_sequences_that_one_batch_alone_has_in_another_order_are_seen():

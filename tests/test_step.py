@@ -785,6 +785,43 @@ def test_a_ctrl_c_at_any_line_of_a_step_leaves_nothing_behind():
         assert same(model, before), f"line {at} of {lines}"
 
 
+def test_a_signal_in_any_of_the_steps_contexts_leaves_torch_as_it_was():
+    """torch.no_grad that is not left, and the compiler's settings, would last for good. Of a handler that raises."""
+    from torch._functorch import config as functorch
+    from torch.compiler import config as compiler
+
+    model = nn.Linear(3, 1).double()
+    anchor, x = GeometricAnchor(model.parameters(), rho=RHO), torch.randn(4, 3, dtype=torch.float64)
+    places = {torch.no_grad.__enter__.__code__, torch.no_grad.__exit__.__code__, step._kept_buffers.__wrapped__.__code__}
+    settings = functorch.donated_buffer, compiler.cache_key_tag
+
+    def expire(signum, frame):
+        raise TimeoutError
+
+    def use(at):
+        with SignalAt(at, signal.SIGTERM, lambda frame: frame.f_code in places) as lines:
+            gapo_step(lambda: model(x).flatten(), anchor)
+        return lines.lines
+
+    before = signal.signal(signal.SIGTERM, expire)
+    try:
+        use(at=0)
+        lines, passed = use(at=0), 0
+        assert lines > 15
+        for at in range(1, lines + 1):
+            try:
+                use(at)
+            except TimeoutError:
+                passed += 1
+            assert torch.is_grad_enabled(), f"line {at} of {lines}"
+            assert (functorch.donated_buffer, compiler.cache_key_tag) == settings, f"line {at} of {lines}"
+            torch.set_grad_enabled(True)
+            functorch.donated_buffer, compiler.cache_key_tag = settings
+        assert passed == lines
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_layers_come_back_after_a_failure_at_the_anchor():
     model = tiny_models.build("llama")
     anchor = GeometricAnchor.from_model(model, rho=RHO, scope=2)

@@ -6,6 +6,7 @@ the conversational format: a list of {"role", "content"} messages.
 
 import functools
 import json
+import numbers
 import random
 import sys
 from importlib import resources
@@ -117,18 +118,29 @@ def _check_columns(pair):
 
 def _check_tokens(rows, vocabulary):
     """Raises ValueError at the first row of somebody else's that a model would fail at, in the middle of training."""
+
+    def are_whole(values):
+        return all(issubclass(kind, numbers.Integral) and kind is not bool for kind in set(map(type, values)))
+
     for i, row in enumerate(rows):
-        if not isinstance(row["index"], int):
+        if not {"index", *TOKENS} <= row.keys():
+            raise ValueError(f"pair {i}: expected the columns index, {', '.join(TOKENS)}, as the first has, got {', '.join(row)}")
+        if not are_whole([row["index"]]):
             raise ValueError(f"pair {i}: index must be a whole number, the pair's position, got {row['index']!r}")
         for name in TOKENS:
             ids = row[name]
-            if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids[:1]):
-                raise ValueError(f"pair {i}: {name} must be a list of token ids, got {type(ids).__name__}")
+            if not isinstance(ids, list) or not are_whole(ids):
+                raise ValueError(f"pair {i}: {name} must be a list of token ids, got {_shortened(ids)}")
             if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
                 wrong = next(token for token in ids if not 0 <= token < vocabulary)
                 raise ValueError(f"pair {i}: {name} must be token ids of the model, in [0, {vocabulary}), got {wrong}")
         if not row["prompt_ids"]:
             raise ValueError(f"pair {i}: the prompt has no token, so nothing predicts the completion's first one")
+
+
+def _shortened(value):
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def _numbered(rows):
@@ -276,12 +288,12 @@ def _encode_text(pair, tokenizer, name):
     """(prompt ids, {side: completion ids})."""
     prompt_ids, whole, eos = tokenizer(pair["prompt"])["input_ids"], {}, tokenizer.eos_token_id
     for side in ("chosen", "rejected"):
-        if not pair[side] and eos is None:
-            raise ValueError(f"pair {name}: the {side} completion is empty, expected text")
         whole[side] = tokenizer(pair["prompt"] + pair[side])["input_ids"]
     prompt_ids, completions = _apart(prompt_ids, whole, name)
     for side, ids in completions.items():
         completions[side] = ids if ids and ids[-1] == eos or eos is None else [*ids, eos]
+        if not completions[side]:
+            raise ValueError(f"pair {name}: the {side} completion is empty, expected text")
     return prompt_ids, completions
 
 

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -122,9 +123,9 @@ class GAPOTrainer(Trainer):
         _disable_dropout(model)
         if any(map(_is_reentrant, base.modules())):
             raise ValueError("gradient checkpointing must have use_reentrant=False: the step walks one graph twice, got True")
+        self._vocabulary = base.get_input_embeddings().weight.shape[0]
         train_dataset, eval_dataset = (
-            prepare_pairs(pairs, processing_class, args, base.get_input_embeddings().weight.shape[0])
-            for pairs in (train_dataset, eval_dataset)
+            prepare_pairs(pairs, processing_class, args, self._vocabulary) for pairs in (train_dataset, eval_dataset)
         )
         if train_dataset is not None:
             _check_batch(data_collator([train_dataset[0]]), args.padding_free)
@@ -347,12 +348,24 @@ class GAPOTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset=None):
         """Trainer's; the pairs may be in any form that the constructor takes."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = prepare_pairs(eval_dataset, self.processing_class, self.args)
-        return super().get_eval_dataloader(eval_dataset)
+            eval_dataset = prepare_pairs(eval_dataset, self.processing_class, self.args, self._vocabulary)
+        with self._every_pair():
+            return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset):
         """Trainer's; the pairs may be in any form that the constructor takes."""
-        return super().get_test_dataloader(prepare_pairs(test_dataset, self.processing_class, self.args))
+        pairs = prepare_pairs(test_dataset, self.processing_class, self.args, self._vocabulary)
+        with self._every_pair():
+            return super().get_test_dataloader(pairs)
+
+    @contextmanager
+    def _every_pair(self):
+        """dataloader_drop_last is for training: a mean without the last batch's pairs is not that of the dataset."""
+        before, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            yield
+        finally:
+            self.args.dataloader_drop_last = before
 
     def evaluation_names(self):
         """list of what metric_for_best_model may be: the names of evaluation's means, with several datasets each with

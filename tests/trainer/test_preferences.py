@@ -119,8 +119,9 @@ def test_an_empty_completion_is_what_ends_it(tokenizer):
     with pytest.raises(ValueError, match="pair pair-0: the rejected completion is empty"):
         tokenize_pair(pair, tokenizer, 100)
     tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="pair without id: the chosen completion is empty"):
-        tokenize_pair(text, tokenizer, 100)
+    for blank in ("", " "):
+        with pytest.raises(ValueError, match="pair without id: the chosen completion is empty"):
+            tokenize_pair(text | {"chosen": blank}, tokenizer, 100)
 
 
 def test_truncation_cuts_the_prompt_first_and_never_empties_a_completion(tokenizer):
@@ -207,7 +208,10 @@ SHAREGPT = [{"from": "human", "value": "w9 w8"}]
         ([], ValueError, "at least one preference pair"),
         ([{"prompt": "w1", "chosen": "w2"}], ValueError, "columns chosen and rejected"),
         ([TOKENISED | {"index": "first"}], ValueError, "pair 0: index must be a whole number, .* got 'first'"),
-        ([TOKENISED, TOKENISED | {"chosen_ids": "12"}], ValueError, "pair 1: chosen_ids must be a list of token ids, got str"),
+        ([TOKENISED, TOKENISED | {"chosen_ids": "12"}], ValueError, "pair 1: chosen_ids must be a list of token ids, got '12'"),
+        ([TOKENISED | {"chosen_ids": [3, 9.5]}], ValueError, r"chosen_ids must be a list of token ids, got \[3, 9.5\]"),
+        ([TOKENISED | {"chosen_ids": [3, True]}], ValueError, r"chosen_ids must be a list of token ids, got \[3, True\]"),
+        ([TOKENISED, {"prompt_ids": [1]}], ValueError, "pair 1: expected the columns index, prompt_ids, .* got index, prompt_ids"),
         ([TOKENISED | {"rejected_ids": [3, 40]}], ValueError, r"0: rejected_ids must be .* in \[0, 40\), got 40"),
         ([TOKENISED | {"rejected_ids": [-1]}], ValueError, r"in \[0, 40\), got -1"),
         ([TOKENISED | {"prompt_ids": []}], ValueError, "pair 0: the prompt has no token"),

@@ -987,3 +987,14 @@ def test_metrics_of_ones_own_are_refused(tokenizer, tmp_path):
     for name in ("compute_metrics", "preprocess_logits_for_metrics"):
         with pytest.raises(ValueError, match=f"^{name} is not supported: evaluation has its own metrics; use a callback"):
             GAPOTrainer(tiny_model(), config, train_dataset=made_up_pairs(2), processing_class=tokenizer, **{name: max})
+
+
+def test_evaluation_counts_every_pair_whatever_training_drops(tokenizer, tmp_path):
+    found = []
+    for settings in ({}, {"dataloader_drop_last": True, "per_device_eval_batch_size": 4}):
+        trainer = make_trainer(tokenizer, tmp_path, tiny_model(), **settings)
+        found.append([trainer.evaluate()["eval_loss"], trainer.evaluate(trainer.train_dataset[:1])["eval_loss"]])
+    assert found[1] == pytest.approx(found[0]) and trainer.args.dataloader_drop_last
+    for use in (trainer.evaluate, trainer.predict):
+        with pytest.raises(ValueError, match=r"pair 0: chosen_ids must be token ids of the model, in \[0, .* got 9999"):
+            use([trainer.train_dataset[0] | {"chosen_ids": [9999]}])
