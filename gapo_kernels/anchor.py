@@ -278,10 +278,10 @@ class GeometricAnchor:
         ours = grads is None
         if ours:
             directions = self._gradients(objective, retain_graph)
-        elif not isinstance(grads, (list, tuple)) or len(grads) != len(self.params):
+        elif not isinstance(grads, Sequence) or len(grads) != len(self.params):
             raise ValueError(
-                f"grads must be a list with one entry for each of the {len(self.params)} parameters, got "
-                f"{len(grads) if isinstance(grads, (list, tuple)) else validation.describe(grads)}"
+                f"grads must be a sequence with one entry for each of the {len(self.params)} parameters, got "
+                f"{len(grads) if isinstance(grads, Sequence) else validation.describe(grads)}"
             )
         else:
             directions = list(grads)

@@ -210,6 +210,7 @@ class WeightGradient:
 
     def __init__(self, head: Head, weight: bool, bias: bool, one_tile: bool) -> None:
         self._wanted, self._like = (weight, bias), head.weight
+        self._dtype = torch.promote_types(head.weight.dtype, torch.float32)
         # The only tile's GEMM accumulates in float32 inside and rounds once itself.
         self._direct = one_tile and not head._casts
         self.weight: Tensor | None = None
@@ -225,12 +226,8 @@ class WeightGradient:
     ) -> None:
         """gradient (R, C), of the tokens `columns`; `factor` (): that of what there is of these so far; `numbers` (R,): of
         the gradient's rows, which hidden (R, H) has in it already."""
-        if gradient.shape[1] < self._like.shape[0]:
-            self.results()  # the zeros that slices are added to
+        self._begin(weight=gradient.shape[1] < self._like.shape[0])  # the zeros that slices are added to
         if self._wanted[1]:
-            # In float64: what adds rows one after the other, a product with a vector or tile after tile, loses digits.
-            if self.bias is None:
-                self.bias = self._like.new_zeros(self._like.shape[0], dtype=torch.float64)
             total = _times(self.bias[columns], factor)
             if numbers is None:
                 total.add_(gradient.sum(0, dtype=torch.promote_types(gradient.dtype, torch.float32)))
@@ -257,12 +254,16 @@ class WeightGradient:
 
     def results(self) -> tuple[Tensor | None, Tensor | None]:
         """Yet to be rounded, unless an only tile's GEMM did; zeros if there was no tile."""
-        dtype = torch.promote_types(self._like.dtype, torch.float32)
-        if self._wanted[0] and self.weight is None:
-            self.weight = self._like.new_zeros(self._like.shape, dtype=dtype)
+        self._begin(weight=True)
+        return self.weight, None if self.bias is None else self.bias.to(self._dtype)
+
+    def _begin(self, weight: bool) -> None:
+        """With zeros, where there is nothing yet. The bias's in float64: what adds rows one after the other, a product with
+        a vector or tile after tile, loses digits."""
+        if weight and self._wanted[0] and self.weight is None:
+            self.weight = self._like.new_zeros(self._like.shape, dtype=self._dtype)
         if self._wanted[1] and self.bias is None:
             self.bias = self._like.new_zeros(self._like.shape[0], dtype=torch.float64)
-        return self.weight, None if self.bias is None else self.bias.to(dtype)
 
 
 def _times(total: Tensor, factor: Tensor | None) -> Tensor:

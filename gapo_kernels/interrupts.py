@@ -7,30 +7,26 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import _GeneratorContextManager, contextmanager
 from types import FrameType
-from weakref import WeakKeyDictionary
 
 import torch
 
-# On the stack while a `with` statement's entry or exit runs, from before its generator is resumed. torch.no_grad, cut off in
-# one of its own, leaves gradients off for good.
+# On the stack while a `with` statement's entry or exit runs, from before its generator is resumed. torch's own, cut off in
+# one of theirs, leave gradients off, or autocast on, for good.
 _ENTRY_AND_EXIT = {
     method.__code__
-    for manager in (_GeneratorContextManager, torch.no_grad)
+    for manager in (_GeneratorContextManager, torch.no_grad, torch.enable_grad, torch.autocast)
     for method in (manager.__enter__, manager.__exit__)
 }
-
-# What holds signals in a block: the handlers that were in place before it.
-_holds: WeakKeyDictionary[Callable, dict[int, Callable]] = WeakKeyDictionary()
 
 # Any handler that is Python's may raise: a timeout's, a launcher's, a DataLoader's for a worker that was killed.
 _SIGNALS = sorted(signal.valid_signals())
 
 
 @contextmanager
-def interrupt_held() -> Iterator[None]:
+def interrupt_held(in_body: bool = True) -> Iterator[None]:
     """Holds a Ctrl-C back until the block is left: anywhere in a `with` statement's own entry and exit it would skip
     the restoration. A second Ctrl-C passes at once, unless it comes in such an entry or exit: there it waits, too, and
-    so do other signals, there alone."""
+    so do other signals, there alone. in_body=False: there alone the first Ctrl-C waits, too."""
     if threading.current_thread() is not threading.main_thread():
         yield  # no handler runs here
         return
@@ -38,35 +34,42 @@ def interrupt_held() -> Iterator[None]:
     held, left = [], []
 
     def hold(signum, frame):
-        first = signum == signal.SIGINT and signum not in held
+        first = in_body and signum == signal.SIGINT and signum not in held
         if not left and (first or _entering_or_leaving(frame)):
             held.append(signum)
         else:
-            handler = previous[signum]
-            while handler in _holds:  # of a block around this one, which would let it wait after all
-                handler = _holds[handler][signum]
-            handler(signum, frame)
+            previous[signum](signum, frame)
 
-    _holds[hold] = previous
     try:
         for signum in previous:
             signal.signal(signum, hold)
         yield
     finally:
-        failure = None
-        while len(left) == 0 or held:
-            try:
-                for signum, handler in previous.items():
-                    if signal.getsignal(signum) is hold:
-                        signal.signal(signum, handler)
-                left.append(True)  # blocks that are not left in reverse order may put this handler back in place
-                while held:
-                    signum = held.pop(0)
-                    previous[signum](signum, None)
-            except BaseException as error:  # of one handler: the others are put back, and called, all the same
-                failure = failure or error
+        _put_back(hold, previous, held, left)
+
+
+def _put_back(hold: Callable, previous: dict[int, Callable], held: list[int], left: list[bool]) -> None:
+    """The handlers, each in its place, and then calls those of the signals that were held; and only then lets through what
+    one of them raised meanwhile."""
+    failure = None
+    for _ in range(len(previous) + len(held) + 1):  # each of them may raise once
+        try:
+            for signum, handler in previous.items():
+                if signal.getsignal(signum) is hold:
+                    signal.signal(signum, handler)
+            left.append(True)  # blocks that are not left in reverse order may put this handler back in place
+            while held:
+                signum = held.pop(0)
+                previous[signum](signum, None)
+            break
+        except BaseException as error:
+            if failure is None or isinstance(failure, Exception):  # of several a KeyboardInterrupt rather than a timeout
+                failure = error
+    try:
         if failure is not None:
             raise failure
+    finally:
+        del failure  # its traceback holds the frames of a whole step
 
 
 def _entering_or_leaving(frame: FrameType | None) -> bool:

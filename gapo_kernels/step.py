@@ -147,7 +147,7 @@ def _kept_buffers() -> Iterator[None]:
     """
     functorch, compiler = torch._functorch.config, torch.compiler.config
     before = functorch.donated_buffer, compiler.cache_key_tag
-    with interrupt_held():
+    with interrupt_held(in_body=False):
         try:
             functorch.donated_buffer, compiler.cache_key_tag = False, f"{before[1]} gapo_kernels: a probe walks it, too"
             yield

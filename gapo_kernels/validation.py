@@ -164,6 +164,7 @@ def check_head(weight: Tensor, hidden: Tensor, name: str) -> None:
     if weight.is_quantized or not weight.is_floating_point() or hasattr(weight, "quant_state") or wrapped:
         got = type(weight).__name__ if wrapped else describe(weight)
         raise TypeError(f"{name} must be a floating-point tensor, got {got}: dequantise a quantised head first")
+    check_dense(weight, name)
     if weight.dtype != hidden.dtype:
         raise TypeError(f"{name} must have hidden's dtype, {hidden.dtype}, got {weight.dtype}")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
@@ -274,6 +275,7 @@ def check_anchor(
     if anchor_logits is not None:
         if not isinstance(anchor_logits, Tensor) or anchor_logits.dtype != logits.dtype:
             raise TypeError(f"anchor_{name} must have {owner} dtype, {logits.dtype}, got {describe(anchor_logits)}")
+        check_dense(anchor_logits, f"anchor_{name}")
         if anchor_logits.shape != logits.shape:
             raise ValueError(
                 f"anchor_{name} must have {owner} shape, {tuple(logits.shape)}, got {tuple(anchor_logits.shape)}"

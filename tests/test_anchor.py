@@ -1,5 +1,6 @@
 """`GeometricAnchor`: where the weights go, that they come back bit for bit, what is counted and what is refused."""
 
+import gc
 import math
 import os
 import signal
@@ -697,11 +698,11 @@ def test_a_ctrl_c_while_handlers_are_put_back_leaves_none_of_ours():
     numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
     before = [signal.signal(number, lambda *_: None) for number in numbers[1:]]
     handlers = [signal.getsignal(number) for number in numbers]
-    code = interrupts.interrupt_held.__wrapped__.__code__
+    codes = interrupts.interrupt_held.__wrapped__.__code__, interrupts._put_back.__code__
 
     def leave(at):
         """The number of lines of leaving a block; SIGINT comes just before line number `at`."""
-        lines = SignalAt(at, signal.SIGINT, lambda frame: frame.f_code is code)
+        lines = SignalAt(at, signal.SIGINT, lambda frame: frame.f_code in codes)
         try:
             with interrupts.interrupt_held():
                 lines.start()
@@ -721,12 +722,62 @@ def test_a_ctrl_c_while_handlers_are_put_back_leaves_none_of_ours():
             signal.signal(number, handler)
 
 
-def test_a_second_ctrl_c_passes_through_all_blocks():
+def test_where_only_entry_and_exit_are_held_no_ctrl_c_waits_in_the_body():
     with pytest.raises(KeyboardInterrupt):
-        with interrupts.interrupt_held(), interrupts.interrupt_held():
-            signal.raise_signal(signal.SIGINT)
+        with interrupts.interrupt_held(in_body=False):
             signal.raise_signal(signal.SIGINT)
             pytest.fail("it waited")
+    with pytest.raises(KeyboardInterrupt):
+        with interrupts.interrupt_held(in_body=False), interrupts.interrupt_held():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            pytest.fail("a second one waited")
+
+
+def test_what_a_handler_raised_holds_no_frame_of_a_step():
+    class Kept:
+        pass
+
+    def step():
+        kept = Kept()
+        with interrupts.interrupt_held():
+            signal.raise_signal(signal.SIGINT)
+        return kept
+
+    def kept_by(objects):
+        return [o for o in objects if type(o).__qualname__.endswith("Kept")]
+
+    gc.collect()
+    gc.disable()
+    try:
+        try:
+            step()
+        except KeyboardInterrupt:
+            pass
+        assert not kept_by(gc.get_objects())
+    finally:
+        gc.enable()
+
+
+def test_a_block_that_another_thread_leaves_ends(monkeypatch):
+    """Its handlers cannot be put back there; nor may it try for ever."""
+    block, failures = interrupts.interrupt_held(), []
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    block.__enter__()
+
+    def leave():
+        try:
+            block.__exit__(None, None, None)
+        except ValueError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=leave)
+    thread.start()
+    thread.join(30)
+    for number, handler in handlers.items():
+        if callable(handler):
+            signal.signal(number, handler)
+    assert not thread.is_alive() and len(failures) == 1
 
 
 def test_the_handler_in_place_gets_every_ctrl_c(params, anchor):
@@ -924,7 +975,7 @@ def test_probes_that_are_refused(params, anchor):
     with pytest.raises(ValueError, match="one entry for each of the 3 parameters, got a torch.float32 tensor"):
         with anchor.perturbed(grads=torch.ones(3)):
             pass
-    with pytest.raises(ValueError, match="grads must be a list with one entry for .*, got int"):
+    with pytest.raises(ValueError, match="grads must be a sequence with one entry for .*, got int"):
         with anchor.perturbed(grads=3):
             pass
     for wrong, error, message in [

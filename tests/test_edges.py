@@ -501,6 +501,8 @@ WRONG_TENSORS = [
     (LOGITS, LABELS.float(), {}, TypeError, r"labels must be an integer tensor \(int64\), got a torch.float32 tensor"),
     (LOGITS, LABELS.bool(), {}, TypeError, r"labels must be an integer tensor \(int64\), got a torch.bool tensor"),
     (LOGITS, [[0]], {}, TypeError, "labels must be an integer tensor.*got list"),
+    (LOGITS.to_sparse(), LABELS, {}, TypeError, "logits must be a dense tensor"),
+    (LOGITS, LABELS.to_sparse(), {}, TypeError, "labels must be a dense tensor"),
     (LOGITS[0], LABELS[0], {}, ValueError, r"logits must have shape \(S, T, V\), or \(N, V\) with cu_seqlens, got \(3, 7\)"),
     (LOGITS, LABELS, {"cu_seqlens": BOUNDS}, ValueError, r"shape \(N, V\) when cu_seqlens is given, got \(4, 3, 7\)"),
     (LOGITS, LABELS[:2], {}, ValueError, r"labels must have the logits' shape.*\(4, 3\), got \(2, 3\)"),

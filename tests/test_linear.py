@@ -384,7 +384,7 @@ def test_tokens_that_are_ruled_out(budget, frozen):
     ],
     ids=str,
 )
-def test_a_confident_token_keeps_its_digits_at_any_budget(function, confidence, frozen):
+def test_a_confident_token_keeps_its_digits_below_a_row_of_budget(function, confidence, frozen):
     """In float32, against eager's own error: the label's p - 1 is not a difference of large vectors."""
     width, vocabulary = 32, 128
     errors = {}
@@ -858,6 +858,7 @@ def test_what_is_refused(function, change, error, message):
         ),
         (dict(anchor_hidden=torch.zeros(1, 2, 3).double()), ValueError, "anchor_hidden must have hidden's shape"),
         (dict(anchor_hidden=torch.zeros(6, LENGTH, WIDTH).as_subclass(OfMesh)), TypeError, "anchor_hidden.full_tensor"),
+        (dict(anchor_hidden=torch.zeros(6, LENGTH, WIDTH).double().to_sparse()), TypeError, "anchor_hidden must be a dense"),
         (dict(anchor_margin=torch.zeros(2)), ValueError, r"anchor_margin must have shape \(3,\)"),
         (dict(beta=0.0), ValueError, "beta must be > 0"),
         (dict(reduction="sum"), ValueError, "reduction must be one of"),

@@ -520,7 +520,7 @@ def test_a_signal_at_any_line_of_the_comparison_leaves_no_hook(signals, monkeypa
     """One that stayed would make every later gradient of its parameter zeros. Whoever raises: a second Ctrl-C, a timeout."""
     torch.manual_seed(0)
     model = Mixing("not at all").double()
-    handle = next(model.parameters()).register_hook(lambda gradient: None)  # somebody's own, which stays
+    next(model.parameters()).register_hook(lambda gradient: None)  # somebody's own, which stays
 
     def expire(signum, frame):
         raise KeyboardInterrupt
@@ -540,18 +540,19 @@ def test_a_signal_at_any_line_of_the_comparison_leaves_no_hook(signals, monkeypa
             sharing.compare(logps)
         return lines.lines
 
-    lines = use(at=0)
-    assert lines > 40
-    for at in range(1, lines + 1):
-        try:
-            use(at)
-        except KeyboardInterrupt:
-            pass
-        hooks = [dict(param._backward_hooks or {}) for param in model.parameters()]
-        assert len(hooks[0]) == 1 and not any(hooks[1:]), f"line {at} of {lines}"
-        assert torch.is_grad_enabled(), f"line {at} of {lines}"
-    handle.remove()
-    signal.signal(signal.SIGTERM, before)
+    try:
+        lines = use(at=0)
+        assert lines > 40
+        for at in range(1, lines + 1):
+            try:
+                use(at)
+            except KeyboardInterrupt:
+                pass
+            hooks = [dict(param._backward_hooks or {}) for param in model.parameters()]
+            assert len(hooks[0]) == 1 and not any(hooks[1:]), f"line {at} of {lines}"
+            assert torch.is_grad_enabled(), f"line {at} of {lines}"
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_sequences_that_one_batch_alone_has_in_another_order_are_seen():

@@ -173,8 +173,8 @@ def tokenize_pair(pair, tokenizer, max_length, max_prompt_length=None, *, index=
     """Token ids of one pair in one of TRL's preference formats: prompt, chosen and rejected, all text or all lists of
     messages; without a prompt, it is what chosen and rejected begin with in common.
 
-    Of text, a completion is what follows the prompt's tokens, and ends in the end-of-text token: of an empty one nothing
-    else is left. Messages go through
+    Of text, a completion is what follows the prompt's tokens, and ends in the end-of-text token, all that there is of an
+    empty one. Messages go through
     the tokenizer's chat template, with the pair's own tools and chat_template_kwargs, and a completion is what the
     template appends to the prompt (which ends in the generation prompt), up to and including the tokenizer's eos_token,
     if that is its end of turn: whitespace that follows is never generated, so it takes no part in the log-probs.
@@ -274,7 +274,9 @@ def _encode_messages(pair, tokenizer, name):
         if not extends:  # unless it is only that tokens merge across the border
             prompt = render(pair["prompt"], add_generation_prompt=True, tokenize=False)
             extends = render(messages, tokenize=False).startswith(prompt)
-        if not extends or full_ids == prompt_ids:
+        if full_ids == prompt_ids:
+            raise ValueError(f"pair {name}: the {side} completion is empty, expected text")
+        if not extends:
             raise ValueError(
                 f"pair {name}: expected the tokens of prompt and {side} completion to begin with those of the prompt, "
                 f"got {full_ids[: len(prompt_ids)][-8:]} instead of {prompt_ids[-8:]} at the prompt's end; "

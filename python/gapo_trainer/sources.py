@@ -67,8 +67,8 @@ def _split(data_args, split):
     import datasets
 
     name = data_args.dataset_name
-    is_file = Path(name).suffix in READERS
-    if data_args.dataset_config is not None and (is_file or name == SHIPPED_DATASET):
+    is_file, saved = Path(name).suffix in READERS, (Path(name) / "dataset_dict.json").exists()
+    if data_args.dataset_config is not None and (is_file or saved or name == SHIPPED_DATASET):
         raise SettingsError(f"dataset_config expects a dataset with configurations, got {name!r}")
     if name == SHIPPED_DATASET:
         from .preferences import load_preferences
@@ -87,7 +87,7 @@ def _split(data_args, split):
                 kinds = ", ".join(READERS)
                 raise ValueError(f"for a file, dataset_test_split is another file, {kinds}, got {split!r}")
             return datasets.load_dataset(READERS[Path(file).suffix], data_files=file, split="train")
-        if Path(name).is_dir() and (Path(name) / "dataset_dict.json").exists():
+        if saved:
             splits = datasets.load_from_disk(name)
             if split not in splits:
                 raise ValueError(f"expected one of the splits {', '.join(splits)}, got {split!r}{nearest(split, splits)}")

@@ -347,7 +347,8 @@ class GAPOTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset=None):
         """Trainer's; the pairs may be in any form that the constructor takes."""
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
+        is_new = eval_dataset is not None and eval_dataset is not self.eval_dataset and not isinstance(eval_dataset, str)
+        if is_new:
             eval_dataset = prepare_pairs(eval_dataset, self.processing_class, self.args, self._vocabulary)
         with self._every_pair():
             return super().get_eval_dataloader(eval_dataset)
