@@ -485,7 +485,7 @@ def _refuse_what_has_no_place(args, model, options):
             "a resumed run would begin its epoch anew, and train on other pairs than the uninterrupted one",
         ),
         *((name, options.get(name), "evaluation has its own metrics; use a callback") for name in OF_METRICS),
-        *((name, getattr(args, name), "evaluation has its own metrics and labels") for name in OF_METRICS_TOO),
+        *((name, getattr(args, name, None), "evaluation has its own metrics and labels") for name in OF_METRICS_TOO),
         (
             "ddp_static_graph with gradient_accumulation_steps > 1",
             getattr(args, "ddp_static_graph", None) and args.gradient_accumulation_steps > 1 and args.world_size > 1,
