@@ -298,16 +298,14 @@ def loss(
     every: list[Statistics] = []
     sums = torch.zeros(2 * pairs, dtype=torch.float64, device=hidden.device)
     anchor_sums = torch.zeros_like(sums)
-    # 16 bits would round all labels' share of a sequence alike, and no later factor takes that back.
-    can_wait = not options["sft_weight"] and head.buffer_dtype not in HALF
-    shares = margin_shares(rows.counts, options["length_normalized"]) if can_wait else None
+    shares = None if options["sft_weight"] else margin_shares(rows.counts, options["length_normalized"])
     for start, stop in _whole_pairs(rows, buffer.limit):
         if anchor is not None:
             logps = torch.cat(_rows_logps(anchor, start, stop, buffer))
             anchor_sums += _sums_of(rows, logps, start, stop)
         tiles, found = buffer.tiles(start, stop), []
         unit = (len(tiles) > 1 or sliced) and needs[0] and not (needs[1] or needs[2])
-        ahead = len(tiles) > 1 and (needs[1] or needs[2]) and shares is not None and not every
+        ahead = not every and _goes_ahead(head, tiles, needs, shares)
         for tile in tiles:
             if unit and sliced:
                 statistics, d_hidden = _statistics_and_unit(operands, tile, buffer)
@@ -343,6 +341,12 @@ def loss(
     fields = pair_results(sums, rows.counts, anchor_margin, **options)
     fields = PairResults(*(f.to(dtype, copy=True) if f.is_floating_point() else f for f in fields))
     return LossResults(fields, *_joined(every, hidden), gradients.results())
+
+
+def _goes_ahead(head: Head, tiles: list[slice], needs: Sequence[bool], shares: Tensor | None) -> bool:
+    """Whether the first pair's tiles can be used up before its coefficients are known, but for a factor. 16 bits would round
+    all labels' share of a sequence alike, and no later factor takes that back."""
+    return len(tiles) > 1 and (needs[1] or needs[2]) and shares is not None and head.buffer_dtype not in HALF
 
 
 def _last_first(tiles: list) -> list:
@@ -469,8 +473,7 @@ def logps_gradients(
     groups = _whole_pairs(rows, buffer.limit) if in_pairs else [(0, kept)]
     for start, stop in groups if hidden_needed or needs[1] or needs[2] else []:
         tiles = buffer.tiles(start, stop)
-        ahead = start == 0 and len(tiles) > 1 and (needs[1] or needs[2]) and shares is not None
-        ahead = ahead and head.buffer_dtype not in HALF  # as in `loss`
+        ahead = start == 0 and _goes_ahead(head, tiles, needs, shares)
         for tile in tiles if ahead or not in_pairs else _last_first(tiles):
             own = None if logits is None else logits[tile]
             if copied:

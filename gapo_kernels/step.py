@@ -112,7 +112,7 @@ def gapo_step(
                     "anchor. Switch dropout off, model.eval() or its probabilities to 0, or pass allow_dropout=True to "
                     "draw the same numbers in both runs"
                 )
-            objective = None if not walked_twice else _probe(probe, margin, beta, gamma, valid)
+            objective = _probe(probe, margin, beta, gamma, valid) if walked_twice else None
             recorded = nullcontext() if sharing is None else sharing.recorded()
             kept, again = sharing is None or sharing.needs_graph, False
             if kept and objective is not None:
