@@ -2,9 +2,9 @@
 
 Rows that predict nothing are left out before any GEMM. With kept rows K: the logits cost 2 K H V flops, d hidden and
 d weight as much each. Where a tile holds whole pairs their loss, and so every row's coefficient, is known while their
-logits, or the softmax's terms in their place, are still there: nothing is computed twice. A pair beyond the budget is
-computed twice, unless the weight is frozen: then each sequence's d hidden is made up to its coefficient, at once. Below
-the budget of one row there are slices of the vocabulary, too: d weight has all their logits computed again.
+logits, or the softmax's terms in their place, are still there: nothing is computed twice. What of a pair goes beyond the
+budget is, unless the weight is frozen: then each sequence's d hidden is made up to its coefficient, at once. Below the
+budget of one row there are slices of the vocabulary, too: d weight has all their logits computed again.
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ class Rows(NamedTuple):
     counts: Tensor  # (S,) int64
     ends: list[int]  # for each sequence, in the rows' order, where its rows end among the K
     longest: int
+
+    def part(self, start: int, stop: int) -> Rows:
+        """The rows from start to stop alone, of every sequence."""
+        return self._replace(sequence=self.sequence[start:stop], position=self.position[start:stop])
 
     def sums(self, logps: Tensor) -> Tensor:
         """(S,) float64, of (K,): in a fixed order, which a GPU's atomic additions would not have."""
@@ -83,7 +87,9 @@ class Buffer:
         return self._memory[:count, :columns]
 
     def tiles(self, start: int, stop: int) -> list[slice]:
-        return _evenly(start, stop, self.limit)
+        """The last as large as may be: what it holds is used before another tile takes its place."""
+        last = max(start, stop - self.limit)
+        return [*_evenly(start, last, self.limit), *_evenly(last, stop, self.limit)]
 
 
 def _evenly(start: int, stop: int, limit: int) -> list[slice]:
@@ -260,10 +266,6 @@ def _statistics_and_unit(operands: Operands, tile: slice, buffer: Buffer) -> tup
     return statistics, times(unit, share).sub_(times(head.weight[column].to(unit.dtype), slope.masked_fill(~here, 0)))
 
 
-def _rows_logps(operands: Operands, start: int, stop: int, buffer: Buffer) -> list[Tensor]:
-    return [_statistics(operands, tile, buffer)[1].logps for tile in buffer.tiles(start, stop)]
-
-
 class LossResults(NamedTuple):
     fields: PairResults
     shift: Tensor  # (K,)
@@ -285,24 +287,22 @@ def loss(
 ) -> LossResults:
     """The loss of pairs and, as they are needed, its gradients.
 
-    A pair with more rows than the buffer has all logits but its last tile's computed again once its coefficients are
-    known. Not the first pair: until then there is nothing else in d weight, and all that its coefficients have in common
-    can wait.
+    A pair with more rows than the buffer has the logits that went beyond it computed again once its coefficients are known.
+    Not the first pair: until then there is nothing else in d weight, and all that its coefficients have in common can wait.
     """
-    operands = Operands(hidden, rows, head)
-    anchor = None if anchor_hidden is None else Operands(anchor_hidden, rows, anchor_head)
-    pairs, kept = rows.counts.shape[0] // 2, rows.index.shape[0]
+    operands, kept = Operands(hidden, rows, head), rows.index.shape[0]
     buffer = Buffer(head, kept, max_logits_bytes)
+    if anchor_hidden is not None:
+        anchor = Operands(anchor_hidden, rows, anchor_head)
+        every = [_statistics(anchor, tile, buffer)[1] for tile in buffer.tiles(0, kept)]
+        chosen, rejected = sequence_means(_sums(rows, every), rows.counts, options["length_normalized"]).chunk(2)
+        anchor_margin = chosen - rejected
     gradients = Gradients(operands, needs, buffer)
     sliced = buffer.columns < head.weight.shape[0]
     every: list[Statistics] = []
-    sums = torch.zeros(2 * pairs, dtype=torch.float64, device=hidden.device)
-    anchor_sums = torch.zeros_like(sums)
+    sums = torch.zeros_like(rows.counts, dtype=torch.float64)
     shares = None if options["sft_weight"] else margin_shares(rows.counts, options["length_normalized"])
     for start, stop in _whole_pairs(rows, buffer.limit):
-        if anchor is not None:
-            logps = torch.cat(_rows_logps(anchor, start, stop, buffer))
-            anchor_sums += _sums_of(rows, logps, start, stop)
         tiles, found = buffer.tiles(start, stop), []
         unit = (len(tiles) > 1 or sliced) and needs[0] and not (needs[1] or needs[2])
         ahead = not every and _goes_ahead(head, tiles, needs, shares)
@@ -318,12 +318,11 @@ def loss(
                 gradients.add(tile, logits, statistics, share)
             found.append(statistics)
         every += found
-        sums += _sums_of(rows, torch.cat([statistics.logps for statistics in found]), start, stop)
+        sums += _sums(rows.part(start, stop), found)
         if not any(needs):
             continue
-        margin = _margin(anchor_sums, rows.counts, options) if anchor is not None else anchor_margin
         # Those of pairs still to come are not read.
-        coefficients = pair_results(sums, rows.counts, margin, **options).coefficients
+        coefficients = pair_results(sums, rows.counts, anchor_margin, **options).coefficients
         scale = coefficients[rows.sequence[start:stop]]
         if unit:
             gradients.scale_hidden(slice(start, stop), scale)
@@ -335,8 +334,6 @@ def loss(
         for tile, statistics in _last_first([*zip(tiles, found)]):
             gradients.add(tile, logits, statistics, scale[tile.start - start : tile.stop - start])
             logits = None  # the others' are computed again
-    if anchor is not None:
-        anchor_margin = _margin(anchor_sums, rows.counts, options)
     dtype = cpu.accumulation_dtype(hidden)
     fields = pair_results(sums, rows.counts, anchor_margin, **options)
     fields = PairResults(*(f.to(dtype, copy=True) if f.is_floating_point() else f for f in fields))
@@ -370,15 +367,10 @@ def _whole_pairs(rows: Rows, limit: int) -> Iterator[tuple[int, int]]:
             start = stop
 
 
-def _sums_of(rows: Rows, logps: Tensor, start: int, stop: int) -> Tensor:
-    """Every sequence's sum over the rows from start to stop alone, (S,)."""
-    part = rows._replace(sequence=rows.sequence[start:stop], position=rows.position[start:stop])
-    return part.sums(logps)
-
-
-def _margin(sums: Tensor, counts: Tensor, options: dict) -> Tensor:
-    chosen, rejected = sequence_means(sums, counts, options["length_normalized"]).chunk(2)
-    return chosen - rejected
+def _sums(rows: Rows, statistics: list[Statistics]) -> Tensor:
+    """(S,) float64, of the rows' log-probs."""
+    none = torch.empty(0, device=rows.label.device)
+    return rows.sums(torch.cat([none, *(part.logps for part in statistics)]))
 
 
 def _joined(statistics: list[Statistics], like: Tensor) -> tuple[Tensor, Tensor]:
@@ -424,8 +416,7 @@ def logps(
             if logits_kept is not None and not head.leaves_terms:
                 logits = buffer.rows(tile.stop - tile.start).copy_(logits)
             unit.add(tile, logits, statistics, torch.ones_like(statistics.total))
-    row_logps = torch.cat([s.logps for s in every]) if every else hidden.new_zeros(0)
-    return LogpsResults(rows.sums(row_logps), *_joined(every, hidden), unit.results()[0], logits_kept)
+    return LogpsResults(_sums(rows, every), *_joined(every, hidden), unit.results()[0], logits_kept)
 
 
 def _scaled(unit: Tensor, scale: Tensor) -> Tensor:
