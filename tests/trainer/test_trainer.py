@@ -16,6 +16,7 @@ import torch
 import transformers
 from accelerate.parallelism_config import ParallelismConfig
 from conftest import made_up_pairs, tiny_model
+from packaging.version import Version
 from transformers import HfArgumentParser, IntervalStrategy, TrainerCallback
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
@@ -27,6 +28,9 @@ from gapo_trainer.preferences import IGNORE_INDEX, PreferenceCollator, flip_labe
 from gapo_trainer.trainer import GAPOTrainer, _refuse_parallelism, _refuse_what_has_no_place
 
 ABOVE_ZERO = 1e-6
+DRAWS_FOR_EVERY_LAYER = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"), reason="OPT draws a random number for every layer, and is refused"
+)
 
 
 def make_trainer(tokenizer, tmp_path, model=None, pairs=6, **settings):
@@ -637,7 +641,7 @@ def test_small_changes_of_logits_are_refused_whatever_the_rounding(tokenizer, tm
         ("Cohere", {"logit_scale": 0.0625, "eos_token_id": 2}),
         ("Granite", {"logits_scaling": 3.0}),
         ("Phi", {}),
-        ("OPT", {"ffn_dim": 24}),
+        pytest.param("OPT", {"ffn_dim": 24}, marks=DRAWS_FOR_EVERY_LAYER),
     ],
 )
 def test_heads_of_other_models_in_16_bits_are_taken(tokenizer, tmp_path, architecture, known, dtype, settings):
