@@ -488,11 +488,11 @@ def fused_linear_gapo_loss(
 
     Rows that predict nothing are left out before any GEMM. Whole pairs at a time share one buffer of logits, and
     their gradients are made there in the forward, if they will be needed: four GEMMs in all, policy and anchor
-    logits, d hidden, d weight. Only a pair that exceeds the budget by itself has its logits computed again, and not
-    even that if the weight is frozen, or for the first pair (without sft_weight, in float32 or float64). bfloat16's
-    gradients wait in float32 until the backward: the upstream gradient is folded in, and they are rounded once. With
-    reduction="none", and in float16, the gradients are made in the backward instead, and the logits of all pairs are
-    kept for it, or computed again. CUDA graphs: as `linear_sequence_logps`.
+    logits, d hidden, d weight. Only what of a pair goes beyond the budget has its logits computed again, and not even
+    that if the head is frozen, or for the first pair (without sft_weight, in float32 or float64, with a row of logits
+    within the budget). bfloat16's gradients wait in float32 until the backward: the upstream gradient is folded in, and
+    they are rounded once. With reduction="none", and in float16, the gradients are made in the backward instead, and the
+    logits of all pairs are kept for it, or computed again. CUDA graphs: as `linear_sequence_logps`.
 
     Args:
         hidden: (2B, T, H) floating, the last hidden states, rows 0..B-1 of the chosen completions, rows B..2B-1 of the

@@ -3,8 +3,8 @@
 Rows that predict nothing are left out before any GEMM. With kept rows K: the logits cost 2 K H V flops, d hidden and
 d weight as much each. Where a tile holds whole pairs their loss, and so every row's coefficient, is known while their
 logits, or the softmax's terms in their place, are still there: nothing is computed twice. What of a pair goes beyond the
-budget is, unless the weight is frozen: then each sequence's d hidden is made up to its coefficient, at once. Below the
-budget of one row there are slices of the vocabulary, too: d weight has all their logits computed again.
+budget is, unless the head is frozen: then each sequence's d hidden is made up to its coefficient, at once. Below the
+budget of one row there are slices of the vocabulary, too: a head's gradient has all their logits computed again.
 """
 
 from __future__ import annotations

@@ -316,18 +316,27 @@ def test_nothing_is_computed_twice_while_a_pair_fits(gemms):
     assert sum(gemms) == 2 * kept and len(gemms) == 2 * PAIRS
 
 
-def test_a_pair_beyond_the_budget_is_computed_twice_but_its_last_tile_the_first_pair_or_with_a_frozen_weight(gemms):
-    hidden, weight, _, labels, _, _ = problem()
+def test_of_a_pair_beyond_the_budget_what_goes_beyond_is_computed_twice(gemms):
+    """But for the first pair, and with a frozen head."""
+    hidden, weight, _, labels, anchor, _ = problem()
     rows = (labels[:, 1:] != -100).view(2, PAIRS, -1).sum((0, 2)).tolist()  # of each pair
-    last = [count - count * (-(-count // 3) - 1) // -(-count // 3) for count in rows]  # of tiles of at most 3 rows
-    run(fused_linear_gapo_loss, hidden, weight, None, labels, max_logits_bytes=3 * ROW)
-    assert sum(gemms) == 2 * sum(rows) - rows[0] - sum(last[1:]) and max(gemms) <= 3
+    limit = min(rows) - 1
+    options = dict(max_logits_bytes=limit * ROW)
+    again = [count - limit for count in rows]
+    assert max(again) < limit  # no even split of a pair would leave as much in the buffer
+    run(fused_linear_gapo_loss, hidden, weight, None, labels, **options)
+    assert sum(gemms) == sum(rows) + sum(again[1:]) and max(gemms) <= limit
     gemms.clear()
-    run(fused_linear_gapo_loss, hidden, weight, None, labels, max_logits_bytes=3 * ROW, sft_weight=0.1)
-    assert sum(gemms) == 2 * sum(rows) - sum(last)
+    run(fused_linear_gapo_loss, hidden, weight, None, labels, **options, sft_weight=0.1)
+    assert sum(gemms) == sum(rows) + sum(again)
     gemms.clear()
-    run(fused_linear_gapo_loss, hidden, weight, None, labels, max_logits_bytes=3 * ROW, frozen=("weight",))
+    run(fused_linear_gapo_loss, hidden, weight, None, labels, **options, frozen=("weight",))
     assert sum(gemms) == sum(rows)
+    gemms.clear()
+    everything = dict(options, anchor_hidden=anchor, frozen=("hidden", "weight"))
+    run(fused_linear_gapo_loss, hidden, weight, None, labels, **everything)
+    assert sum(gemms) == 2 * sum(rows)
+    assert len(gemms) == -(-sum(rows) // limit) + 2 * PAIRS  # the anchor's tiles span pairs
 
 
 @pytest.mark.parametrize("function", [fused_linear_gapo_loss, linear_sequence_logps])
