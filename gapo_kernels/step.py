@@ -56,7 +56,7 @@ def gapo_step(
         anchor: what moves the weights; None trains and evaluates without an anchor, the SimPO loss.
         beta, gamma: the logistic's argument is z = beta * gap - gamma.
         probe: the objective uphill of which the anchor lies: "loss", J = mean -log sigma(beta M - gamma), as the
-            authors' code has it, or "margin", J = -mean M, as the paper has it.
+            authors' code has it, or "margin", J = -mean M, as the paper has it; over the pairs of all the anchor's ranks.
         label_smoothing, loss_type: of the final loss, as in `fused_gapo_loss` (the hinge has no smoothing).
         sft_weight: adds sft_weight * NLL over the chosen tokens; needs counts and length-normalised logps.
         allow_dropout: let logps_fn draw random numbers, and have the anchor's run draw the same ones.
@@ -113,6 +113,9 @@ def gapo_step(
                     "draw the same numbers in both runs"
                 )
             objective = _probe(probe, margin, beta, gamma, valid) if walked_twice else None
+            if objective is not None and distributed.ranks(anchor.process_group) > 1:
+                weight = distributed.over_mean(valid.sum(), anchor.params, anchor.process_group)
+                objective = objective * weight.to(objective.dtype)
             recorded = nullcontext() if sharing is None else sharing.recorded()
             kept, again = sharing is None or sharing.needs_graph, False
             if kept and objective is not None:

@@ -220,6 +220,24 @@ def originals(rank, kind, model, **options):
     return found, all(torch.equal(full(p.detach()), b) for p, b in zip(anchor.params, before))
 
 
+def uneven(rank, kind="one process", **options):
+    """The gaps of the pairs that count, one of them on the first rank and the others on the second, or all on one process,
+    and the norm of the probe's gradient."""
+    model = tiny_models.build("llama")
+    if kind == "ddp":
+        model = nn.parallel.DistributedDataParallel(model)
+    elif kind != "one process":
+        model = _shard(model, kind)
+    anchor = GeometricAnchor.from_model(model, rho=RHO)
+    ids, labels = tiny_models.preference_batch(PAIRS)
+    labels[PAIRS + 1] = -100
+    pairs = range(PAIRS) if kind == "one process" else [range(2), range(2, PAIRS)][rank]
+    rows = [*pairs, *(pair + PAIRS for pair in pairs)]
+    ids, labels = ids[rows], labels[rows]
+    out = gapo_step(lambda: sequence_logps(model(ids).logits, labels, return_counts=True), anchor, **options)
+    return out.gap[out.valid], anchor.stats.grad_norm
+
+
 def fsdp_accumulates(rank):
     """Two micro-steps: gradients add up, and the probe leaves them alone."""
     model = _shard(tiny_models.build("llama"))

@@ -203,6 +203,16 @@ def test_given_gradients_are_averaged(on_two_ranks):
     assert all(torch.equal(a, b) for a, b in zip(one, other))
 
 
+@pytest.mark.parametrize("probe", ["loss", "margin"])
+@pytest.mark.parametrize("kind", ["ddp", None, (1, 2), (2, 1)], ids=str)
+def test_a_pair_weighs_alike_on_every_rank(on_two_ranks, kind, probe):
+    (one, norm), (other, same_norm) = on_two_ranks("uneven", kind=kind, probe=probe)
+    gap, expected_norm = ranks.uneven(0, probe=probe)
+    assert len(one) == 1 and len(other) == ranks.PAIRS - 2 and gap.abs().min() > 1e-3
+    torch.testing.assert_close(torch.cat([one, other]), gap, atol=1e-12, rtol=0)
+    assert norm == pytest.approx(expected_norm, rel=1e-12) and same_norm == norm
+
+
 def test_averages_of_large_numbers_and_of_other_dtypes(on_two_ranks):
     for large, wide in on_two_ranks("averaged_gradients"):
         assert torch.equal(large, torch.full((4,), 4e4, dtype=torch.float16))

@@ -42,6 +42,7 @@ def train(tmp_path_factory):
         ("ddp", {"tied": True, "resumed": True}),
         ("ddp", {"tied": True, "lora": True}),
         ("ddp", {"tied": True, "padding_free": True, "sft_weight": 0.5}),
+        ("ddp", {"tied": True, "inert": True, "sft_weight": 0.5}),
         ("fsdp2", {"tied": True}),
         ("fsdp2", {"tied": True, "resumed": True, "optim": "adamw_torch"}),  # of a state without tensors torch asks a device
         (
@@ -56,6 +57,7 @@ def train(tmp_path_factory):
         "DDP, resumed",
         "DDP, LoRA",
         "DDP, padding-free, NLL",
+        "DDP, empty completions, NLL",
         "FSDP2",
         "FSDP2, resumed",
         "FSDP2, untied, padding-free, resumed from shards",
@@ -65,7 +67,7 @@ def test_two_processes_train_as_one(train, kind, settings):
     """Loss, gap, gradient norm and the weights after five updates of two micro-batches; and the evaluation. Cut off in the
     fourth, they resume from the second."""
     logged, weights, evaluated, saved = train(2, kind, **settings)
-    alike = {name: value for name, value in settings.items() if name in ("tied", "lora", "optim", "sft_weight")}
+    alike = {name: value for name, value in settings.items() if name in ("tied", "lora", "optim", "sft_weight", "inert")}
     expected, expected_weights, expected_evaluation, _ = train(1, "one process", **alike)
     assert weights.keys() <= saved.keys()
     assert all(torch.equal(saved[name], weight) for name, weight in weights.items())

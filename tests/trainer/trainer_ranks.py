@@ -71,7 +71,7 @@ def make_trainer(folder, world, kind, settings):
     from peft import LoraConfig
 
     from gapo_trainer.config import GAPOConfig
-    from gapo_trainer.preferences import flip_labels
+    from gapo_trainer.preferences import flip_labels, tokenize_pairs
     from gapo_trainer.trainer import GAPOTrainer
 
     settings = dict(settings)
@@ -79,7 +79,7 @@ def make_trainer(folder, world, kind, settings):
         wrap = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
         wrap["state_dict_type"] = settings.pop("state_dict_type", "FULL_STATE_DICT")
         settings = settings | {"fsdp": True, "fsdp_config": {"fsdp_version": 2, **wrap}}
-    tied, lora = settings.pop("tied", True), None
+    tied, inert, lora = settings.pop("tied", True), settings.pop("inert", False), None
     if settings.pop("lora", False):
         lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     config = GAPOConfig(
@@ -99,6 +99,10 @@ def make_trainer(folder, world, kind, settings):
     )
     if kind == "fsdp2":  # accelerate shards on accelerators only: this takes the CPU for one
         config.distributed_state.distributed_type = DistributedType.MULTI_GPU
-    pairs = flip_labels(made_up_pairs(40), 0.3, seed=0)
-    options = dict(train_dataset=pairs, eval_dataset=pairs[:7], processing_class=tiny_tokenizer(), peft_config=lora)
+    tokenizer, pairs = tiny_tokenizer(), flip_labels(made_up_pairs(40), 0.3, seed=0)
+    if inert:
+        pairs = [dict(row) for row in tokenize_pairs(pairs, tokenizer, 100)]
+        for number in (0, 5, 6, 12):
+            pairs[number]["rejected_ids"] = []
+    options = dict(train_dataset=pairs, eval_dataset=pairs[:7], processing_class=tokenizer, peft_config=lora)
     return GAPOTrainer(tiny_model(torch.float64, tie_word_embeddings=tied), config, **options)
