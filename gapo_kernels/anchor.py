@@ -271,6 +271,8 @@ class GeometricAnchor:
         self, objective: Tensor | None, grads: Sequence[Tensor | None] | None, retain_graph: bool
     ) -> tuple[list[Tensor | None], bool]:
         """g for every parameter, or its shard, averaged over the ranks; and whether its memory may be written."""
+        if self._sharded is not None:
+            self._sharded.check_no_backward_was_cut_off()
         if self.direction == "gaussian":
             return displacement.noise(self.params, self._step, self.seed % 2**64), True
         if (objective is None) == (grads is None):

@@ -231,15 +231,17 @@ class ShardedModel:
         """For every sharded parameter's id the dtype of its MixedPrecisionPolicy, if that has one."""
         return {id(p.sharded_param): group.mp_policy.param_dtype for group in self._groups() for p in group.fsdp_params}
 
+    def check_no_backward_was_cut_off(self) -> None:
+        if any(context.post_backward_final_callback_queued for context in self._contexts()):
+            raise RuntimeError(
+                "an exception cut off an earlier backward of this model, which leaves FSDP2 in its middle: the next one "
+                "would miss gradients. Call model.reset_iter_state() before the next step, or build the model anew where "
+                "torch does not have it"
+            )
+
     def gradients(self, objective: Tensor, params: Sequence[nn.Parameter], retain_graph: bool) -> list[Tensor | None]:
         """The objective's gradients, averaged by FSDP; every .grad is what it was before."""
-        contexts = {module._get_fsdp_state()._state_ctx for module in self._modules}
-        if any(context.post_backward_final_callback_queued for context in contexts):
-            raise RuntimeError(
-                "an exception cut off an earlier backward of this model, which leaves FSDP2 in its middle: the probe's would "
-                "miss gradients. Call model.reset_iter_state() before the next step, or build the model anew where torch "
-                "does not have it"
-            )
+        contexts = self._contexts()
         leaves = list({id(leaf): leaf for leaf in (*self._params, *_leaves(objective))}.values())
         if any(leaf._post_accumulate_grad_hooks for leaf in leaves):
             raise RuntimeError(
@@ -271,6 +273,9 @@ class ShardedModel:
                     leaf.grad = grad
                 for context in contexts:
                     context.is_last_backward = last[context]
+
+    def _contexts(self) -> set:
+        return {module._get_fsdp_state()._state_ctx for module in self._modules}
 
     def _groups(self) -> Iterator:
         for module in self._modules:

@@ -14,12 +14,36 @@ import torch
 # one of theirs, leave gradients off, or autocast on, for good.
 _ENTRY_AND_EXIT = {
     method.__code__
-    for manager in (_GeneratorContextManager, torch.no_grad, torch.enable_grad, torch.autocast)
+    for manager in (_GeneratorContextManager, torch.no_grad, torch.enable_grad, torch.inference_mode, torch.autocast)
     for method in (manager.__enter__, manager.__exit__)
 }
 
 # Any handler that is Python's may raise: a timeout's, a launcher's, a DataLoader's for a worker that was killed.
 _SIGNALS = sorted(signal.valid_signals())
+
+
+class _Holding:
+    """In the place of every handler that is Python's, from the beginning of a block to its end."""
+
+    def __init__(self, in_body: bool) -> None:
+        handlers = {signum: _in_use(signal.getsignal(signum), signum) for signum in _SIGNALS}
+        self.previous = {signum: handler for signum, handler in handlers.items() if callable(handler)}
+        self.held: list[int] = []
+        self.is_left, self._in_body = False, in_body
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        first = self._in_body and signum == signal.SIGINT and signum not in self.held
+        if not self.is_left and (first or _entering_or_leaving(frame)):
+            self.held.append(signum)
+        else:
+            self.previous[signum](signum, frame)
+
+
+def _in_use(handler: Callable | int | None, signum: int) -> Callable | int | None:
+    """The handler, or what those of blocks that are left, in another order or by another thread, pass the signal on to."""
+    while isinstance(handler, _Holding) and handler.is_left:
+        handler = handler.previous[signum]
+    return handler
 
 
 @contextmanager
@@ -30,34 +54,31 @@ def interrupt_held(in_body: bool = True) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # no handler runs here
         return
-    previous = {signum: handler for signum in _SIGNALS if callable(handler := signal.getsignal(signum))}
-    held, left = [], []
-
-    def hold(signum, frame):
-        first = in_body and signum == signal.SIGINT and signum not in held
-        if not left and (first or _entering_or_leaving(frame)):
-            held.append(signum)
-        else:
-            previous[signum](signum, frame)
-
+    holding = _Holding(in_body)
     try:
-        for signum in previous:
-            signal.signal(signum, hold)
+        for signum in holding.previous:
+            signal.signal(signum, holding)
         yield
     finally:
-        _put_back(hold, previous, held, left)
+        _put_back(holding)
 
 
-def _put_back(hold: Callable, previous: dict[int, Callable], held: list[int], left: list[bool]) -> None:
+def _put_back(holding: _Holding) -> None:
     """The handlers, each in its place, and then calls those of the signals that were held; and only then lets through what
     one of them raised meanwhile."""
+    previous, held = holding.previous, holding.held
+    if threading.current_thread() is not threading.main_thread():  # of a generator that ends there: none can be put back
+        holding.is_left = True
+        for signum in held:
+            signal.raise_signal(signum)  # for the main thread
+        return
     failure = None
     for _ in range(len(previous) + len(held) + 1):  # each of them may raise once
         try:
             for signum, handler in previous.items():
-                if signal.getsignal(signum) is hold:
-                    signal.signal(signum, handler)
-            left.append(True)  # blocks that are not left in reverse order may put this handler back in place
+                if signal.getsignal(signum) is holding:
+                    signal.signal(signum, _in_use(handler, signum))
+            holding.is_left = True  # blocks that are not left in reverse order may put this handler back in place
             while held:
                 signum = held.pop(0)
                 previous[signum](signum, None)

@@ -28,7 +28,8 @@ def share(items: Sequence[Item], drain: Callable[[Iterator[Item]], None], device
     inference = torch.is_inference_mode_enabled()
 
     def run() -> None:
-        # Grad mode and inference mode are a thread's own: tensors made in the caller's may be written only in it.
+        # Grad mode and inference mode are a thread's own: tensors made in the caller's may be written only in it. Not in the
+        # caller's own: cut off there by a signal, inference mode's guard would bring back this state when it goes.
         with torch.no_grad(), torch.inference_mode(inference):
             drain(queue)
 
@@ -42,7 +43,8 @@ def share(items: Sequence[Item], drain: Callable[[Iterator[Item]], None], device
         except RuntimeError:  # no thread to be had: the interpreter is about to end, or a limit on processes is reached
             pass
     if not futures:
-        run()
+        with torch.no_grad():
+            drain(queue)
     try:
         for future in futures:
             future.result()

@@ -759,25 +759,37 @@ def test_what_a_handler_raised_holds_no_frame_of_a_step():
         gc.enable()
 
 
-def test_a_block_that_another_thread_leaves_ends(monkeypatch):
-    """Its handlers cannot be put back there; nor may it try for ever."""
-    block, failures = interrupts.interrupt_held(), []
+def test_a_block_that_another_thread_leaves_keeps_no_signal():
+    """Its handlers cannot be put back there: they pass on what comes, until the next block ends."""
+    calls = []
+    before = signal.signal(signal.SIGINT, lambda *_: calls.append("one"))
+    try:
+        handler, block = signal.getsignal(signal.SIGINT), interrupts.interrupt_held()
+        block.__enter__()
+        signal.raise_signal(signal.SIGINT)
+        assert calls == []
+        thread = threading.Thread(target=block.__exit__, args=(None, None, None))
+        thread.start()
+        thread.join(30)
+        assert not thread.is_alive() and calls == ["one"]
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+        assert len(calls) == 3
+        with interrupts.interrupt_held():
+            pass
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_blocks_that_are_left_in_another_order_leave_no_handler():
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
-    block.__enter__()
-
-    def leave():
-        try:
-            block.__exit__(None, None, None)
-        except ValueError as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=leave)
-    thread.start()
-    thread.join(30)
-    for number, handler in handlers.items():
-        if callable(handler):
-            signal.signal(number, handler)
-    assert not thread.is_alive() and len(failures) == 1
+    blocks = [interrupts.interrupt_held() for _ in range(3)]
+    for block in blocks:
+        block.__enter__()
+    for block in blocks:
+        block.__exit__(None, None, None)
+    assert {number: signal.getsignal(number) for number in signal.valid_signals()} == handlers
 
 
 def test_the_handler_in_place_gets_every_ctrl_c(params, anchor):

@@ -790,17 +790,21 @@ def test_a_signal_in_any_of_the_steps_contexts_leaves_torch_as_it_was():
     from torch._functorch import config as functorch
     from torch.compiler import config as compiler
 
-    model = nn.Linear(3, 1).double()
-    anchor, x = GeometricAnchor(model.parameters(), rho=RHO), torch.randn(4, 3, dtype=torch.float64)
-    places = {torch.no_grad.__enter__.__code__, torch.no_grad.__exit__.__code__, step._kept_buffers.__wrapped__.__code__}
+    model = nn.Sequential(nn.Embedding(11, 3), nn.Linear(3, 11)).double()
+    anchor, ids = GeometricAnchor(model.parameters(), rho=RHO), torch.randint(11, (4, 5))
+    managers = (torch.no_grad, torch.inference_mode)
+    places = {code for manager in managers for code in (manager.__enter__.__code__, manager.__exit__.__code__)}
+    places.add(step._kept_buffers.__wrapped__.__code__)
     settings = functorch.donated_buffer, compiler.cache_key_tag
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # else what the log-probs are computed in is another thread's
 
     def expire(signum, frame):
         raise TimeoutError
 
     def use(at):
         with SignalAt(at, signal.SIGTERM, lambda frame: frame.f_code in places) as lines:
-            gapo_step(lambda: model(x).flatten(), anchor)
+            gapo_step(lambda: sequence_logps(model(ids), ids), anchor)
         return lines.lines
 
     before = signal.signal(signal.SIGTERM, expire)
@@ -813,13 +817,14 @@ def test_a_signal_in_any_of_the_steps_contexts_leaves_torch_as_it_was():
                 use(at)
             except TimeoutError:
                 passed += 1
-            assert torch.is_grad_enabled(), f"line {at} of {lines}"
+            assert torch.is_grad_enabled() and (2 * model[1].weight).requires_grad, f"line {at} of {lines}"
             assert (functorch.donated_buffer, compiler.cache_key_tag) == settings, f"line {at} of {lines}"
             torch.set_grad_enabled(True)
             functorch.donated_buffer, compiler.cache_key_tag = settings
         assert passed == lines
     finally:
         signal.signal(signal.SIGTERM, before)
+        torch.set_num_threads(threads)
 
 
 def test_layers_come_back_after_a_failure_at_the_anchor():

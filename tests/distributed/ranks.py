@@ -299,10 +299,10 @@ def fsdp_fails_inside(rank, where):
     return error, restored, gradients, torch.equal(logits, expected)
 
 
-def fsdp_after_a_failed_backward(rank, which):
+def fsdp_after_a_failed_backward(rank, which, **options):
     """What the next step says, and after the remedy its gap less the true one, the largest."""
     model = _shard(tiny_models.build("llama"))
-    anchor = GeometricAnchor.from_model(model, rho=RHO)
+    anchor = GeometricAnchor.from_model(model, rho=RHO, **options)
     logps, failing = logps_of(model, rank), [which == "probe"]
 
     def fail(gradient):
@@ -330,7 +330,9 @@ def fsdp_after_a_failed_backward(rank, which):
         return message, kept, 0.0
     model.reset_iter_state()
     whole = tiny_models.build("llama")
-    expected = gapo_step(logps_of(whole), GeometricAnchor.from_model(whole, rho=RHO)).gap.chunk(RANKS)[rank]
+    of_whole = GeometricAnchor.from_model(whole, rho=RHO, **options)
+    of_whole.load_state_dict(anchor.state_dict())
+    expected = gapo_step(logps_of(whole), of_whole).gap.chunk(RANKS)[rank]
     return message, kept, (gapo_step(logps, anchor).gap - expected).abs().max().item()
 
 

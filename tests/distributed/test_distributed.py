@@ -127,10 +127,10 @@ def test_fsdp2_restores_its_shards(on_two_ranks, where, error):
         assert found == (error, True, True, True)
 
 
-@pytest.mark.parametrize("which", ["probe", "final"])
-def test_fsdp2_after_a_backward_that_was_cut_off(on_two_ranks, which):
+@pytest.mark.parametrize("which, direction", [("probe", "pessimistic"), ("final", "pessimistic"), ("final", "gaussian")])
+def test_fsdp2_after_a_backward_that_was_cut_off(on_two_ranks, which, direction):
     """torch's own state is in the middle of that backward: the next probe would miss gradients, without a word."""
-    for message, kept, off in on_two_ranks("fsdp_after_a_failed_backward", which=which):
+    for message, kept, off in on_two_ranks("fsdp_after_a_failed_backward", which=which, direction=direction):
         assert message is not None and "reset_iter_state" in message
         assert kept and off < 1e-12
 
