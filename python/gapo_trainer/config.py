@@ -5,6 +5,7 @@ import difflib
 import json
 import math
 import numbers
+import typing
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -49,6 +50,8 @@ _RANGES = {
     "per_device_eval_batch_size": _COUNT,
     "gradient_accumulation_steps": _COUNT,
     "dataloader_num_workers": _NOT_NEGATIVE,
+    "dataloader_prefetch_factor": _COUNT,
+    "eval_accumulation_steps": _COUNT,
     "save_total_limit": _COUNT,
 }
 _WHOLE = (
@@ -61,17 +64,20 @@ _WHOLE = (
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",
     "dataloader_num_workers",
+    "dataloader_prefetch_factor",
+    "eval_accumulation_steps",
     "save_total_limit",
     "max_steps",
     "seed",
     "data_seed",
 )
-_BOOLEAN = ("padding_free", "share_backward", "record_pairs")
 _MAY_BE_NONE = (
     "max_length",
     "max_prompt_length",
     "pad_to_multiple_of",
     "dataset_num_proc",
+    "dataloader_prefetch_factor",
+    "eval_accumulation_steps",
     "save_total_limit",
     "data_seed",
     "eval_steps",
@@ -198,8 +204,10 @@ class GAPOConfig(TrainingArguments):
                 setattr(self, name, int(value))
             if name in steps:
                 self._require(name, value > 0, "> 0")
-        for name in _BOOLEAN:
-            if not isinstance(value := getattr(self, name), bool):
+        for name, hint in typing.get_type_hints(type(self)).items():
+            value, kinds = getattr(self, name, None), {hint, *typing.get_args(hint)}
+            is_switch = bool in kinds and str not in kinds
+            if is_switch and not (isinstance(value, bool) or value is None and type(None) in kinds):
                 raise ValueError(f"{name} must be True or False, got {value!r}")
         for name in (*CHECKPOINTING, "lr_scheduler_kwargs"):
             if not _is_mapping(value := getattr(self, name, None)):
@@ -235,8 +243,12 @@ class GAPOConfig(TrainingArguments):
         if not layer and self.scope not in ("backbone", "all"):
             near = nearest(self.scope, ("backbone", "all"))
             raise ValueError(f"scope must be 'backbone', 'all' or the number of a layer, got {self.scope!r}{near}")
-        if self.load_best_model_at_end and self.eval_strategy == "no":
-            raise ValueError("load_best_model_at_end expects an eval_strategy that finds the best, got 'no'")
+        for name, is_set in (
+            ("load_best_model_at_end", self.load_best_model_at_end),
+            ("save_strategy = 'best'", self.save_strategy == "best"),
+        ):
+            if is_set and self.eval_strategy == "no":
+                raise ValueError(f"{name} expects an eval_strategy that finds the best, got 'no'")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be False: the collator reads the pairs' own columns, got True")
         if self.label_smoothing_factor:

@@ -125,8 +125,9 @@ def _check_tokens(rows, vocabulary):
     for i, row in enumerate(rows):
         if not {"index", *TOKENS} <= row.keys():
             raise ValueError(f"pair {i}: expected the columns index, {', '.join(TOKENS)}, as the first has, got {', '.join(row)}")
-        if not are_whole([row["index"]]):
+        if not are_whole([row["index"]]) or abs(row["index"]) > sys.maxsize:
             raise ValueError(f"pair {i}: index must be a whole number, the pair's position, got {row['index']!r}")
+        _mark(row.get("is_flipped"), i)
         for name in TOKENS:
             ids = row[name]
             if not isinstance(ids, list) or not are_whole(ids):

@@ -16,8 +16,8 @@ from importlib import resources
 from pathlib import Path
 
 import yaml
-from accelerate.utils import DynamoBackend, parse_flag_from_env
-from accelerate.utils.constants import FSDP_AUTO_WRAP_POLICY
+from accelerate.utils import DynamoBackend, GradientAccumulationPlugin, parse_flag_from_env
+from accelerate.utils.constants import FSDP_AUTO_WRAP_POLICY, FSDP_STATE_DICT_TYPE
 from peft import TaskType
 from torch.utils.checkpoint import checkpoint
 from transformers import HfArgumentParser, PreTrainedModel, Trainer
@@ -35,6 +35,18 @@ SHIPPED_MODEL = "smollm2-135m-instruct-offline"
 SHIPPED_DATASET = "gapo-preferences"
 TORCHS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")  # optimizers
 BOOLEANS = ("true", "false", "yes", "no", "t", "f", "y", "n", "1", "0")
+# What transformers reads of these settings of FSDP, and of accelerator_config; everywhere else text is true.
+FSDP_SWITCHES = ("reshard_after_forward", "cpu_ram_efficient_loading", "activation_checkpointing")
+_NESTED_BOOLEANS = {
+    **dict.fromkeys((f"fsdp_config.{prefix}{key}" for prefix in ("", "fsdp_") for key in FSDP_SWITCHES), (*BOOLEANS, "on", "off")),
+    "accelerator_config": ("true", "false", "0", "1"),
+}
+_NESTED_CHOICES = {
+    "fsdp_config.auto_wrap_policy": FSDP_AUTO_WRAP_POLICY,
+    "fsdp_config.state_dict_type": FSDP_STATE_DICT_TYPE,
+    "fsdp_config.version": ("1", "2"),
+    **{f"{name}.determinism_check": ("default", "none") for name in CHECKPOINTING},
+}
 FLAGS = ("--print-config", "--help")
 # What settings were called in older versions and other trainers, where the letters alone lead elsewhere.
 _FORMER = {
@@ -190,16 +202,7 @@ def parse(settings):
         names = (f"unknown setting {key!r}{nearest(_FORMER.get(key, key), actions)}" for key in unknown)
         raise SettingsError("\n".join(names))
     for name, known in _nested_keys(settings).items():
-        nested = _nested(settings.get(name))
-        unknown = [key for key in nested if key not in known] if isinstance(nested, dict) else []
-        if unknown:
-            raise SettingsError("\n".join(f"unknown setting '{name}.{key}'{nearest(key, known)}" for key in unknown))
-        for key in ("auto_wrap_policy", "fsdp_auto_wrap_policy") if isinstance(nested, dict) else ():
-            _check_choice(f"{name}.{key}", FSDP_AUTO_WRAP_POLICY, nested.get(key))
-    nested = _nested(settings.get("accelerator_config"))
-    for key, hint in typing.get_type_hints(AcceleratorConfig).items():
-        value = nested.get(key) if isinstance(nested, dict) else None
-        _check_boolean(f"accelerator_config.{key}", hint, value, ("true", "false", "0", "1"))
+        _check_nested(name, known, _nested_at(settings, name))
     arguments = []
     defaults = {name: value for kind in dataclass_types() for name, value in _defaults(kind).items()}
     kinds = _kinds()
@@ -207,7 +210,7 @@ def parse(settings):
         choices = _choices(actions[key])
         if value is False and "no" in choices:
             value = "no"  # which YAML reads as False
-        if key in defaults and value == defaults[key]:
+        if key in defaults and value == defaults[key] and isinstance(value, bool) == isinstance(defaults[key], bool):
             continue
         _check_choice(key, choices, value)
         _check_boolean(key, kinds[key], value)
@@ -239,6 +242,23 @@ def parse(settings):
         raise
     except (AttributeError, ImportError, OSError, TypeError, ValueError) as error:
         raise SettingsError(str(error)) from error
+
+
+def _check_nested(name, known, nested):
+    """known: the keys of the setting, a mapping, and their types, None for any. Raises SettingsError."""
+    if not isinstance(nested, dict):
+        return
+    unknown = [key for key in nested if key not in known]
+    if unknown:
+        raise SettingsError("\n".join(f"unknown setting '{name}.{key}'{nearest(key, known)}" for key in unknown))
+    for key, value in nested.items():
+        path = f"{name}.{key}"
+        _check_choice(path, _NESTED_CHOICES.get(path.replace(".fsdp_", "."), ()), value)
+        texts = _NESTED_BOOLEANS.get(path, _NESTED_BOOLEANS.get(name, ()))
+        _check_boolean(path, known[key], value, BOOLEANS if isinstance(value, int) else texts)
+        is_number = isinstance(_with_numbers(value), (int, float)) and not isinstance(value, bool)
+        if {known[key], *typing.get_args(known[key])} - {type(None)} in ({int}, {float}) and not (value is None or is_number):
+            raise SettingsError(f"{path} must be a number, got {value!r}")
 
 
 def _check_adapters(model_args, defaults):
@@ -323,33 +343,50 @@ def _nested(value):
         return value  # which transformers refuses
 
 
+def _nested_at(settings, path):
+    for name in path.split("."):
+        settings = _nested(settings.get(name)) if isinstance(settings, dict) else None
+    return settings
+
+
 def _nested_keys(settings):
-    """dict of the settings that are mappings with known keys: name to these keys."""
-    keys = {"accelerator_config": [item.name for item in dataclasses.fields(AcceleratorConfig)]}
+    """dict of the settings that are mappings with known keys: name to these keys and their types, None for any."""
+    keys = {
+        "accelerator_config": typing.get_type_hints(AcceleratorConfig),
+        "accelerator_config.gradient_accumulation_kwargs": typing.get_type_hints(GradientAccumulationPlugin),
+    }
     # transformers takes its own of them and gives the others to torch, which has one in its **kwargs.
     enable = getattr(PreTrainedModel, "activation_checkpointing_enable", PreTrainedModel.gradient_checkpointing_enable)
     transformers_own = _parameters(enable, "POSITIONAL_OR_KEYWORD") - {"self", *CHECKPOINTING}
-    torchs = _parameters(checkpoint, "KEYWORD_ONLY") | {"preserve_rng_state"}
-    keys |= dict.fromkeys(CHECKPOINTING, transformers_own | torchs)
+    own = dict.fromkeys(transformers_own) | _typed(checkpoint, "KEYWORD_ONLY") | {"preserve_rng_state": bool}
+    keys |= dict.fromkeys(CHECKPOINTING, own)
     if isinstance(settings.get("liger_kernel_config"), dict) and is_liger_kernel_available():
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
         # One recipe may serve several models; Liger passes over what is not the model's.
         known = (_parameters(patch, "POSITIONAL_OR_KEYWORD") for patch in MODEL_TYPE_TO_APPLY_LIGER_FN.values())
-        keys["liger_kernel_config"] = set().union(*known) - {"model"}
+        keys["liger_kernel_config"] = dict.fromkeys(set().union(*known) - {"model"})
     # Known nowhere but in the code that reads them.
     code = inspect.getsource(GAPOConfig._process_fsdp_args)
     fsdp = re.findall(r'self\.fsdp_config(?:\.get\(|\.setdefault\(|\[)"(\w+)"', code)
-    keys["fsdp_config"] = [*fsdp, *(f"fsdp_{key}" for key in fsdp)]
+    switches = dict.fromkeys((*FSDP_SWITCHES, "cpu_offload"), bool)
+    keys["fsdp_config"] = {f"{prefix}{key}": switches.get(key) for prefix in ("", "fsdp_") for key in fsdp}
     schedule = TYPE_TO_SCHEDULER_FUNCTION.get(settings.get("lr_scheduler_type", GAPOConfig.lr_scheduler_type))
     if schedule is not None and not _parameters(schedule, "VAR_KEYWORD"):
         given = {"optimizer", "num_warmup_steps", "num_training_steps"}  # by transformers
-        keys["lr_scheduler_kwargs"] = _parameters(schedule, "POSITIONAL_OR_KEYWORD") - given
+        typed = _typed(schedule, "POSITIONAL_OR_KEYWORD")
+        keys["lr_scheduler_kwargs"] = {key: hint for key, hint in typed.items() if key not in given}
     return keys
 
 
 def _parameters(function, kind):
     return {name for name, one in inspect.signature(function).parameters.items() if one.kind.name == kind}
+
+
+def _typed(function, kind):
+    """The parameters and their types, None for any."""
+    hints = typing.get_type_hints(function)
+    return {name: hints.get(name) for name in _parameters(function, kind)}
 
 
 def _text(value):

@@ -1,5 +1,6 @@
 """A run's model and preference pairs, from the names in its settings."""
 
+import re
 from pathlib import Path
 
 from .config import nearest
@@ -95,4 +96,7 @@ def _split(data_args, split):
         return datasets.load_dataset(name, data_args.dataset_config, split=split)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         near = nearest(name, [SHIPPED_DATASET])
+        what, _, known = str(error).partition("[")  # datasets' own: "Unknown split ... ['train', 'test']", and of configurations
+        wanted = split if repr(split).strip("'") in what else data_args.dataset_config
+        near = near or nearest(wanted, re.findall(r"'([^']+)'", known))
         raise SettingsError(f"dataset_name = {name!r}, split {split!r}{near}: {type(error).__name__}: {error}") from error

@@ -190,6 +190,39 @@ def test_checkpointing_of_the_command_line_is_not_reentrant(recipe):
         ),
         (["smollm2-135m-offline", "--padding_free=ture"], "padding_free must be True or False, got 'ture'; did you mean 'true'"),
         (["smollm2-135m-offline", "--use_peft=flase"], "use_peft must be True or False, got 'flase'; did you mean 'false'"),
+        (
+            ["smollm2-135m-offline", "--gradient_checkpointing_kwargs.preserve_rng_state=flase"],
+            "gradient_checkpointing_kwargs.preserve_rng_state must be True or False, got 'flase'; did you mean 'false'",
+        ),
+        (["smollm2-135m-offline", "--gradient_checkpointing_kwargs.use_reentrant=flase"], "must be True or False, got 'flase'"),
+        (
+            ["smollm2-135m-offline", "--gradient_checkpointing_kwargs.determinism_check=defalt"],
+            "determinism_check must be one of default, none, got 'defalt'; did you mean 'default'",
+        ),
+        (
+            ["smollm2-135m-offline", "--accelerator_config.gradient_accumulation_kwargs.num_step=2"],
+            "unknown setting 'accelerator_config.gradient_accumulation_kwargs.num_step'; did you mean 'num_steps'",
+        ),
+        (
+            ["smollm2-135m-offline", "--accelerator_config.gradient_accumulation_kwargs.sync_each_batch=flase"],
+            "sync_each_batch must be True or False, got 'flase'; did you mean 'false'",
+        ),
+        (
+            ["smollm2-135m-offline", "--fsdp=true", "--fsdp_config.reshard_after_forward=flase"],
+            "fsdp_config.reshard_after_forward must be True or False, got 'flase'; did you mean 'false'",
+        ),
+        (["smollm2-135m-offline", "--fsdp=true", "--fsdp_config.fsdp_cpu_offload=ture"], "got 'ture'; did you mean 'true'"),
+        (
+            ["smollm2-135m-offline", "--fsdp=true", "--fsdp_config.state_dict_type=FULL_STATE_DIC"],
+            "got 'FULL_STATE_DIC'; did you mean 'FULL_STATE_DICT'",
+        ),
+        (["smollm2-135m-offline", "--fsdp=true", "--fsdp_config.fsdp_version=3"], "fsdp_version must be one of 1, 2, got 3"),
+        (
+            ["smollm2-135m-offline", "--lr_scheduler_type=cosine", "--lr_scheduler_kwargs.num_cycles=abc"],
+            "lr_scheduler_kwargs.num_cycles must be a number, got 'abc'",
+        ),
+        (["smollm2-135m-offline", "--dataloader_num_workers=false"], "dataloader_num_workers"),
+        (["smollm2-135m-offline", "--eval_accumulation_steps=0"], "eval_accumulation_steps must be finite and >= 1, got 0"),
         (["smollm2-135m-offline", "--torch_compile_mode=defualt"], "got 'defualt'; did you mean 'default'"),
         (["smollm2-135m-offline", "--dataset_train_split=tran"], "got 'tran'; did you mean 'train'"),
         (["smollm2-135m-offline", "--dataset_config=en"], "dataset_config expects a dataset with configurations, got"),
@@ -289,9 +322,9 @@ def test_the_keys_of_mappings_are_those_that_are_read():
     """Each is taken; the test above has one of each that is not."""
     keys = settings._nested_keys({"lr_scheduler_type": "cosine_with_min_lr"})
     assert {"version", "fsdp_version", "reshard_after_forward", "cpu_offload"} <= set(keys["fsdp_config"])
-    assert {"use_reentrant", "preserve_rng_state", "determinism_check"} <= keys["gradient_checkpointing_kwargs"]
+    assert {"use_reentrant", "preserve_rng_state", "determinism_check"} <= set(keys["gradient_checkpointing_kwargs"])
     assert keys["gradient_checkpointing_kwargs"] == keys["activation_checkpointing_kwargs"]
-    assert {"min_lr", "num_cycles"} <= keys["lr_scheduler_kwargs"] and "optimizer" not in keys["lr_scheduler_kwargs"]
+    assert {"min_lr", "num_cycles"} <= set(keys["lr_scheduler_kwargs"]) and "optimizer" not in keys["lr_scheduler_kwargs"]
     assert "lr_scheduler_kwargs" not in settings._nested_keys({"lr_scheduler_type": "reduce_lr_on_plateau"})
     for name in (
         "attn_implementation=kernels-community/attention",
@@ -301,8 +334,12 @@ def test_the_keys_of_mappings_are_those_that_are_read():
         "fsdp=full_shard auto_wrap",
         "fsdp_config.fsdp_auto_wrap_policy=NO_WRAP",
         "accelerator_config={even_batches: 'false', dispatch_batches: null, non_blocking: true}",
+        "accelerator_config.gradient_accumulation_kwargs.sync_each_batch=true",
+        "fsdp_config={cpu_offload: false, reshard_after_forward: 'off', state_dict_type: SHARDED_STATE_DICT, version: 2}",
+        "gradient_checkpointing_kwargs={preserve_rng_state: false, determinism_check: none}",
+        "lr_scheduler_kwargs.num_cycles=1e-1",
     ):
-        settings.parse(settings.change(TINY | {"fsdp": False}, [f"--{name}"]))
+        settings.parse(settings.change(TINY | {"fsdp": False, "lr_scheduler_type": "cosine"}, [f"--{name}"]))
 
 
 def test_the_keys_of_liger_are_some_models():
@@ -375,6 +412,20 @@ def test_a_split_that_a_saved_dataset_lacks_is_named(recipe, tmp_path, capsys):
     assert cli.main([path, "--dataset_train_split=trian"]) == 2
     error = capsys.readouterr().err
     assert "expected one of the splits train, test, got 'trian'; did you mean 'train'?" in error
+    data, _, config = settings.parse(settings.read(path))
+    assert list(map(len, load_datasets(data, config.seed))) == [3, 3]
+
+
+@pytest.mark.parametrize("wrong, near", [("test_split=tset", "test"), ("train_split=tran", "train"), ("config=defalt", "default")])
+def test_a_split_or_configuration_that_a_folder_lacks_is_named(recipe, tmp_path, capsys, wrong, near):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in made_up_pairs(3)))
+    path = recipe(dataset_name=str(folder), dataset_test_split="test", max_steps=1)
+    assert cli.main([path, f"--dataset_{wrong}"]) == 2
+    error = capsys.readouterr().err
+    assert f"did you mean {near!r}?" in error
     data, _, config = settings.parse(settings.read(path))
     assert list(map(len, load_datasets(data, config.seed))) == [3, 3]
 

@@ -208,6 +208,8 @@ SHAREGPT = [{"from": "human", "value": "w9 w8"}]
         ([], ValueError, "at least one preference pair"),
         ([{"prompt": "w1", "chosen": "w2"}], ValueError, "columns chosen and rejected"),
         ([TOKENISED | {"index": "first"}], ValueError, "pair 0: index must be a whole number, .* got 'first'"),
+        ([TOKENISED | {"index": 2**70}], ValueError, "pair 0: index must be a whole number"),
+        ([TOKENISED, TOKENISED | {"is_flipped": "yes"}], ValueError, "pair 1: is_flipped must be true, false or nothing, got 'yes'"),
         ([TOKENISED, TOKENISED | {"chosen_ids": "12"}], ValueError, "pair 1: chosen_ids must be a list of token ids, got '12'"),
         ([TOKENISED | {"chosen_ids": [3, 9.5]}], ValueError, r"chosen_ids must be a list of token ids, got \[3, 9.5\]"),
         ([TOKENISED | {"chosen_ids": [3, True]}], ValueError, r"chosen_ids must be a list of token ids, got \[3, True\]"),

@@ -541,6 +541,8 @@ def test_heads_of_other_models(architecture, settings):
         ({"pad_to_multiple_of": np.float32(1.5)}, "pad_to_multiple_of must be a whole number, got 1.5"),
         ({"share_backward": "false"}, "share_backward must be True or False, got 'false'"),
         ({"padding_free": 1}, "padding_free must be True or False, got 1"),
+        ({"dataloader_drop_last": "false"}, "dataloader_drop_last must be True or False, got 'false'"),
+        ({"dataloader_num_workers": 1, "dataloader_prefetch_factor": 0}, "prefetch_factor must be finite and >= 1, got 0"),
         ({"record_pairs": None}, "record_pairs must be True or False, got None"),
         ({"save_steps": 0}, "save_steps must be finite and > 0, got 0"),
         ({"save_steps": -1}, "save_steps must be finite and > 0, got -1"),
@@ -714,6 +716,7 @@ def test_mixed_precision_set_by_accelerate_reaches_the_anchor(tokenizer, tmp_pat
         ({"label_names": ["labels"]}, "label_names is not supported: evaluation has its own"),
         ({"batch_eval_metrics": True}, "batch_eval_metrics is not supported"),
         ({"load_best_model_at_end": True}, "load_best_model_at_end expects an eval_strategy that finds the best, got 'no'"),
+        ({"save_strategy": "best"}, "save_strategy = 'best' expects an eval_strategy that finds the best, got 'no'"),
         (
             {"dataloader_drop_last": True, "per_device_train_batch_size": 7},
             "dataloader_drop_last expects a batch of pairs to train on, 7, got 6: nothing",
