@@ -89,9 +89,9 @@ def ranks(group: torch.distributed.ProcessGroup | None) -> int:
     return torch.distributed.get_world_size(group)
 
 
-def over_mean(count: Tensor, params: Sequence[Tensor], group: torch.distributed.ProcessGroup | None) -> Tensor:
+def over_mean(count: Tensor, params: Sequence[Tensor], group: torch.distributed.ProcessGroup | None) -> Tensor | None:
     """count () int64 over its mean on the ranks that average the gradients of `params`, (): times that, the ranks' means
-    over so many have the mean over all of them as their average."""
+    over so many have the mean over all of them as their average. None of one rank alone."""
     mesh = next((param.device_mesh for param in params if is_sharded(param)), None)
     groups = [group] if mesh is None else [mesh.get_group(dimension) for dimension in range(mesh.ndim)]
     total, size = count.clone(), 1
@@ -99,7 +99,7 @@ def over_mean(count: Tensor, params: Sequence[Tensor], group: torch.distributed.
         if ranks(group) > 1:
             torch.distributed.all_reduce(total, group=group)
             size *= ranks(group)
-    return (count * size).double() / total.clamp(min=1)
+    return None if size == 1 else (count * size).double() / total.clamp(min=1)
 
 
 def averaged(

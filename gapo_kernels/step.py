@@ -113,9 +113,9 @@ def gapo_step(
                     "draw the same numbers in both runs"
                 )
             objective = _probe(probe, margin, beta, gamma, valid) if walked_twice else None
-            if objective is not None and distributed.ranks(anchor.process_group) > 1:
+            if objective is not None:
                 weight = distributed.over_mean(valid.sum(), anchor.params, anchor.process_group)
-                objective = objective * weight.to(objective.dtype)
+                objective = objective if weight is None else objective * weight.to(objective.dtype)
             recorded = nullcontext() if sharing is None else sharing.recorded()
             kept, again = sharing is None or sharing.needs_graph, False
             if kept and objective is not None:

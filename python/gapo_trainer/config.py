@@ -8,6 +8,7 @@ import numbers
 import typing
 from dataclasses import dataclass, field
 
+import numpy as np
 from transformers import TrainingArguments
 
 from . import versions
@@ -187,7 +188,9 @@ class GAPOConfig(TrainingArguments):
     def __post_init__(self):
         for item in dataclasses.fields(self):
             value = getattr(self, item.name, None)
-            if isinstance(value, numbers.Real) and not isinstance(value, (int, float)):
+            if isinstance(value, np.bool_):
+                setattr(self, item.name, bool(value))
+            elif isinstance(value, numbers.Real) and not isinstance(value, (int, float)):
                 # numpy's, which the checkpoint's JSON does not take
                 setattr(self, item.name, int(value) if isinstance(value, numbers.Integral) else float(value))
         kinds = [kind for kind in ("logging", "save", "eval") if getattr(self, f"{kind}_strategy") == "steps"]
@@ -204,7 +207,7 @@ class GAPOConfig(TrainingArguments):
                 setattr(self, name, int(value))
             if name in steps:
                 self._require(name, value > 0, "> 0")
-        for name, hint in typing.get_type_hints(type(self)).items():
+        for name, hint in typing.get_type_hints(GAPOConfig).items():
             value, kinds = getattr(self, name, None), {hint, *typing.get_args(hint)}
             is_switch = bool in kinds and str not in kinds
             if is_switch and not (isinstance(value, bool) or value is None and type(None) in kinds):

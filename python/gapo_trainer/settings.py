@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 from accelerate.utils import DynamoBackend, GradientAccumulationPlugin, parse_flag_from_env
-from accelerate.utils.constants import FSDP_AUTO_WRAP_POLICY, FSDP_STATE_DICT_TYPE
+from accelerate.utils.constants import FSDP2_STATE_DICT_TYPE, FSDP_AUTO_WRAP_POLICY
 from peft import TaskType
 from torch.utils.checkpoint import checkpoint
 from transformers import HfArgumentParser, PreTrainedModel, Trainer
@@ -35,7 +35,7 @@ SHIPPED_MODEL = "smollm2-135m-instruct-offline"
 SHIPPED_DATASET = "gapo-preferences"
 TORCHS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")  # optimizers
 BOOLEANS = ("true", "false", "yes", "no", "t", "f", "y", "n", "1", "0")
-# What transformers reads of these settings of FSDP, and of accelerator_config; everywhere else text is true.
+# What is read as a boolean in these settings of FSDP, and in accelerator_config; in others what transformers converts.
 FSDP_SWITCHES = ("reshard_after_forward", "cpu_ram_efficient_loading", "activation_checkpointing")
 _NESTED_BOOLEANS = {
     **dict.fromkeys((f"fsdp_config.{prefix}{key}" for prefix in ("", "fsdp_") for key in FSDP_SWITCHES), (*BOOLEANS, "on", "off")),
@@ -43,7 +43,7 @@ _NESTED_BOOLEANS = {
 }
 _NESTED_CHOICES = {
     "fsdp_config.auto_wrap_policy": FSDP_AUTO_WRAP_POLICY,
-    "fsdp_config.state_dict_type": FSDP_STATE_DICT_TYPE,
+    "fsdp_config.state_dict_type": (*FSDP2_STATE_DICT_TYPE, *map(str.lower, FSDP2_STATE_DICT_TYPE)),
     "fsdp_config.version": ("1", "2"),
     **{f"{name}.determinism_check": ("default", "none") for name in CHECKPOINTING},
 }
@@ -254,10 +254,12 @@ def _check_nested(name, known, nested):
     for key, value in nested.items():
         path = f"{name}.{key}"
         _check_choice(path, _NESTED_CHOICES.get(path.replace(".fsdp_", "."), ()), value)
-        texts = _NESTED_BOOLEANS.get(path, _NESTED_BOOLEANS.get(name, ()))
+        texts = _NESTED_BOOLEANS.get(path, _NESTED_BOOLEANS.get(name, ("true", "false")))
         _check_boolean(path, known[key], value, BOOLEANS if isinstance(value, int) else texts)
-        is_number = isinstance(_with_numbers(value), (int, float)) and not isinstance(value, bool)
-        if {known[key], *typing.get_args(known[key])} - {type(None)} in ({int}, {float}) and not (value is None or is_number):
+        kinds = set(typing.get_args(known[key]) or [known[key]]) - {type(None)}
+        as_text = isinstance(value, str) and value.replace(".", "", 1).isdigit()  # converted, too
+        is_number = as_text or isinstance(_with_numbers(value), (int, float)) and not isinstance(value, bool)
+        if kinds and kinds <= {int, float} and not (value is None or is_number):
             raise SettingsError(f"{path} must be a number, got {value!r}")
 
 
@@ -369,8 +371,8 @@ def _nested_keys(settings):
     # Known nowhere but in the code that reads them.
     code = inspect.getsource(GAPOConfig._process_fsdp_args)
     fsdp = re.findall(r'self\.fsdp_config(?:\.get\(|\.setdefault\(|\[)"(\w+)"', code)
-    switches = dict.fromkeys((*FSDP_SWITCHES, "cpu_offload"), bool)
-    keys["fsdp_config"] = {f"{prefix}{key}": switches.get(key) for prefix in ("", "fsdp_") for key in fsdp}
+    typed = dict.fromkeys((*FSDP_SWITCHES, "cpu_offload"), bool) | {"min_num_params": int}
+    keys["fsdp_config"] = {f"{prefix}{key}": typed.get(key) for prefix in ("", "fsdp_") for key in fsdp}
     schedule = TYPE_TO_SCHEDULER_FUNCTION.get(settings.get("lr_scheduler_type", GAPOConfig.lr_scheduler_type))
     if schedule is not None and not _parameters(schedule, "VAR_KEYWORD"):
         given = {"optimizer", "num_warmup_steps", "num_training_steps"}  # by transformers
@@ -384,8 +386,9 @@ def _parameters(function, kind):
 
 
 def _typed(function, kind):
-    """The parameters and their types, None for any."""
-    hints = typing.get_type_hints(function)
+    """The parameters and their types, if only those of numbers that they default to; None for any."""
+    defaults = {name: type(one.default) for name, one in inspect.signature(function).parameters.items()}
+    hints = {name: kind for name, kind in defaults.items() if kind in (int, float)} | typing.get_type_hints(function)
     return {name: hints.get(name) for name in _parameters(function, kind)}
 
 

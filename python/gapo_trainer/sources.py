@@ -97,6 +97,6 @@ def _split(data_args, split):
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         near = nearest(name, [SHIPPED_DATASET])
         what, _, known = str(error).partition("[")  # datasets' own: "Unknown split ... ['train', 'test']", and of configurations
-        wanted = split if repr(split).strip("'") in what else data_args.dataset_config
-        near = near or nearest(wanted, re.findall(r"'([^']+)'", known))
+        plain = split.partition("[")[0]  # of "train[:100]"
+        near = near or nearest(plain if plain in what else data_args.dataset_config, re.findall(r"'([^']+)'", known))
         raise SettingsError(f"dataset_name = {name!r}, split {split!r}{near}: {type(error).__name__}: {error}") from error

@@ -1,6 +1,7 @@
 """`GAPOTrainer` against the method written out on `model(...).logits`, and what it logs, accumulates and restores."""
 
 import copy
+import dataclasses
 import importlib
 import json
 import os
@@ -497,6 +498,15 @@ def test_heads_of_other_models(architecture, settings):
     logps, counts = model(input_ids=ids, sequence_labels=labels)
     assert torch.allclose(logps, expected.to(logps.dtype), rtol=1e-9) and counts.tolist() == [4, 4]
     assert model(input_ids=ids).logits.shape == (2, 7, 53)
+
+
+def test_settings_may_be_of_a_subclass_and_of_numpy(tmp_path):
+    @dataclasses.dataclass
+    class Settings(GAPOConfig):
+        extra: "ImportedForTypesAlone | None" = None  # noqa: F821
+
+    config = Settings(output_dir=str(tmp_path), use_cpu=np.bool_(True), padding_free=np.bool_(False))
+    assert config.use_cpu is True and config.padding_free is False
 
 
 @pytest.mark.parametrize(
