@@ -6,6 +6,7 @@ are DTensors whose gradients FSDP averages itself, in a real backward: autograd.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -89,17 +90,21 @@ def ranks(group: torch.distributed.ProcessGroup | None) -> int:
     return torch.distributed.get_world_size(group)
 
 
-def over_mean(count: Tensor, params: Sequence[Tensor], group: torch.distributed.ProcessGroup | None) -> Tensor | None:
-    """count () int64 over its mean on the ranks that average the gradients of `params`, (): times that, the ranks' means
-    over so many have the mean over all of them as their average. None of one rank alone."""
+def weight_of_rank(
+    valid: Tensor, params: Sequence[Tensor], group: torch.distributed.ProcessGroup | None
+) -> Tensor | None:
+    """How many of `valid` (B,) are set over the mean of that on the ranks that average the gradients of `params`, ():
+    times that, the ranks' own means have the mean over all pairs as their average. None of one rank alone."""
     mesh = next((param.device_mesh for param in params if is_sharded(param)), None)
     groups = [group] if mesh is None else [mesh.get_group(dimension) for dimension in range(mesh.ndim)]
-    total, size = count.clone(), 1
-    for group in groups:
-        if ranks(group) > 1:
-            torch.distributed.all_reduce(total, group=group)
-            size *= ranks(group)
-    return None if size == 1 else (count * size).double() / total.clamp(min=1)
+    groups = [group for group in groups if ranks(group) > 1]
+    if not groups:
+        return None
+    count = valid.sum()
+    total = count.clone()
+    for group in groups:  # None is the default one
+        torch.distributed.all_reduce(total, group=group)
+    return (count * math.prod(map(ranks, groups))).double() / total.clamp(min=1)
 
 
 def averaged(

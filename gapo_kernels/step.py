@@ -114,7 +114,7 @@ def gapo_step(
                 )
             objective = _probe(probe, margin, beta, gamma, valid) if walked_twice else None
             if objective is not None:
-                weight = distributed.over_mean(valid.sum(), anchor.params, anchor.process_group)
+                weight = distributed.weight_of_rank(valid, anchor.params, anchor.process_group)
                 objective = objective if weight is None else objective * weight.to(objective.dtype)
             recorded = nullcontext() if sharing is None else sharing.recorded()
             kept, again = sharing is None or sharing.needs_graph, False

@@ -386,10 +386,10 @@ def _parameters(function, kind):
 
 
 def _typed(function, kind):
-    """The parameters and their types, if only those of numbers that they default to; None for any."""
-    defaults = {name: type(one.default) for name, one in inspect.signature(function).parameters.items()}
-    hints = {name: kind for name, kind in defaults.items() if kind in (int, float)} | typing.get_type_hints(function)
-    return {name: hints.get(name) for name in _parameters(function, kind)}
+    """dict of the parameters and their types; of those without, the type of a number that is the default, else None."""
+    hints, parameters = typing.get_type_hints(function), inspect.signature(function).parameters
+    defaults = {name: type(parameters[name].default) for name in _parameters(function, kind)}
+    return {name: hints.get(name, default if default in (int, float) else None) for name, default in defaults.items()}
 
 
 def _text(value):

@@ -49,8 +49,8 @@ class GAPOTrainer(Trainer):
 
     One anchor is made per micro-batch, from that micro-batch on all processes, so that accumulation is not the same as a
     larger batch. With it the gradient of an update is the mean over all its pairs: micro-batches count by their pairs,
-    also when the last of an epoch is smaller; pairs that accelerate repeats there, lest a process has none, count again. The NLL of sft_weight is the mean over all chosen tokens of the update, on
-    all processes.
+    also when the last of an epoch is smaller; pairs that accelerate repeats there, lest a process has none, count again.
+    The NLL of sft_weight is the mean over all chosen tokens of the update, on all processes.
 
     Evaluation has no anchor: its loss is that of the margin itself (SimPO), its accuracy the share of pairs with a
     positive margin. No reference model is ever made.
