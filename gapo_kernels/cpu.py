@@ -24,6 +24,7 @@ from gapo_kernels.objective import PairResults, pair_results, sequence_means
 # The block of powers in flight, in the accumulation dtype: it and the logits it is made of stay in the near caches.
 SCRATCH_BYTES = 2 * 2**20
 LOG2E = math.log2(math.e)
+MODERATE = 4096  # far beyond the logits of models
 
 
 class Rows(NamedTuple):
@@ -100,9 +101,21 @@ def _sources(logits: Tensor, block: Block, scratch: Tensor) -> list[tuple[Tensor
     return [(scratch[every], every)]
 
 
-def _exp(x: Tensor, shift: Tensor, out: Tensor) -> Tensor:
-    """exp(x - shift) as a power of 2: with the product, torch's exp2 takes less time than its exp."""
+def _powers(x: Tensor, shift: Tensor, out: Tensor) -> Tensor:
+    """exp(x - shift), (R, V), times a number close to 1 that is the same in all of a row: what rounding makes of exp(0).
+
+    As powers of 2, for torch's exp2 takes less time than its exp, and difference and product are one operation.
+    """
+    return torch.add(shift * -LOG2E, x, alpha=LOG2E, out=out).exp2_()
+
+
+def _powers_in_steps(x: Tensor, shift: Tensor, out: Tensor) -> Tensor:
     return torch.sub(x, shift, out=out).mul_(LOG2E).exp2_()
+
+
+def _powers_for(shift: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """In steps if some row's shift is so large that what is rounded off its product may be, too."""
+    return _powers_in_steps if (shift.isfinite() & (shift.abs() > MODERATE)).any() else _powers
 
 
 def for_each_block(logits: Tensor, rows: Rows, work: Callable[[Block, Tensor], None]) -> None:
@@ -138,22 +151,25 @@ def places(logits: Tensor, index: Tensor) -> tuple[Tensor, ...]:
     return index // length, index % length
 
 
-def row_statistics(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """The shift a, the label's term exp(x_label - a), and the sum of all others, of each predicting row, (K,) each."""
+def row_statistics(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The shift a, the label's term exp(x_label - a), and the sum of all others, of each predicting row, (K,) each, both
+    as `_powers` has them; and its exp(0)."""
     logits = logits.detach()
     shift = torch.empty(rows.index.shape[0], dtype=accumulation_dtype(logits), device=logits.device)
-    rest, label_term = torch.empty_like(shift), torch.empty_like(shift)
+    rest, label, shifts = torch.empty_like(shift), rows.label[:, None], shift[:, None]
 
     def sum_block(block: Block, scratch: Tensor) -> None:
-        at = block.at
         for x, part in _sources(logits, block, scratch):
-            _exp(x, torch.amax(x, 1, keepdim=True, out=shift[at, None][part]), scratch[part])
-        terms = scratch[: at.stop - at.start]
-        torch.gather(terms, 1, rows.label[at, None], out=label_term[at, None])
-        torch.sum(terms.scatter_(1, rows.label[at, None], 0), 1, out=rest[at])
+            powers(x, torch.amax(x, 1, keepdim=True, out=shifts[block.at][part]), scratch[part])
+        terms = scratch[: block.at.stop - block.at.start].scatter_(1, label[block.at], 0)
+        torch.sum(terms, 1, out=rest[block.at])
 
-    for_each_block(logits, rows, sum_block)
-    return shift, label_term, rest
+    for powers in (_powers, _powers_in_steps):
+        for_each_block(logits, rows, sum_block)
+        if powers is _powers_for(shift):
+            break
+    label_term, unit = (powers(x, shift, torch.empty_like(shift)) for x in (label_logits(logits, rows), shift))
+    return shift, label_term, rest, unit
 
 
 def _token_logps(
@@ -192,8 +208,9 @@ def terms_(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _sums(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     """Token log-prob sums (S,) in float64, and the statistics spread over all rows (S * T,) or (N,) for the backward."""
-    shift, label_term, rest = row_statistics(logits, rows)
-    logps, total = _token_logps(label_logits(logits, rows), shift, label_term, rest, rows.in_range)
+    shift, label_term, rest, unit = row_statistics(logits, rows)
+    label_logit = label_logits(logits, rows).double() + unit.double().log()
+    logps, total = _token_logps(label_logit, shift, label_term, rest, rows.in_range)
     sums = torch.zeros(rows.counts.shape[0], dtype=torch.float64, device=logits.device)
     sums.index_add_(0, rows.sequence, logps)
     every = logits.shape[:-1].numel()
@@ -277,26 +294,24 @@ def logps_backward(
     rows = find_rows(labels, logits.shape[-1], cu_seqlens, shift, ignore_index)
     logits = logits.detach()
     dtype = accumulation_dtype(logits)
+    powers = _powers_for(row_shift[rows.index])  # as in the forward, which had all rows
     # A sequence without upstream gradient has none, even if its logits are NaN (an inert pair, say): 0 * NaN is left out.
     rows = rows.where(scale[rows.sequence] != 0)
     gradient = logits if inplace else host_memory.zeros_but(logits, rows.index)
     row_scale = scale.to(dtype)[rows.sequence]
     shifts, totals = row_shift[rows.index], row_total[rows.index]
     factor = (row_scale / totals).where(rows.in_range, torch.nan)
-    label_term = torch.empty_like(totals)
-
-    def finish(terms: Tensor, at: slice) -> Tensor:
-        torch.gather(terms, 1, rows.label[at, None], out=label_term[at, None])
-        return terms.mul_(factor[at, None])
+    label_term = powers(label_logits(logits, rows), shifts, torch.empty_like(shifts))
+    shifts, factor = shifts[:, None], factor[:, None]
 
     def write_block(block: Block, scratch: Tensor) -> None:
         if gradient.dtype == dtype:  # in the gradient itself: a sixth less time than by way of the scratch rows
             for run in block.runs:
                 at = slice(block.at.start + run.block.start, block.at.start + run.block.stop)
-                finish(_exp(logits[run.rows], shifts[at, None], gradient[run.rows]), at)
+                powers(logits[run.rows], shifts[at], gradient[run.rows]).mul_(factor[at])
         else:
             ((x, _),) = _sources(logits, block, scratch)
-            softmax = finish(_exp(x, shifts[block.at, None], x), block.at)
+            softmax = powers(x, shifts[block.at], x).mul_(factor[block.at])
             for run in block.runs:
                 gradient[run.rows].copy_(softmax[run.block])
 

@@ -164,6 +164,18 @@ def test_logits_far_from_zero(backend, device, offset):
     assert_equals_reference(run_logps, batch, backend)
 
 
+# What is rounded off the product of a row's maximum with log2(e) is as far from nothing as the maximum from zero.
+@pytest.mark.parametrize("offset", [300.0, -3000.0, 3000.0, 5000.0])
+def test_error_far_from_zero_is_at_most_1_5_times_eager(backend, device, interpreted, offset):
+    batch = make_batch(8 if interpreted else 64, 6, 331, device=device).to(torch.float32)
+    batch.logits.add_(offset)
+    truth = in_float64(run_logps, batch)
+    found, eager = run_logps(batch, backend), run_logps(batch, "eager")
+    allowed = errors(eager, truth)
+    for name, error in errors(found, truth).items():
+        assert error <= 1.5 * allowed[name], f"{name}: {error:.2e}, {allowed}"
+
+
 # A sum over 4096 tokens in float32 would show here, a mean of rounded terms as well.
 def test_long_sequences_lose_nothing(backend, device, interpreted):
     length = 64 if interpreted else 4096
