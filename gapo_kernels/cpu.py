@@ -152,8 +152,8 @@ def places(logits: Tensor, index: Tensor) -> tuple[Tensor, ...]:
 
 
 def row_statistics(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The shift a, the label's term exp(x_label - a), and the sum of all others, of each predicting row, (K,) each, both
-    as `_powers` has them; and its exp(0)."""
+    """The label's logit, the shift a, the label's term exp(x_label - a), and the sum of all others, of each predicting
+    row, (K,) each; the terms are as `_powers` has them, and the logit, in float64, agrees with that."""
     logits = logits.detach()
     shift = torch.empty(rows.index.shape[0], dtype=accumulation_dtype(logits), device=logits.device)
     rest, label, shifts = torch.empty_like(shift), rows.label[:, None], shift[:, None]
@@ -168,8 +168,9 @@ def row_statistics(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor, 
         for_each_block(logits, rows, sum_block)
         if powers is _powers_for(shift):
             break
-    label_term, unit = (powers(x, shift, torch.empty_like(shift)) for x in (label_logits(logits, rows), shift))
-    return shift, label_term, rest, unit
+    label_logit = label_logits(logits, rows)
+    label_term, unit = (powers(x, shift, torch.empty_like(shift)) for x in (label_logit, shift))
+    return label_logit.double() + unit.double().log(), shift, label_term, rest
 
 
 def _token_logps(
@@ -208,8 +209,7 @@ def terms_(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _sums(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     """Token log-prob sums (S,) in float64, and the statistics spread over all rows (S * T,) or (N,) for the backward."""
-    shift, label_term, rest, unit = row_statistics(logits, rows)
-    label_logit = label_logits(logits, rows).double() + unit.double().log()
+    label_logit, shift, label_term, rest = row_statistics(logits, rows)
     logps, total = _token_logps(label_logit, shift, label_term, rest, rows.in_range)
     sums = torch.zeros(rows.counts.shape[0], dtype=torch.float64, device=logits.device)
     sums.index_add_(0, rows.sequence, logps)
