@@ -3,14 +3,16 @@
     python bench/anchor_rounding.py            # SmolLM2-135M-Instruct and tiny models
     python bench/anchor_rounding.py --quick    # the tiny models only, nothing is written
 
-Three measurements. The error is || gaps - truth ||_2 / || truth ||_2 over the pairs of one batch.
+Four measurements. The error is || gaps - truth ||_2 / || truth ||_2 over the pairs of one batch.
     rho         SmolLM2 with weights on bfloat16's grid, over the radius of the perturbation
+    batches     the same at one radius, on every batch of the shipped pairs: one pair's large gap can decide a norm
     parameters  Llamas with random weights on that grid, over their number of parameters
     masters     SmolLM2 with float32 masters off the grid, whose forward computes with bf16(theta)
 
-All but the truth is float32 arithmetic, so what is compared is the rounding of the weights alone. A forward that casts
-its weights to bfloat16 is a forward with weights that lie on the grid: the casts are made in the parameters, and the
-gradient at bf16(theta) is also the one that such casts hand to the masters.
+All but the truth is float32 arithmetic (and of the batches the truth, too: what "rho" says of float32 is how exact that
+is), so what is compared is the rounding of the weights alone. A forward that casts its weights to bfloat16 is a forward
+with weights that lie on the grid: the casts are made in the parameters, and the gradient at bf16(theta) is also the one
+that such casts hand to the masters.
 """
 
 from __future__ import annotations
@@ -232,9 +234,13 @@ def smollm2(seeds: int, pairs: int) -> list[dict]:
     from gapo_trainer.smollm2 import load_smollm2
 
     model, tokenizer = load_smollm2()
-    rows = tokenize_pairs(load_preferences("train")[:pairs], tokenizer, MAX_LENGTH)
     collate = PreferenceCollator(tokenizer.pad_token_id or 0)
-    batches = [collate(rows[i : i + PAIRS_AT_ONCE]) for i in range(0, len(rows), PAIRS_AT_ONCE)]
+
+    def batches_of(shipped):
+        rows = tokenize_pairs(shipped, tokenizer, MAX_LENGTH)
+        return [collate(rows[i : i + PAIRS_AT_ONCE]) for i in range(0, len(rows), PAIRS_AT_ONCE)]
+
+    batches = batches_of(load_preferences("train")[:pairs])
     checkpoint = [param.data.clone() for param in model.parameters()]
     grid = [to_grid(weight) for weight in checkpoint]
     load(model, grid)
@@ -247,7 +253,30 @@ def smollm2(seeds: int, pairs: int) -> list[dict]:
         case |= off_the_grid(model, batches, masters, grid, measurement, truths[RHO], seeds)
         cases.append(case)
         _say(f"masters {kind}", case)
+    for split in ("train", "test"):
+        shipped = load_preferences(split)
+        for start in range(0, len(shipped) - pairs + 1, pairs):
+            case = {"part": "batches", **names, "batch": f"{split} {start + 1} to {start + pairs}", "rho": RHO}
+            case |= one_batch(model, batches_of(shipped[start : start + pairs]), seeds)
+            cases.append(case)
+            _say(case["batch"], case)
     return cases
+
+
+def one_batch(model: nn.Module, batches: Sequence[dict[str, Tensor]], seeds: int) -> dict:
+    """Of weights on the grid at RHO. `errors_of_others`: of all pairs but the one whose gap is the largest."""
+    measurement = Measurement(model, batches, probe(model, batches), all_margins(model, batches))
+    truth = measurement.gaps(RHO, torch.float32)[0]
+    others = torch.arange(len(truth)) != truth.abs().argmax()
+    runs = {
+        "nearest": [measurement.gaps(RHO, GRID, "nearest")[0]],
+        "stochastic": [measurement.gaps(RHO, GRID, "stochastic", seed)[0] for seed in range(seeds)],
+    }
+    roundings = {
+        name: {**_described(run, truth), "errors_of_others": [error(gaps[others], truth[others]) for gaps in run]}
+        for name, run in runs.items()
+    }
+    return {"true_mean_gap": truth.mean().item(), "true_gaps": truth.tolist(), "roundings": roundings}
 
 
 def off_the_grid(
@@ -393,8 +422,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder for results and plot; default: bench/results and docs here")
     parser.add_argument("--plot-only", type=Path, metavar="JSON", help="measure nothing: the plot of these results")
     arguments = parser.parse_args()
-    if arguments.pairs < 1 or arguments.seeds < 1:
-        parser.error("--pairs and --seeds must be at least 1")
+    if arguments.pairs < 2 or arguments.seeds < 1:
+        parser.error("--pairs must be at least 2 and --seeds at least 1")
     results, docs = (arguments.output or ROOT / "bench" / "results"), (arguments.output or ROOT / "docs")
     for folder in (results, docs):
         folder.mkdir(parents=True, exist_ok=True)
