@@ -40,10 +40,12 @@ HEADS = {
 }
 GRID_PAIRS, SFT_WEIGHTS = PAIRS, dict.fromkeys(BUDGETS.values(), (0.0, 0.3))
 ONE_LOGIT = [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+GRID = [(head, budget) for head in HEADS for budget in BUDGETS]
 if os.environ.get("TRITON_INTERPRET") == "1":  # slow: what "everything" has is not run once more by itself
-    HEADS = {name: HEADS[name] for name in ("plain", "softcap", "everything")}
+    GRID = [(h, b) for h, b in GRID if h in ("plain", "softcap", "everything") and (h == "everything" or "third" not in b)]
     GRID_PAIRS, SFT_WEIGHTS = 2, {budget: (0.3 if name == "a few rows" else 0.0,) for name, budget in BUDGETS.items()}
     ONE_LOGIT = ONE_LOGIT[:1]
+GRID = [pytest.param(HEADS[head], BUDGETS[budget], id=f"{head}-{budget}") for head, budget in GRID]
 FIELDS = reference.GAPOOutput._fields
 
 
@@ -96,10 +98,9 @@ def assert_equal(found, expected, tolerance=1e-10):
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)
-@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("head, budget", GRID)
 @pytest.mark.parametrize("frozen", [(), ("weight", "bias"), ("hidden",), ("hidden", "weight", "bias")], ids=str)
-def test_loss_fields_and_gradients(budget, head, frozen, backend, device):
+def test_loss_fields_and_gradients(head, budget, frozen, backend, device):
     head = dict(head)
     hidden, weight, bias, labels, anchor, _ = problem(GRID_PAIRS, bias=head.pop("bias", False), device=device)
     for sft_weight in SFT_WEIGHTS[budget]:  # without it a first pair's factor can wait
@@ -225,10 +226,9 @@ def test_length_normalised_dpo_is_ligers(bias):
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("budget", [ROW // 3, ROW, 4 * ROW, 2**30])
-@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("head, budget", [case for case in GRID if "one pair" not in case.id])
 @pytest.mark.parametrize("frozen", [(), ("weight", "bias"), ("hidden",)], ids=str)
-def test_logps_with_arbitrary_upstream_gradients(budget, head, frozen, backend, device):
+def test_logps_with_arbitrary_upstream_gradients(head, budget, frozen, backend, device):
     head = dict(head)
     hidden, weight, bias, labels, _, _ = problem(bias=head.pop("bias", False), empty=(2,), device=device)
     hidden, labels = hidden[:5], labels[:5]  # any number of sequences
