@@ -26,7 +26,7 @@ from bench import data, harness, peers
 from gapo_kernels import fused_gapo_loss, reference, threads
 
 SUITE = "logits"
-ROUNDS = 24
+ROUNDS = 48
 GAMMA = 0.5
 BLOCK = 2**16  # float32 elements of an exponential's block: input and output fit a core's L2 cache
 COMPILED, SELECTIVE = frozenset({"compiled", "trl", "liger"}), frozenset({"trl", "liger"})
@@ -66,10 +66,10 @@ def cases(where: torch.device, quick: bool = False) -> list[Case]:
     if where.type == "cpu":
         base = Case(2, 128, 32000, F32, 0.5, peers=SELECTIVE, importance=2, seconds=3)
         wanted = [
-            Case(2, 256, 32000, F32, 0.0, seconds=60),
-            Case(2, 256, 32000, F32, 0.5, seconds=60),
-            Case(2, 256, 32000, BF16, 0.5, seconds=60),
-            Case(2, 128, 128256, F32, 0.5, seconds=90),
+            Case(2, 256, 32000, F32, 0.0, seconds=120),
+            Case(2, 256, 32000, F32, 0.5, seconds=120),
+            Case(2, 256, 32000, BF16, 0.5, seconds=120),
+            Case(2, 128, 128256, F32, 0.5, seconds=150),
             Case(4, None, 49152, F32, None, "smollm2", SELECTIVE, 1, seconds=8),
             *harness.sweep(
                 base,
