@@ -127,16 +127,16 @@ def ours(batch: Batch) -> torch.Tensor:
 
 
 def reference_of(batch: Batch) -> tuple[float, list[torch.Tensor]]:
-    """In float64: loss, and the gradient (2B, V) of the rows that predict the last token; a pair at a time, to save memory."""
+    """Loss and gradient (2B, T, V), in float64, a pair at a time, to save memory; the gradient is kept in float32."""
     pairs = batch.labels.shape[0] // 2
-    total, gradient = 0.0, torch.empty_like(batch.logits[:, -2], dtype=torch.float64)
+    total, gradient = 0.0, torch.empty_like(batch.logits, dtype=torch.float32)
     for pair in range(pairs):
         both = [pair, pairs + pair]
         logits = batch.logits.detach()[both].double().requires_grad_()
         out = reference.fused_gapo_loss(
             logits, batch.labels[both], anchor_logits=batch.anchor_logits[both].double(), beta=peers.BETA, gamma=GAMMA
         )
-        gradient[both] = torch.autograd.grad(out.loss / pairs, logits)[0][:, -2]
+        gradient[both] = torch.autograd.grad(out.loss / pairs, logits)[0].float()
         total += out.loss.item() / pairs
     return total, [gradient.detach()]
 
@@ -176,7 +176,6 @@ def measure(
         [batch.logits],
         peers.Expected(*reference_of(batch), *((1e-5, 1e-4) if case.dtype == F32 else (1e-2, 0.5))),
         where,
-        part=lambda gradient: gradient[:, -2],
         restore=lambda name: mend(batch) if name == "liger" else None,
     )
     if "liger" in case.peers and pristine is None:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from bench import data, harness
+from bench import data, harness, llama
 from bench.peers import BETA, eager_logps
 from gapo_kernels import GeometricAnchor, gapo_step, linear_sequence_logps, sequence_logps
 
@@ -85,21 +85,25 @@ def load(case: Case, where: torch.device) -> tuple[torch.nn.Module, data.Tokens]
         model, tokenizer = data.load_smollm2(where)
         tokens = data.preference_batch(tokenizer, case.pairs, where)
     else:
-        try:
-            from transformers import LlamaConfig, LlamaForCausalLM
-        except ImportError as error:
-            raise harness.Unavailable("a Llama needs transformers") from error
         torch.manual_seed(0)
-        config = LlamaConfig(**LLAMAS[case.model], max_position_embeddings=2048, tie_word_embeddings=True)
         with where:
-            model = LlamaForCausalLM(config).eval()
-            ids = torch.randint(config.vocab_size, (2 * case.pairs, case.length))
+            model = random_llama(shape := LLAMAS[case.model]).eval()
+            ids = torch.randint(shape["vocab_size"], (2 * case.pairs, case.length))
         labels = ids.clone()
         labels[:, : case.length // 2] = -100
         tokens = data.Tokens(ids, torch.ones_like(ids), labels)
     for param in model.parameters():
         param.data.copy_(param.data.to(case.dtype))
     return model, tokens
+
+
+def random_llama(shape: dict[str, int]) -> torch.nn.Module:
+    """transformers' own, or where that is missing the same in plain torch."""
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError:
+        return llama.Llama(**shape)
+    return LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=2048, tie_word_embeddings=True))
 
 
 class Recipe:
@@ -277,6 +281,7 @@ def measure(
             "dtype": str(case.dtype)[6:],
             "ignored": (tokens.labels[:, 1:] == -100).float().mean().item(),
             "data": "smollm2" if case.model == SMOLLM2 else "random",
+            "implementation": type(model).__module__.split(".")[0],
         },
         times,
         {},

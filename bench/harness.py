@@ -21,11 +21,9 @@ Each bench_*.py has `cases(device, quick)` and `measure(case, rounds, ...)`, whi
 
 from __future__ import annotations
 
-import csv
 import ctypes
 import gc
 import importlib.metadata
-import io
 import itertools
 import json
 import math
@@ -50,6 +48,7 @@ for folder in (ROOT / "python", ROOT):  # the tree that this file lies in, insta
         sys.path.insert(0, str(folder))
 
 import gapo_kernels
+from bench.results import csv_of
 from gapo_kernels import host_memory
 
 RESULTS = ROOT / "bench" / "results"
@@ -422,7 +421,7 @@ def write_results(
     path = folder / f"{name}-{slug(device_name(where))}{tuned}.json"
     content = {"environment": origin, "command": _command(), **more, "cases": cases}
     _replace(path, json.dumps(content, indent=1) + "\n")
-    _replace(path.with_suffix(".csv"), _csv(cases, origin))
+    _replace(path.with_suffix(".csv"), csv_of(content))
     return path
 
 
@@ -435,43 +434,3 @@ def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
-
-
-def _csv(cases: list[dict], origin: dict) -> str:
-    """A line for each contender of each case, for each of our parts and for each floor that was timed."""
-    rows = [row for case in cases for row in _rows(case)]
-    common = {name: origin[name] for name in ("device", "commit", "torch", "triton", "gapo_kernels")}
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [*columns, *common], lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({**row, **common})
-    return text.getvalue()
-
-
-def _rows(case: dict) -> Iterable[dict]:
-    peaks = next((value for key, value in case.items() if key.startswith("peak")), {})
-    parts = {f"ours {part}": value for part, value in case.get("parts", {}).items()}
-    floors = {"ours": case["floor"], **{name: value["floor"] for name, value in parts.items()}}
-    for name, times in {**case["times"], **parts}.items():
-        bound = floors.get(name) or {}
-        quotient = case["ratios"].get(name, {})
-        yield {
-            "suite": case["suite"],
-            "name": case["name"],
-            **case["params"],
-            "contender": name,
-            "rounds": times.get("rounds", case["rounds"]),
-            "median_ms": times["median_ms"],
-            "quartile_1_ms": times["quartile_1_ms"],
-            "quartile_3_ms": times["quartile_3_ms"],
-            "ratio": quotient.get("median"),
-            "ratio_quartile_1": quotient.get("quartile_1"),
-            "ratio_quartile_3": quotient.get("quartile_3"),
-            "ratio_spread": case["ratio_spread"].get(name),
-            "peak_mib": peaks.get(name),
-            "floor": bound.get("name"),
-            "floor_ms": bound.get("ms"),
-            "floor_fraction": bound.get("fraction"),
-        }

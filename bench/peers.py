@@ -58,7 +58,7 @@ class Expected(NamedTuple):
     """What a contender must compute, from the reference."""
 
     loss: float
-    gradients: Sequence[Tensor]  # in at least float32, of the leaves, or that part of them which is compared
+    gradients: Sequence[Tensor]  # of the leaves, in at least float32
     tolerance: float  # of ours: relative for the loss, of the largest entry for gradients
     loose: float  # of the others, which may keep log-probs in 16 bits
 
@@ -78,7 +78,6 @@ def checked(
     expected: Expected,
     where: torch.device,
     *,
-    part: Callable[[Tensor], Tensor] = lambda gradient: gradient,
     restore: Callable[[str], object] = lambda name: None,
 ) -> Checked:
     """AssertionError where one of `own` differs. restore: called with the name after each call."""
@@ -106,7 +105,7 @@ def checked(
                     restore(name)
                     drop_gradients()
             peak = harness.peak_bytes(lambda: call(loss), where)
-            error = _errors(values[-1], [part(leaf.grad) for leaf in leaves], expected)
+            error = _errors(values[-1], [leaf.grad for leaf in leaves], expected)
             limit = expected.tolerance if name in own else expected.loose
             if not all(value <= limit for value in error.values()):
                 raise AssertionError(f"its loss is off by {error['loss']:.2g}, its gradient by {error['gradient']:.2g}")

@@ -1,4 +1,4 @@
-"""From bench/results/ to the tables in README.md and docs/ and the plots in docs/plots/: `make report`.
+"""From the JSON files in bench/results/ to the tables there, in README.md and docs/, and the plots: `make report`.
 
     python -m bench.report            # rewrites them
     python -m bench.report --check    # writes nothing; exit status 1 if one of them is not what the results give
@@ -59,6 +59,11 @@ def report(root: Path = ROOT, check: bool = False) -> list[str]:
             changed.append(name)
             if not check:
                 path.write_text(after, encoding="utf-8")
+    for path, text in results.tables.items():
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            changed.append(str(path.relative_to(root)))
+            if not check:
+                path.write_text(text, encoding="utf-8")
     changed += [f"{PLOTS}/{name}" for name in plots.write(pictures, root / PLOTS, check)]
     return changed
 

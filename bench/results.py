@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,6 +78,46 @@ def kept_logits(case: Case) -> float:
     return rows(case)[0] * case["params"]["vocabulary"]
 
 
+def csv_of(content: dict[str, Any]) -> str:
+    """A file's cases as a table: a line for each contender, for each of our parts and for each floor that was timed."""
+    rows = [row for case in content["cases"] for row in _lines(case)]
+    common = {name: content["environment"][name] for name in ("device", "commit", "torch", "triton", "gapo_kernels")}
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*columns, *common], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({**row, **common})
+    return text.getvalue()
+
+
+def _lines(case: Case) -> Iterable[dict]:
+    peaks = next((value for key, value in case.items() if key.startswith("peak")), {})
+    parts = {f"ours {part}": value for part, value in case.get("parts", {}).items()}
+    floors = {"ours": case["floor"], **{name: value["floor"] for name, value in parts.items()}}
+    for name, times in {**case["times"], **parts}.items():
+        bound = floors.get(name) or {}
+        quotient = case["ratios"].get(name, {})
+        yield {
+            "suite": case["suite"],
+            "name": case["name"],
+            **case["params"],
+            "contender": name,
+            "rounds": times.get("rounds", case["rounds"]),
+            "median_ms": times["median_ms"],
+            "quartile_1_ms": times["quartile_1_ms"],
+            "quartile_3_ms": times["quartile_3_ms"],
+            "ratio": quotient.get("median"),
+            "ratio_quartile_1": quotient.get("quartile_1"),
+            "ratio_quartile_3": quotient.get("quartile_3"),
+            "ratio_spread": case["ratio_spread"].get(name),
+            "peak_mib": peaks.get(name),
+            "floor": bound.get("name"),
+            "floor_ms": bound.get("ms"),
+            "floor_fraction": bound.get("fraction"),
+        }
+
+
 class Results:
     """What a folder of results holds.
 
@@ -87,6 +130,7 @@ class Results:
         self.rounding: list[dict[str, Any]] = []
         self.demo: list[dict[str, Any]] = []
         self.gpus: list[dict[str, Any]] = []  # the whole runs: bench/gpu.py has their keys
+        self.tables: dict[Path, str] = {}  # what the .csv beside each file of cases holds
         for path in sorted(folder.glob("*.json"), key=lambda path: (path.name.startswith("gpu-"), path.name)):
             content = json.loads(path.read_text(encoding="utf-8"))
             kind, _, slug = path.stem.partition("-")
@@ -96,6 +140,7 @@ class Results:
                 self.demo.append(content)
             else:
                 self.gpus += [content] if kind == "gpu" else []
+                self.tables[path.with_suffix(".csv")] = csv_of(content)
                 for suite in SUITES:
                     if cases := [case for case in content["cases"] if case.get("suite") == suite]:
                         run = Run(suite, slug, content["environment"], content["command"], cases)

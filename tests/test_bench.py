@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import bench_anchor, bench_linear, bench_logits, gpu, harness, peers
+from bench import bench_anchor, bench_linear, bench_logits, bench_step, gpu, harness, llama, peers
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -30,7 +30,6 @@ def run_gpu(*arguments):
 
 
 def test_one_command_measures_every_suite_and_writes_it(tmp_path):
-    pytest.importorskip("transformers")
     done = run_gpu("--device", "cpu", "--quick", "--output", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     (file,) = tmp_path.glob("gpu-*.json")
@@ -38,7 +37,7 @@ def test_one_command_measures_every_suite_and_writes_it(tmp_path):
     assert content["finished"] and not content["failed"] and set(content["tuning"]) == {"absent"}
     assert {"device", "commit", "versions"} <= content["environment"].keys()
     cases = content["cases"]
-    # Of the real pairs' cases may be missing what needs a package; the others run with torch and transformers alone.
+    # Of the real pairs' cases may be missing what needs a package; the others run with torch alone.
     assert len(cases) + len(content["left_out"]) == len(gpu.in_order(CPU, quick=True))
     assert {case["suite"] for case in cases} == {"logits", "linear", "anchor", "step"}
     for case in cases:
@@ -289,7 +288,7 @@ def logits_batch():
 
 def check(own, others, batch):
     expected = peers.Expected(*bench_logits.reference_of(batch), 1e-5, 1e-5)
-    return peers.checked(own, others, batch, [batch.logits], expected, CPU, part=lambda gradient: gradient[:, -2])
+    return peers.checked(own, others, batch, [batch.logits], expected, CPU)
 
 
 def test_a_peer_that_computes_something_else_is_not_measured():
@@ -303,16 +302,29 @@ def test_a_peer_that_computes_something_else_is_not_measured():
         "right": lambda: right,
         "wrong-loss": lambda: peers.eager_from_logits(bench_logits.GAMMA + 0.1, sliced=False),
         "wrong-gradient": lambda: lambda batch: right(batch) + 1e-3 * (batch.logits[:, -2] - batch.logits[:, -2].detach()).sum(),
+        "wrong-gradient-of-an-ignored-row": lambda: lambda batch: right(batch) + 1e-3 * (batch.logits - batch.logits.detach())[0, 0, 0],
         "missing": unavailable,
     }
     found = check({"ours": bench_logits.ours}, others, batch)
     assert set(found.losses) == set(found.peaks) == set(found.errors) == {"ours", "right"}
     assert found.absent["wrong-loss"].startswith("AssertionError: its loss is off by")
-    assert found.absent["wrong-gradient"].startswith("AssertionError") and "its gradient by" in found.absent["wrong-gradient"]
+    for name in ("wrong-gradient", "wrong-gradient-of-an-ignored-row"):
+        assert found.absent[name].startswith("AssertionError") and "its gradient by" in found.absent[name]
     assert found.absent["missing"] == "ImportError: no such package"
     assert batch.logits.grad is None
     with pytest.raises(AssertionError, match="its loss is off by"):
         check({"ours": others["wrong-loss"]()}, {}, batch)
+
+
+def test_the_plain_llama_is_transformers():
+    transformers = pytest.importorskip("transformers")
+    shape = bench_step.LLAMAS["Llama-tiny"]
+    torch.manual_seed(0)
+    plain = llama.Llama(**shape).eval()
+    own = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, tie_word_embeddings=True)).eval()
+    own.load_state_dict(plain.state_dict())
+    ids = torch.randint(shape["vocab_size"], (3, 17))
+    torch.testing.assert_close(plain(ids).logits, own(ids).logits)
 
 
 def test_the_linear_reference_is_the_mean_over_pairs():

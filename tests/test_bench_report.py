@@ -145,9 +145,11 @@ def test_new_results_make_the_documents_stale(reported):
     report.report(reported)
     linear = next(results.glob("linear-*.json"))
     content = json.loads(linear.read_text())
-    content["cases"][1]["times"]["eager"]["median_ms"] *= 2  # drawn, and in no table
+    content["cases"][1]["times"]["eager"]["median_ms"] *= 2  # drawn, and in no document's table
     linear.write_text(json.dumps(content))
-    assert [Path(name).name.split("-")[0] for name in report.report(reported, check=True)] == ["linear"]
+    stale = report.report(reported, check=True)
+    assert {Path(name).suffix for name in stale} == {".csv", ".png"}
+    assert all(Path(name).name.startswith("linear-") for name in stale)
 
 
 def test_typed_numbers_and_foreign_plots_are_found_and_mended(reported):
@@ -158,6 +160,15 @@ def test_typed_numbers_and_foreign_plots_are_found_and_mended(reported):
     assert report.report(reported, check=True) == ["README.md", "docs/plots/typed.png"]
     report.report(reported)
     assert readme.read_text() == before and not stray.exists()
+
+
+def test_a_table_beside_the_results_is_found_and_mended(reported):
+    table = next((reported / "bench" / "results").glob("linear-*.csv"))
+    before, name = table.read_text(), str(table.relative_to(reported))
+    table.write_text(before.replace("7777", "7778"))
+    assert report.report(reported, check=True) == [name]
+    table.unlink()
+    assert report.report(reported) == [name] and table.read_text() == before
 
 
 def test_without_a_run_the_documents_say_which_command_makes_one(project):
