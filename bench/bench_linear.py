@@ -213,7 +213,7 @@ def measure(
     batch = make_batch(case, where, quick)
     makers = {
         "eager": lambda: peers.eager_from_hidden(GAMMA),
-        "compiled": lambda: peers.compiled(peers.eager_from_hidden(GAMMA), where),
+        "compiled": lambda: peers.compiled(peers.eager_from_hidden(GAMMA)),
         "liger": lambda: peers.liger_from_hidden(GAMMA, compiled=False),
         "liger-compiled": lambda: peers.liger_from_hidden(GAMMA, compiled=True),
         "trl": lambda: peers.trl_from_hidden(GAMMA),

@@ -165,7 +165,7 @@ def measure(
     makers = {
         "eager": lambda: peers.eager_from_logits(GAMMA, sliced=True),
         "eager-view": lambda: peers.eager_from_logits(GAMMA, sliced=False),
-        "compiled": lambda: peers.compiled(peers.eager_from_logits(GAMMA, sliced=False), where),
+        "compiled": lambda: peers.compiled(peers.eager_from_logits(GAMMA, sliced=False)),
         "trl": lambda: peers.trl_from_logits(GAMMA),
         "liger": lambda: peers.liger_from_logits(GAMMA),
     }

@@ -49,9 +49,9 @@ def shifted(labels: Tensor) -> Tensor:
     return F.pad(labels[:, 1:], (0, 1), value=-100)
 
 
-def compiled(loss: Loss, where: torch.device) -> Loss:
-    """On a GPU autotuned; without CUDA graphs, which own their outputs and copy the inputs."""
-    return torch.compile(loss, dynamic=False, mode="max-autotune-no-cudagraphs" if where.type == "cuda" else None)
+def compiled(loss: Loss) -> Loss:
+    """Autotuned; without CUDA graphs, which own their outputs and copy the inputs."""
+    return torch.compile(loss, dynamic=False, mode="max-autotune-no-cudagraphs")
 
 
 class Expected(NamedTuple):
