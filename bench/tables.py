@@ -386,9 +386,10 @@ def _gpu_tests(gpus: Sequence[dict]) -> str:
         for tests in content["tests"]:
             for word, count in tests["counts"].items():
                 counts[word] = counts.get(word, 0) + count
-        stopped = "" if all(tests["complete"] for tests in content["tests"]) else ", stopped for want of time"
+        ends = dict.fromkeys(tests["status"] for tests in content["tests"] if not tests["complete"])
+        ended = [", stopped for want of time" if end is None else f", ended with return code {end}" for end in ends]
         said = ", ".join(f"{count} {word}" for word, count in counts.items()) or "none run"
-        found.append(f"on {content['environment']['device']}: {said}{stopped}")
+        found.append(f"on {content['environment']['device']}: {said}{''.join(ended)}")
     return "; ".join(found) or "**awaits a GPU**: `make test` runs the GPU tests where there is one"
 
 

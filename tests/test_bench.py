@@ -203,6 +203,8 @@ def test_deadlines_inside_of_deadlines(inner, outer, rings):
     [
         ("..F\n3 failed, 10 passed, 1 skipped, 2 errors in 3.21s", dict(failed=3, passed=10, skipped=1, error=2)),
         ("....s..F.  [ 40%]\n..E.\nsome warning", dict(passed=10, skipped=1, failed=1, error=1)),
+        ("..F  [ 40%]\n.Fatal Python error: Segmentation fault\n", dict(passed=3, failed=1)),
+        ("Fatal Python error: Segmentation fault\n", {}),
         ("", {}),
     ],
 )
@@ -214,7 +216,45 @@ def test_a_run_of_tests_that_takes_too_long_is_stopped(tmp_path):
     file = tmp_path / "test_slow.py"
     file.write_text("import time\ndef test_quick(): pass\ndef test_slow(): time.sleep(300)\n")
     found = gpu.run_tests(["-c", os.devnull, str(file)], 5.0)
-    assert not found["complete"] and not found["failures"] and found["seconds"] < 100
+    assert not found["complete"] and not found["failures"] and found["seconds"] < 100 and found["status"] is None
+    assert gpu.wrong_with(found, CPU) is None
+
+
+@pytest.mark.parametrize(
+    "test, options, status, counts",
+    [
+        ("def test_this(): assert 0", [], 1, {"passed": 1, "failed": 1}),
+        ("def test_this(): os.kill(os.getpid(), signal.SIGSEGV)", [], -signal.SIGSEGV, {"passed": 1}),
+        ("", ["--no-such-option"], 4, {}),
+        ("", ["-k", "nothing"], 5, {}),
+    ],
+)
+def test_a_run_of_tests_that_breaks_off_failed(test, options, status, counts, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "test_broken.py"
+    file.write_text(f"import os, signal\ndef test_before(): pass\n{test}\n")
+    arguments = ["-c", os.devnull, str(file), *options]
+    monkeypatch.setattr(gpu, "TESTS", (arguments,))
+    monkeypatch.setattr(gpu, "SUITES", ())
+    monkeypatch.setattr(torch.compiler, "set_stance", lambda stance: None)  # this process is the tests'
+    monkeypatch.setitem(os.environ, "GAPO_KERNELS_CACHE_DIR", "")
+    assert gpu.main(["--device", "cpu", "--quick", "--output", str(tmp_path)]) == 1
+    (written,) = tmp_path.glob("*.json")
+    content = json.loads(written.read_text())
+    (run,) = content["tests"]
+    assert (run["complete"], run["status"], run["counts"]) == (False, status, counts)
+    name, why = f"tests: {' '.join(arguments)}", f"ended with return code {status:d}"
+    assert content["failed"] == {name: why} and f"failed: {name}: {why}\n" in capsys.readouterr().out
+
+
+def test_on_a_gpu_something_is_tested():
+    def wrong(where, counts, **more):
+        return gpu.wrong_with({"counts": counts, "failures": [], "status": 0, **more}, torch.device(where))
+
+    assert wrong("cuda", {"passed": 1, "skipped": 1}) is None
+    assert wrong("cuda", {"skipped": 1}) == "no test ran" == wrong("cuda", {}, status=None) == wrong("cpu", {})
+    assert wrong("cuda", {"skipped": 1}, status=5) == "ended with return code 5"
+    assert wrong("cpu", {"skipped": 1}, status=5) is None
+    assert wrong("cuda", {"passed": 1, "failed": 1}, status=None) == "tests failed"
 
 
 def test_turns_copies_and_what_is_done_around_a_call():

@@ -185,8 +185,9 @@ def test_a_gpu_has_sections_of_its_own_and_its_whole_run_goes_before_single_suit
     whole = {
         "finished": True,
         "tests": [
-            {"counts": {"passed": 40, "failed": 1}, "complete": True},
-            {"counts": {"passed": 2}, "complete": False},
+            {"counts": {"passed": 30, "failed": 1}, "complete": False, "status": 1},
+            {"counts": {"passed": 10}, "complete": True, "status": 0},
+            {"counts": {"passed": 2}, "complete": False, "status": None},
         ],
         "tuning": {"gradient bfloat16": {"parameters": {"B": 2}, "milliseconds": [[{"B": 1}, 0.3], [{"B": 2}, 0.2]]}},
         "left_out": {"step: Llama": "no time was left"},
@@ -200,7 +201,8 @@ def test_a_gpu_has_sections_of_its_own_and_its_whole_run_goes_before_single_suit
     cpu, gpu = table.split("**NVIDIA H100**")
     assert harness.device_name() in cpu and "6.0x" in gpu and "5.0x" not in gpu and tables.AWAITS not in table
     assert "measured on NVIDIA H100" in blocks["gpu-status"]()
-    assert blocks["gpu-tests"]() == "on NVIDIA H100: 42 passed, 1 failed, stopped for want of time"
+    tests = "on NVIDIA H100: 42 passed, 1 failed, ended with return code 1, stopped for want of time"
+    assert blocks["gpu-tests"]() == tests
     missing = blocks["gpu-missing"]()
     assert missing.endswith("- step: Llama: no time was left\n- linear: large: OutOfMemoryError: first line")
     assert "| gradient bfloat16 | B 2 | 0.200 ms | 1.50 | 1.00 to 1.50 |" in blocks["tuning"]()
