@@ -107,25 +107,34 @@ class OutOfTime(BaseException):
     """No Exception: nothing between the clock and whoever set it may take it for a failure of its own."""
 
 
+class TooLong(OutOfTime):
+    """Of a deadline inside another one, which has time left."""
+
+
 @contextmanager
-def deadline(seconds: float) -> Iterator[None]:
-    """OutOfTime in the block, on the main thread, after so many seconds. May stand inside another one."""
+def deadline(seconds: float, error: type[OutOfTime] = OutOfTime) -> Iterator[None]:
+    """`error` in the block, on the main thread, after so many seconds. May stand inside another one: once that one is
+    due, its error leaves the block, and comes again if it was caught."""
 
     def stop(*_):
-        raise OutOfTime
+        raise error
 
+    outer, _ = signal.setitimer(signal.ITIMER_REAL, 0)
     begin = time.monotonic()
     handler = signal.signal(signal.SIGALRM, stop)
-    outer, _ = signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
-    if outer:
-        signal.setitimer(signal.ITIMER_REAL, max(min(seconds, outer), 1e-3))
     try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, max(min(seconds, outer or seconds), 1e-3))
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:  # also where it rings at the end of the block
         signal.signal(signal.SIGALRM, handler)
-        if outer:  # due already, it rings at once
-            signal.setitimer(signal.ITIMER_REAL, max(outer - (time.monotonic() - begin), 1e-3))
+        if outer:
+            left = outer - (time.monotonic() - begin)
+            signal.setitimer(signal.ITIMER_REAL, max(left, 1e-3))
+            if left <= 0:
+                signal.raise_signal(signal.SIGALRM)
 
 
 # ---- where this runs ----

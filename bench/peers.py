@@ -97,7 +97,7 @@ def checked(
             values.append(value.item())
 
         try:
-            with harness.deadline(TO_BEGIN):
+            with harness.deadline(TO_BEGIN, harness.TooLong):
                 loss = make()
                 # On a CPU a peer that is not compiled is at its best at once, and its calls may be long.
                 if where.type == "cuda" or "compiled" in name or name in own:
@@ -109,7 +109,7 @@ def checked(
             limit = expected.tolerance if name in own else expected.loose
             if not all(value <= limit for value in error.values()):
                 raise AssertionError(f"its loss is off by {error['loss']:.2g}, its gradient by {error['gradient']:.2g}")
-        except (Exception, harness.OutOfTime) as problem:
+        except (Exception, harness.TooLong) as problem:
             if name in own:
                 raise
             found.absent[name] = _reason(problem)
@@ -130,7 +130,7 @@ def _errors(loss: float, gradients: Sequence[Tensor], expected: Expected) -> dic
 
 
 def _reason(error: BaseException) -> str:
-    if isinstance(error, harness.OutOfTime):
+    if isinstance(error, harness.TooLong):
         return f"was not compiled within {TO_BEGIN:.0f} s"
     first = (str(error).splitlines() or [""])[0]
     return f"{type(error).__name__}: {re.sub(r'[ (]+/[^ ]*', '', first)}"  # less its paths

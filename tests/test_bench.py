@@ -198,6 +198,17 @@ def test_deadlines_inside_of_deadlines(inner, outer, rings):
     assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
 
 
+def test_once_the_outer_deadline_is_due_the_inner_one_has_no_say():
+    with pytest.raises(harness.OutOfTime) as caught, harness.deadline(0.1):
+        with harness.deadline(0.05, harness.TooLong):
+            try:
+                time.sleep(60)
+            finally:
+                time.sleep(0.1)
+    assert caught.type is harness.OutOfTime
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+
+
 @pytest.mark.parametrize(
     "text, counts",
     [
@@ -365,6 +376,25 @@ def test_the_plain_llama_is_transformers():
     own.load_state_dict(plain.state_dict())
     ids = torch.randint(shape["vocab_size"], (3, 17))
     torch.testing.assert_close(plain(ids).logits, own(ids).logits)
+
+
+def test_a_peer_may_take_long_and_is_then_absent_but_not_longer_than_the_case(monkeypatch):
+    batch = logits_batch()
+    right = peers.eager_from_logits(bench_logits.GAMMA, sliced=False)
+    monkeypatch.setattr(peers, "TO_BEGIN", 0.5)
+
+    def slow(*_):
+        time.sleep(60)
+
+    with harness.deadline(60.0):
+        found = check({"ours": bench_logits.ours}, {"slow": slow, "right": lambda: right}, batch)
+    assert set(found.losses) == {"ours", "right"} and found.absent == {"slow": "was not compiled within 0 s"}
+    begun = []
+    monkeypatch.setattr(peers, "TO_BEGIN", 60.0)
+    with pytest.raises(harness.OutOfTime) as caught, harness.deadline(1.0):
+        # Its calls, which on a CPU have no time limit of their own.
+        check({"ours": bench_logits.ours}, {"slow": lambda: slow, "next": lambda: begun.append("next")}, batch)
+    assert caught.type is harness.OutOfTime and not begun
 
 
 def test_the_linear_reference_is_the_mean_over_pairs():
