@@ -6,6 +6,7 @@ Times are made up here: there is nothing to measure without a GPU (test_gpu.py m
 import json
 import os
 import warnings
+from threading import Thread
 
 import pytest
 import torch
@@ -206,10 +207,12 @@ def edit(change):
         break_(""),
         break_('{"identity": '),
         break_("[]"),
+        break_("[" * 200_000),
         break_("{}"),
         edit(lambda content: content["identity"].update(device="another")),
         edit(lambda content: content.update(choices=[1])),
         edit(lambda content: content["choices"]["statistics bfloat16"].update(parameters={"BLOCK": 7, "num_warps": 4})),
+        edit(lambda content: content["choices"]["statistics bfloat16"]["parameters"].update(BLOCK=8192.0)),
         edit(lambda content: content["choices"]["statistics bfloat16"].pop("parameters")),
         edit(lambda content: content["choices"].update({"statistics nothing": {"parameters": {}}})),
         edit(lambda content: content["choices"].update({"nothing bfloat16": {"parameters": {}}})),
@@ -261,6 +264,44 @@ def test_what_other_processes_found_meanwhile_is_kept(monkeypatch):
     assert choices["gradient bfloat16"]["parameters"] == choices["statistics float32"]["parameters"] == OTHER
 
 
+def test_of_two_processes_that_write_at_once_neither_loses_its_choice(cache, monkeypatch):
+    theirs = tuning.tune(DEVICE, [BF16], ["gradient"], measure=favour(OTHER))
+    ours = tuning.tune(DEVICE, [BF16], ["statistics"], measure=favour(OTHER))
+    file, read, others = tuning.cache_file(DEVICE), tuning._read, []
+    file.unlink()
+    new_process()
+    tuning._known(file, DEVICE)
+
+    def reading(*arguments):
+        try:
+            return read(*arguments)
+        finally:
+            if not others:
+                new_process()
+                others.append(Thread(target=tuning._save, args=(DEVICE, theirs)))
+                others[0].start()
+                others[0].join(0.2)
+
+    monkeypatch.setattr(tuning, "_read", reading)
+    tuning._save(DEVICE, ours)
+    others[0].join()
+    assert json.loads(file.read_text())["choices"].keys() == {"gradient bfloat16", "statistics bfloat16"}
+    assert list(cache.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("error", [ImportError, OSError, BlockingIOError])
+def test_a_folder_that_cannot_be_locked_is_written(cache, error, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def refused(*arguments):
+        raise error
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    monkeypatch.setattr(tuning, "sleep", lambda seconds: None)
+    tuning.tune(DEVICE, [BF16], measure=favour(OTHER))
+    assert list(cache.iterdir()) == [tuning.cache_file(DEVICE)]
+
+
 # The first launch. -----------------------------------------------------------------------------------------------------
 
 
@@ -293,6 +334,26 @@ def test_a_cache_that_cannot_be_written(cache, timed):
         assert launched() == launched("gradient") == OTHER
     timed.clear()
     assert launched() == launched("gradient") == OTHER and not timed
+
+
+def test_without_a_home_directory(timed, monkeypatch, tmp_path):
+    """As with a cache that cannot be written; said once."""
+
+    def nobody(number):
+        raise KeyError(number)
+
+    for name in ("GAPO_KERNELS_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert launched() == launched("gradient") == OTHER
+    assert [str(one.message) for one in caught] == [
+        "the cache of launch parameters is ignored: there is no home directory"
+    ]
+    timed.clear()
+    assert launched() == launched("gradient") == OTHER and not timed and not list(tmp_path.iterdir())
 
 
 def test_no_memory_to_tune(timed, monkeypatch):

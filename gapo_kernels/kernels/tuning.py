@@ -14,11 +14,12 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
+from time import sleep
 
 import torch
 import triton
@@ -147,17 +148,20 @@ def _identity(device: torch.device) -> dict[str, str]:
     }
 
 
-def cache_file(device: torch.device) -> Path:
-    """Where the choices for this kind of device are kept."""
+def cache_file(device: torch.device) -> Path | None:
+    """Where the choices for this kind of device are kept; None where no directory is named and there is no home."""
     directory = os.environ.get("GAPO_KERNELS_CACHE_DIR")
     if not directory:
-        directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gapo-kernels"
+        try:
+            directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gapo-kernels"
+        except RuntimeError:
+            return None
     identity = _identity(device)
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     return Path(directory) / f"{re.sub(r'[^A-Za-z0-9]+', '-', identity['device'])}-{digest}.json"
 
 
-_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 def _read(file: Path, device: torch.device) -> dict[str, dict]:
@@ -166,14 +170,19 @@ def _read(file: Path, device: torch.device) -> dict[str, dict]:
         raise ValueError("it is of another GPU, Triton or version")
     for name, choice in content["choices"].items():
         kernel, dtype = name.split()
-        if choice["parameters"] not in candidates(kernel, config.architecture(device), getattr(torch, dtype)):
-            raise ValueError(f"{name} has {choice['parameters']}, which is no candidate")
+        parameters = choice["parameters"]
+        allowed = candidates(kernel, config.architecture(device), getattr(torch, dtype))
+        if parameters not in allowed or any(type(value) is not int for value in parameters.values()):  # 8192.0 == 8192
+            raise ValueError(f"{name} has {parameters}, which is no candidate")
     return content["choices"]
 
 
 @lru_cache(maxsize=None)
-def _known(file: Path, device: torch.device) -> dict[str, dict]:
+def _known(file: Path | None, device: torch.device) -> dict[str, dict]:
     """The file's choices, read once, and those made since."""
+    if file is None:
+        warnings.warn("the cache of launch parameters is ignored: there is no home directory", stacklevel=2)
+        return {}
     try:
         return _read(file, device)
     except (FileNotFoundError, NotADirectoryError):
@@ -183,18 +192,38 @@ def _known(file: Path, device: torch.device) -> dict[str, dict]:
         return {}
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time, where the folder can be locked; whoever has waited a second does not wait longer."""
+    with ExitStack() as stack:
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)  # and unlocks
+            for _ in range(100):
+                with suppress(BlockingIOError):
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                sleep(0.01)
+        yield
+
+
 def _save(device: torch.device, choices: dict[str, dict]) -> None:
     file = cache_file(device)
     known = _known(file, device)
-    with suppress(*_UNREADABLE):
-        known.update(_read(file, device))  # other processes' since
     known.update(choices)
-    content = json.dumps({"identity": _identity(device), "choices": known}, indent=1)
+    if file is None:
+        return
     temporary = file.with_suffix(f".{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(content, encoding="utf-8")
-        os.replace(temporary, file)  # whole or not at all, whoever reads or writes it at the same time
+        with _alone(file.parent):
+            with suppress(*_UNREADABLE):
+                known.update(_read(file, device) | choices)  # other processes' since
+            content = json.dumps({"identity": _identity(device), "choices": known}, indent=1)
+            temporary.write_text(content, encoding="utf-8")
+            os.replace(temporary, file)  # whole or not at all for whoever reads it at the same time
     except OSError as error:
         warnings.warn(f"{file} cannot be written: {type(error).__name__}: {error}", stacklevel=2)
         with suppress(OSError):
