@@ -70,7 +70,7 @@ def cases(where: torch.device, quick: bool = False) -> list[Case]:
             Case(2, 256, 32000, F32, 0.5, seconds=120),
             Case(2, 256, 32000, BF16, 0.5, seconds=120),
             Case(2, 128, 128256, F32, 0.5, seconds=150),
-            Case(4, None, 49152, F32, None, "smollm2", SELECTIVE, 1, seconds=8),
+            Case(4, None, 49152, F32, None, "smollm2", importance=1, seconds=60),
             *harness.sweep(
                 base,
                 vocabulary=[4096, 50257, 128256],
@@ -88,7 +88,7 @@ def cases(where: torch.device, quick: bool = False) -> list[Case]:
             Case(4, 1024, 128256, BF16, 0.5, peers=SELECTIVE, importance=1, seconds=8),
             Case(4, 1024, 50257, BF16, 0.0, peers=SELECTIVE, importance=1, seconds=8),
             Case(4, 1024, 128256, F32, 0.0, peers=SELECTIVE, importance=1, seconds=8),
-            Case(16, None, 49152, BF16, None, "smollm2", SELECTIVE, 1, seconds=8),
+            Case(16, None, 49152, BF16, None, "smollm2", importance=1, seconds=8),
             *harness.sweep(
                 base,
                 vocabulary=[4096, 50257, 128256, 262144],
