@@ -171,6 +171,25 @@ def test_every_alignment(backend, device, vocabulary):
             assert wide[..., vocabulary:].isnan().all()
 
 
+# Rows that end before their first aligned element are left out: nothing is accessed at the address that they give.
+@pytest.mark.parametrize("inplace", [False, True], ids=["apart", "in place"])
+@pytest.mark.parametrize("scale", [1.0, 0.0], ids=["gradient", "zeros"])
+@pytest.mark.parametrize("vocabulary", [23, 45])
+def test_alignment_is_as_said(backend, device, interpreted, vocabulary, scale, inplace, monkeypatch):
+    """Compilers believe what they are told of addresses: neither a binary nor a result here shows where it is wrong."""
+    if not interpreted:
+        pytest.skip("what is said is seen in the interpreter")
+    from triton.runtime.interpreter import TensorHandle
+
+    said = []
+    monkeypatch.setattr(TensorHandle, "set_attr", lambda handle, name, values: said.append((name, handle.data, values)))
+    batch = make_batch(8, 1, 45, dtype=torch.float16, device=device)
+    batch = batch._replace(logits=batch.logits[..., :vocabulary], labels=torch.arange(8, device=device)[:, None])
+    run_logps(batch, backend, torch.full((8,), scale), shift=False, inplace_backward=inplace)
+    divisible = [(data % values == 0).all() for name, data, values in said if name == "tt.divisibility"]
+    assert len(divisible) >= 4 * 8 and all(divisible)
+
+
 # Values ---------------------------------------------------------------------------------------------------------------
 
 

@@ -85,6 +85,7 @@ class Stream(NamedTuple):
     stores: int | None  # of 16 bytes; None: however it likes
     exponentials: int
     ceiling: float  # instructions for each element
+    zeros: int = 0  # stores of 16 bytes that zero a tile, in a loop of their own, which the compiler may unroll
 
 
 def stream(name: str, artefact: Artefact, target: str, itemsize: int, block: int, staged: bool = False) -> Stream | None:
@@ -101,11 +102,16 @@ def stream(name: str, artefact: Artefact, target: str, itemsize: int, block: int
     accesses = elements * itemsize // 16
     if name == "statistics_kernel":
         return Stream(elements, accesses, 0, elements, ceiling)
-    return Stream(elements, accesses, None if staged else accesses, elements, ceiling)
+    return Stream(elements, accesses, None if staged else accesses, elements, ceiling, zeros=accesses)
 
 
 def instructions_per_element(artefact: Artefact, expected: Stream) -> float:
     return len(artefact.hot_loop) / expected.elements
+
+
+def unwanted_problems(loop: list[str], unwanted: str, where: str) -> list[str]:
+    opcodes = Counter(re.sub(r"^@\S+ ", "", i).split()[0] for i in loop if count([i], unwanted))
+    return [f"{found} {opcode} in {where}" for opcode, found in opcodes.items()]
 
 
 def loop_problems(artefact: Artefact, target: str, expected: Stream) -> list[str]:
@@ -120,12 +126,34 @@ def loop_problems(artefact: Artefact, target: str, expected: Stream) -> list[str
         if not found == found_wide == wanted:
             problems.append(f"{found} {what} in the hot loop, {found_wide} of them 16 bytes, {wanted} expected")
     unwanted = code.spill if expected.stores is None else f"{code.spill}|{code.across}"
-    opcodes = Counter(re.sub(r"^@\S+ ", "", i).split()[0] for i in loop if count([i], unwanted))
-    problems += [f"{found} {opcode} in the hot loop" for opcode, found in opcodes.items()]
+    problems += unwanted_problems(loop, unwanted, "the hot loop")
     if (found := count(loop, code.exp2)) < expected.exponentials:
         problems.append(f"{found} exponentials in the hot loop, {expected.exponentials} expected")
     if (each := instructions_per_element(artefact, expected)) > expected.ceiling:
         problems.append(f"{each:.1f} instructions for each element in the hot loop, ceiling {expected.ceiling}")
+    return problems + other_loop_problems(artefact, target, expected)
+
+
+def other_loop_problems(artefact: Artefact, target: str, expected: Stream) -> list[str]:
+    """What is wrong with the loops beside the hot one: over the zeros of a row that predicts nothing, and for packed
+    rows the search for a row's sequence, a lone load.
+    """
+    code, problems, zeroing = dialect(target), [], 0
+    for loop in artefact.loops:
+        if loop is artefact.hot_loop:
+            continue
+        problems += unwanted_problems(loop, f"{code.spill}|{code.across}", "another loop")
+        loads, wide_loads = count(loop, code.load), count(loop, code.wide_load)
+        stores, wide_stores = count(loop, code.store), count(loop, code.wide_store)
+        if loads > 1 or loads and stores:
+            problems.append(f"{loads} loads in another loop, {wide_loads} of them 16 bytes, at most 1 expected")
+        if stores:
+            zeroing += 1
+            if stores != wide_stores or not expected.zeros or stores % expected.zeros:
+                wanted = f"a multiple of {expected.zeros}" if expected.zeros else 0
+                problems.append(f"{stores} stores in another loop, {wide_stores} of them 16 bytes, {wanted} expected")
+    if zeroing != (wanted := int(expected.zeros > 0)):
+        problems.append(f"{zeroing} loops beside the hot one store, {wanted} expected")
     return problems
 
 

@@ -279,6 +279,17 @@ def pipelined(x, out, size, BLOCK: tl.constexpr):
     tl.store(out, tl.sum(b_sum, 0))
 
 
+@triton.jit
+def zeroing(x, out, size, BLOCK: tl.constexpr):
+    """What not to do: zeros behind a barrier and with a mask on every element, in a loop beside the longest."""
+    o = tl.arange(0, BLOCK)
+    for i in range(0, size, BLOCK):
+        tl.store(x + i + o, tl.exp(tl.load(x + i + o).to(tl.float32)).to(x.dtype.element_ty))
+    for i in range(0, size, BLOCK):
+        tl.debug_barrier()
+        tl.store(out + i + o, tl.zeros([BLOCK], out.dtype.element_ty), mask=i + o < size)
+
+
 # A kernel, and what must be said of it.
 @pytest.mark.parametrize(
     "bad, target, complaints",
@@ -294,6 +305,12 @@ def pipelined(x, out, size, BLOCK: tl.constexpr):
             ["loads in the hot loop, 0 of them 16 bytes, 2 expected", "_dpp in the", "s_barrier in the", "ds_read"],
         ),
         (pipelined, "sm_90", ["0 loads in the hot loop", "LDS", "LDGSTS", "BAR", "0 exponentials in the hot loop, 32"]),
+        (
+            zeroing,
+            "sm_90",
+            ["stores in another loop, 0 of them 16 bytes, 0", "BAR.SYNC.DEFER_BLOCKING in another", "1 loops beside"],
+        ),
+        (zeroing, "gfx942", ["stores in another loop, 0 of them 16 bytes, 0", "1 s_barrier in another loop"]),
     ],
 )
 def test_bad_kernels_are_caught(bad, target, complaints):
