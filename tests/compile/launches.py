@@ -142,14 +142,15 @@ class Job(NamedTuple):
         return "-".join(self)
 
 
-# The two for which every case is compiled in every dtype. Elsewhere all cases are in bfloat16, and all dtypes in the first.
+# The two for which every case is compiled in float16, too, and tuning's candidates. Elsewhere float16 has the first two
+# cases, as float64 has everywhere. float32 and bfloat16 have all.
 EXHAUSTIVE = {"sm_90", "gfx942"}
 
 
 def loss_launches(target: str, what: str) -> dict[str, Launch]:
     dtype, cases = DTYPES[what], LOSS_CASES
-    if dtype == F64 or dtype != BF16 and target not in EXHAUSTIVE:
-        cases = {ORDINARY: LOSS_CASES[ORDINARY]}
+    if dtype == F64 or dtype == F16 and target not in EXHAUSTIVE:
+        cases = {case: cases[case] for case in (ORDINARY, UNALIGNED)}
     return {case: loss_path(dtype, **options) for case, options in (cases | LOSS_SIZES).items()}
 
 
