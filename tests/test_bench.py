@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch._dynamo  # takes long, and an alarm in the midst of it would leave half of it
 
 from bench import bench_anchor, bench_linear, bench_logits, bench_step, gpu, harness, llama, peers
 
