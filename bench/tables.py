@@ -483,8 +483,8 @@ def _rounding(content: dict) -> dict[str, Callable[[], str]]:
             rows.append([*row, spread(case["roundings"]["float32"]["errors"])])
         return table(columns, rows)
 
-    def of_batches(name: str, errors: str = "errors") -> str:
-        return spread([fmean(case["roundings"][name][errors]) for case in batches])
+    def of_batches(name: str) -> str:
+        return spread([fmean(case["roundings"][name]["errors"]) for case in batches])
 
     def by_batch_table() -> str:
         columns = ["pairs", "true mean gap", "largest gap of one pair", "nearest: error", "stochastic: error"]
