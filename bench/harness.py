@@ -59,6 +59,7 @@ REPEATS = 3  # the thirds of a run whose ratios are compared
 LONG_CALL = 0.25
 LIBC = ctypes.CDLL(None)
 HOST_LEAD_CYCLES = 2_000_000  # about a millisecond
+RING_AGAIN = 1.0  # seconds
 MIB = 2**20
 
 
@@ -113,8 +114,9 @@ class TooLong(OutOfTime):
 
 @contextmanager
 def deadline(seconds: float, error: type[OutOfTime] = OutOfTime) -> Iterator[None]:
-    """`error` in the block, on the main thread, after so many seconds. May stand inside another one: once that one is
-    due, its error leaves the block, and comes again if it was caught."""
+    """`error` in the block, on the main thread, after so many seconds, and every second from then on while the block
+    lasts: Python drops what is raised in a callback of the garbage collector. May stand inside another one: once that
+    one is due, its error leaves the block, and comes again if it was caught."""
 
     def stop(*_):
         raise error
@@ -124,7 +126,7 @@ def deadline(seconds: float, error: type[OutOfTime] = OutOfTime) -> Iterator[Non
     handler = signal.signal(signal.SIGALRM, stop)
     try:
         try:
-            signal.setitimer(signal.ITIMER_REAL, max(min(seconds, outer or seconds), 1e-3))
+            signal.setitimer(signal.ITIMER_REAL, max(min(seconds, outer or seconds), 1e-3), RING_AGAIN)
             yield
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
@@ -132,7 +134,7 @@ def deadline(seconds: float, error: type[OutOfTime] = OutOfTime) -> Iterator[Non
         signal.signal(signal.SIGALRM, handler)
         if outer:
             left = outer - (time.monotonic() - begin)
-            signal.setitimer(signal.ITIMER_REAL, max(left, 1e-3))
+            signal.setitimer(signal.ITIMER_REAL, max(left, 1e-3), RING_AGAIN)
             if left <= 0:
                 signal.raise_signal(signal.SIGALRM)
 

@@ -1,6 +1,7 @@
 """The benchmarks' own machinery: what is measured, checked and written. No test looks at how long anything took."""
 
 import csv
+import gc
 import json
 import os
 import signal
@@ -197,6 +198,27 @@ def test_deadlines_inside_of_deadlines(inner, outer, rings):
     assert rang == {"inner": ["inner"], "outer": ["inner", "outer"], "both": ["inner", "outer"]}[rings]
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
     assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_deadline_dropped_by_the_garbage_collector_comes_again():
+    """Otherwise a case runs on for ever, once in a while."""
+    dropped = []
+
+    def callback(phase, _):
+        if phase == "start" and not dropped:
+            dropped.append(phase)
+            time.sleep(0.2)
+
+    gc.callbacks.append(callback)
+    try:
+        with pytest.raises(harness.OutOfTime), harness.deadline(0.1):
+            gc.collect()
+            dropped.append("went on")
+            time.sleep(20.0)
+        assert dropped == ["start", "went on"]
+    finally:
+        gc.callbacks.remove(callback)
 
 
 def test_once_the_outer_deadline_is_due_the_inner_one_has_no_say():
