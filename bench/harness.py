@@ -7,7 +7,7 @@ Each bench_*.py has `cases(device, quick)` and `measure(case, rounds, ...)`, whi
     rounds         how often ours was timed
     times          {contender: {median_ms, quartile_1_ms, quartile_3_ms, min_ms, max_ms, rounds}}
     ratios         {contender: {median, quartile_1, quartile_3}} of its time over ours, round by round
-    ratio_spread   {contender: (largest - least) / median} of the ratio of medians, over thirds of the rounds
+    ratio_spread   {contender: (largest - least) / median} of that median, over thirds of the rounds
     floor          {name, ms, fraction}: the least time that the work can take, and its share of ours; measured in the
                    same run
     parts          where measured, {"forward" or "backward": a summary like those in `times`, of ours, and its floor}
@@ -312,14 +312,13 @@ def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str,
 
 
 def ratio_spread(numerator: Sequence[float], denominator: Sequence[float]) -> float | None:
-    """(largest - least) / median over thirds of the rounds, of the ratio of the medians in each; None below three."""
+    """(largest - least) / median over thirds of the rounds, of the `ratio` of each; None below three rounds."""
     count = min(len(numerator), len(denominator))
     if count < REPEATS:
         return None
     edges = [count * number // REPEATS for number in range(REPEATS + 1)]
     repeats = [
-        statistics.median(numerator[start:stop]) / statistics.median(denominator[start:stop])
-        for start, stop in itertools.pairwise(edges)
+        ratio(numerator[start:stop], denominator[start:stop])["median"] for start, stop in itertools.pairwise(edges)
     ]
     return (max(repeats) - min(repeats)) / statistics.median(repeats)
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ from gapo_kernels.objective import PairResults, pair_results, sequence_means
 SCRATCH_BYTES = 2 * 2**20
 LOG2E = math.log2(math.e)
 MODERATE = 4096  # far beyond the logits of models
+
+
+Result = TypeVar("Result")
 
 
 class Rows(NamedTuple):
@@ -118,24 +122,30 @@ def _powers_for(shift: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return _powers_in_steps if (shift.isfinite() & (shift.abs() > MODERATE)).any() else _powers
 
 
-def for_each_block(logits: Tensor, rows: Rows, work: Callable[[Block, Tensor], None]) -> None:
-    """Calls work(block, scratch) on every block; results do not depend on which thread takes which block.
+def _rows_of_block(logits: Tensor, rows: Rows) -> int:
+    """What fits into all threads' scratch is one block, whose operations torch splits over them: there a thread that
+    waits for its turn to call the next one costs more than the barrier of each operation."""
+    kept = rows.index.shape[0]
+    limit = max(1, SCRATCH_BYTES // (logits.shape[-1] * accumulation_dtype(logits).itemsize))
+    return max(1, kept) if kept <= limit * torch.get_num_threads() else limit
 
-    What fits into all threads' scratch is one block, whose operations torch splits over them: there a thread that waits
-    for its turn to call the next one costs more than the barrier of each operation.
-    """
-    dtype = accumulation_dtype(logits)
-    vocabulary, kept = logits.shape[-1], rows.index.shape[0]
-    limit = max(1, SCRATCH_BYTES // (vocabulary * dtype.itemsize))
-    if kept <= limit * torch.get_num_threads():
-        limit = max(1, kept)
+
+def for_each_block(logits: Tensor, rows: Rows, work: Callable[[Block, Tensor], None]) -> None:
+    """Calls work(block, scratch) on every block; results do not depend on which thread takes which block."""
+    limit = _rows_of_block(logits, rows)
 
     def drain(queue: Iterator[Block]) -> None:
-        scratch = torch.empty(limit, vocabulary, dtype=dtype, device=logits.device)
+        scratch = torch.empty(limit, logits.shape[-1], dtype=accumulation_dtype(logits), device=logits.device)
         for block in queue:
             work(block, scratch)
 
     threads.share(cut_blocks(rows, logits.shape[1] if logits.dim() == 3 else None, limit), drain, logits.device)
+
+
+def between_blocks(logits: Tensor, rows: Rows, work: Callable[[], Result]) -> Result:
+    """work(), which is little, so that the blocks of the next pass find the threads idle."""
+    one_block = rows.index.shape[0] <= _rows_of_block(logits, rows)
+    return work() if one_block else threads.alone(work, logits.device)
 
 
 def label_logits(logits: Tensor, rows: Rows) -> Tensor:
@@ -151,10 +161,9 @@ def places(logits: Tensor, index: Tensor) -> tuple[Tensor, ...]:
     return index // length, index % length
 
 
-def row_statistics(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The label's logit, the shift a, the label's term exp(x_label - a), and the sum of all others, of each predicting
-    row, (K,) each; the terms are as `_powers` has them, and the logit, in float64, agrees with that."""
-    logits = logits.detach()
+def row_statistics(logits: Tensor, rows: Rows) -> tuple[Callable[[Tensor, Tensor, Tensor], Tensor], Tensor, Tensor]:
+    """The powers that fit these logits, and of each predicting row, (K,), the shift a and the sum of the powers of all
+    logits but the label's."""
     shift = torch.empty(rows.index.shape[0], dtype=accumulation_dtype(logits), device=logits.device)
     rest, label, shifts = torch.empty_like(shift), rows.label[:, None], shift[:, None]
 
@@ -168,9 +177,7 @@ def row_statistics(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor, 
         for_each_block(logits, rows, sum_block)
         if powers is _powers_for(shift):
             break
-    label_logit = label_logits(logits, rows)
-    label_term, unit = (powers(x, shift, torch.empty_like(shift)) for x in (label_logit, shift))
-    return label_logit.double() + unit.double().log(), shift, label_term, rest
+    return powers, shift, rest
 
 
 def _token_logps(
@@ -209,14 +216,22 @@ def terms_(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _sums(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     """Token log-prob sums (S,) in float64, and the statistics spread over all rows (S * T,) or (N,) for the backward."""
-    label_logit, shift, label_term, rest = row_statistics(logits, rows)
-    logps, total = _token_logps(label_logit, shift, label_term, rest, rows.in_range)
-    sums = torch.zeros(rows.counts.shape[0], dtype=torch.float64, device=logits.device)
-    sums.index_add_(0, rows.sequence, logps)
-    every = logits.shape[:-1].numel()
-    row_shift, row_total = (logits.new_zeros(every, dtype=accumulation_dtype(logits)) for _ in range(2))
-    row_shift[rows.index], row_total[rows.index] = shift.to(row_shift.dtype), total.to(row_total.dtype)
-    return sums, row_shift, row_total
+    logits = logits.detach()
+    powers, shift, rest = row_statistics(logits, rows)
+
+    def summed() -> tuple[Tensor, Tensor, Tensor]:
+        label_logit = label_logits(logits, rows)
+        label_term, unit = (powers(x, shift, torch.empty_like(shift)) for x in (label_logit, shift))
+        label_logit = label_logit.double() + unit.double().log()  # as the powers have it
+        logps, total = _token_logps(label_logit, shift, label_term, rest, rows.in_range)
+        sums = torch.zeros(rows.counts.shape[0], dtype=torch.float64, device=logits.device)
+        sums.index_add_(0, rows.sequence, logps)
+        every = logits.shape[:-1].numel()
+        row_shift, row_total = (logits.new_zeros(every, dtype=shift.dtype) for _ in range(2))
+        row_shift[rows.index], row_total[rows.index] = shift, total.to(shift.dtype)
+        return sums, row_shift, row_total
+
+    return between_blocks(logits, rows, summed)
 
 
 def logps_forward(
@@ -258,7 +273,8 @@ def loss_forward(
         anchor_margin = chosen - rejected
     # The policy last: what the caches still hold of it, the backward reads from them.
     sums, row_shift, row_total = _sums(logits, rows)
-    results = pair_results(
+    combine = partial(
+        pair_results,
         sums,
         rows.counts,
         anchor_margin,
@@ -270,6 +286,7 @@ def loss_forward(
         sft_weight=sft_weight,
         reduction=reduction,
     )
+    results = between_blocks(logits, rows, combine)
     dtype = accumulation_dtype(logits)
     # A copy in every case: an operator's outputs may not share memory with its inputs or with one another.
     return (

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import mmap
 import weakref
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from gapo_kernels import threads
 
 HUGE_PAGE = 2**21
 
@@ -33,8 +36,12 @@ def zeros_but(like: Tensor, written: Tensor) -> Tensor:
     flat, memory, fresh = mapped
     if not fresh:
         row = like.numel() * like.element_size() // like.shape[:-1].numel()
-        for start, stop in _gaps(written, like.shape[:-1].numel()):
-            _zero(memory, flat, start * row, stop * row)
+
+        def drain(gaps: Iterator[tuple[int, int]]) -> None:
+            for start, stop in gaps:
+                _zero(memory, flat, start * row, stop * row)
+
+        threads.share(_gaps(written, like.shape[:-1].numel()), drain, like.device)
     return _shaped(flat, like.shape)
 
 

@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def share(items: Sequence[Item], drain: Callable[[Iterator[Item]], None], device: torch.device) -> None:
@@ -25,31 +26,46 @@ def share(items: Sequence[Item], drain: Callable[[Iterator[Item]], None], device
     no grad mode.
     """
     queue = iter(items)
+    threads = min(torch.get_num_threads(), len(items)) if device.type == "cpu" else 1
+    if threads <= 1 or not _ran(threads, lambda: drain(queue)):
+        with torch.no_grad():
+            drain(queue)
+
+
+def alone(work: Callable[[], Result], device: torch.device) -> Result:
+    """work() on one of the threads of `share`, for small work in between: even of a few numbers MKL splits a logarithm
+    over its own threads, and those then wait busily, for about 10 ms, on the cores that `share` needs next."""
+    results: list[Result] = []
+    split = device.type == "cpu" and torch.get_num_threads() > 1
+    if not split or not _ran(1, lambda: results.append(work())):
+        with torch.no_grad():
+            return work()
+    return results[0]
+
+
+def _ran(threads: int, work: Callable[[], None]) -> bool:
+    """Whether so many threads were there to run work(), each once, before this returns."""
     inference = torch.is_inference_mode_enabled()
 
     def run() -> None:
         # Grad mode and inference mode are a thread's own: tensors made in the caller's may be written only in it. Not in the
         # caller's own: cut off there by a signal, inference mode's guard would bring back this state when it goes.
         with torch.no_grad(), torch.inference_mode(inference):
-            drain(queue)
+            work()
 
-    threads = min(torch.get_num_threads(), len(items)) if device.type == "cpu" else 1
     futures: list[Future] = []
-    if threads > 1:
-        try:
-            pool = _pool(torch.get_num_threads())
-            for _ in range(threads):
-                futures.append(pool.submit(run))
-        except RuntimeError:  # no thread to be had: the interpreter is about to end, or a limit on processes is reached
-            pass
-    if not futures:
-        with torch.no_grad():
-            drain(queue)
+    try:
+        pool = _pool(torch.get_num_threads())
+        for _ in range(threads):
+            futures.append(pool.submit(run))
+    except RuntimeError:  # no thread to be had: the interpreter is about to end, or a limit on processes is reached
+        pass
     try:
         for future in futures:
             future.result()
     finally:  # also after an interrupt: nobody may still write when this returns
         wait(futures)
+    return bool(futures)
 
 
 @lru_cache(maxsize=1)

@@ -339,6 +339,8 @@ def test_ratios_and_their_spread():
     assert harness.ratio(peer, ours)["median"] == 2.0
     assert harness.ratio_spread(peer, ours) == pytest.approx((2.5 - 2.0) / 2.0)
     assert harness.ratio_spread(ours[:2], peer[:2]) is None
+    paired = harness.ratio_spread([2.0, 4.0, 6.0, 2.0, 8.0, 3.0, 2.0, 4.0, 6.0], [1.0, 2.0, 3.0] * 3)
+    assert paired == 0.0  # of the rounds' own ratios: that of the medians moves
     floor = harness.floor(ours, {"small": 0.1, "timed": [0.5, 0.5, 1.0, 1.0, 2.0, 2.0]})
     assert floor == {"name": "timed", "ms": 1000.0, "fraction": 0.5, "spread": 0.0}
 

@@ -387,6 +387,41 @@ def test_same_bits_on_any_number_of_threads(backend, device, monkeypatch, thread
     assert_same(blocks, in_float64(run_loss, batch, **options), tolerance=1e-5)
 
 
+@pytest.mark.parametrize("rows, split", [(3, False), (8 * 40, True)])
+def test_between_the_blocks_no_operation_is_split(backend, device, monkeypatch, rows, split):
+    """Of a logarithm that MKL has split its threads wait busily, on the cores that the next blocks need: a third more
+    time. Nor is the memory of a gradient zeroed by torch's own threads. Where all is one block, torch splits it."""
+    if backend != "torch":
+        pytest.skip("threads are the CPU path's")
+    from gapo_kernels import cpu, host_memory
+
+    seen = {}
+
+    def watched(module, name):
+        work = getattr(module, name)
+
+        def watching(*args, **options):
+            seen.setdefault(name, set()).add(torch.get_num_threads())
+            return work(*args, **options)
+
+        monkeypatch.setattr(module, name, watching)
+
+    for module, name in ((cpu, "_token_logps"), (cpu, "pair_results"), (host_memory, "_zero")):
+        watched(module, name)
+    vocabulary = 2**14
+    monkeypatch.setattr(cpu, "SCRATCH_BYTES", rows * vocabulary * 4)
+    batch = make_batch(8, 40, vocabulary).to(torch.float32)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        for _ in range(2):  # the first gradient's memory is new: nothing to zero
+            run_loss(batch, backend, anchor_logits=batch.anchor_logits)
+    finally:
+        torch.set_num_threads(before)
+    threads = {2} if split else {1}
+    assert seen == {"_token_logps": threads, "pair_results": threads, "_zero": {1}}
+
+
 def test_calls_from_several_threads(backend, device):
     """Two losses at once, as two models in one process compute them: neither sees the other's scratch."""
     if backend != "torch":
