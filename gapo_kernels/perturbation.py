@@ -69,8 +69,9 @@ class Perturbation:
         def drain(queue: Iterator[Chunk]) -> None:
             scratch = _Scratch(self._device, self._size)
             for chunk in queue:
-                scaled, _ = scratch.of(chunk)
-                squares[chunk.number] = _square(self._scaled(chunk, scaled))
+                scaled, _, wide = scratch.of(chunk)
+                theta = _widened(chunk, wide) if self._asam else None
+                squares[chunk.number] = _square(self._scaled(chunk, scaled, theta))
 
         threads.share(self._chunks, drain, self._device)
         return torch.tensor(math.fsum(squares), dtype=torch.float64, device=self._device)
@@ -106,10 +107,10 @@ class Perturbation:
         if failures:
             raise failures[0]
 
-    def _scaled(self, chunk: Chunk, out: Tensor) -> Tensor:
-        """theta * g, or g, in `out`: in at least float32."""
-        theta, direction = (t[chunk.start : chunk.stop] for t in (chunk.move.theta, chunk.move.direction))
-        if self._asam and theta.dtype == direction.dtype == out.dtype:
+    def _scaled(self, chunk: Chunk, out: Tensor, theta: Tensor | None) -> Tensor:
+        """theta * g, or g, in `out`, which is as wide as `theta`."""
+        direction = chunk.move.direction[chunk.start : chunk.stop]
+        if self._asam and direction.dtype == out.dtype:
             return torch.mul(direction, theta, out=out)
         out.copy_(direction)
         return out.mul_(theta) if self._asam else out
@@ -118,12 +119,13 @@ class Perturbation:
         self, chunk: Chunk, step_size: float | Tensor, seed: int, step: int, scratch: _Scratch
     ) -> tuple[float, float, float]:
         """`exchange` of one chunk, and its three sums over it."""
-        delta, anchor = scratch.of(chunk)
+        delta, anchor, wide = scratch.of(chunk)
         move = chunk.move
         theta, original = (t[chunk.start : chunk.stop] for t in (move.theta, move.original))
-        self._scaled(chunk, delta).mul_(step_size)
+        base = _widened(chunk, wide)
+        self._scaled(chunk, delta, base).mul_(step_size)
         if self._asam:
-            delta.mul_(theta)
+            delta.mul_(base)
         intended = _square(delta)
         if theta.dtype == delta.dtype == move.grid:  # nothing to round: no buffer between, which is a third faster
             original.copy_(theta)
@@ -131,7 +133,8 @@ class Perturbation:
             torch.add(delta, original, out=theta)
             torch.sub(theta, original, out=delta)
         else:
-            base = theta if move.grid in (theta.dtype, delta.dtype) else theta.to(move.grid)
+            if move.grid not in (theta.dtype, delta.dtype):
+                base = wide.copy_(theta.to(move.grid))
             self._round_(torch.add(delta, base, out=anchor), chunk, seed, step, scratch)
             torch.sub(anchor, base, out=delta)
             original.copy_(theta)
@@ -162,24 +165,29 @@ def _shortened(size: int) -> int:
 
 
 class _Scratch:
-    """A thread's two buffers for each dtype, and those of its random numbers."""
+    """A thread's three buffers for each dtype, and those of its random numbers."""
 
     def __init__(self, device: torch.device, size: int) -> None:
         self._device, self._size = device, -(-size // philox.TILE) * philox.TILE  # random numbers come in whole tiles
-        self._buffers: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+        self._buffers: dict[torch.dtype, tuple[Tensor, ...]] = {}
         self._random: tuple[philox.Buffers, Tensor] | None = None
 
-    def of(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+    def of(self, chunk: Chunk) -> tuple[Tensor, ...]:
         dtype = accumulation_dtype(chunk.move)
         if dtype not in self._buffers:
-            self._buffers[dtype] = tuple(torch.empty(self._size, dtype=dtype, device=self._device) for _ in range(2))
-        one, other = self._buffers[dtype]
-        return one[: chunk.stop - chunk.start], other[: chunk.stop - chunk.start]
+            self._buffers[dtype] = tuple(torch.empty(self._size, dtype=dtype, device=self._device) for _ in range(3))
+        return tuple(buffer[: chunk.stop - chunk.start] for buffer in self._buffers[dtype])
 
     def random(self) -> tuple[philox.Buffers, Tensor]:
         if self._random is None:
             self._random = philox.Buffers(), torch.empty(self._size, dtype=torch.int32, device=self._device)
         return self._random
+
+
+def _widened(chunk: Chunk, wide: Tensor) -> Tensor:
+    """theta in wide's dtype: itself, or there. An operation on two dtypes takes torch several times as long."""
+    theta = chunk.move.theta[chunk.start : chunk.stop]
+    return theta if theta.dtype == wide.dtype else wide.copy_(theta)
 
 
 def _square(x: Tensor) -> float:
