@@ -26,8 +26,6 @@ from gapo_kernels.objective import PairResults, pair_results, sequence_means
 SCRATCH_BYTES = 2 * 2**20
 LOG2E = math.log2(math.e)
 MODERATE = 4096  # far beyond the logits of models
-
-
 Result = TypeVar("Result")
 
 

@@ -44,7 +44,7 @@ def alone(work: Callable[[], Result], device: torch.device) -> Result:
 
 
 def _ran(threads: int, work: Callable[[], None]) -> bool:
-    """Whether so many threads were there to run work(), each once, before this returns."""
+    """Runs work() on so many threads, each once, or on as many as there are to be had. Whether there was any."""
     inference = torch.is_inference_mode_enabled()
 
     def run() -> None:
