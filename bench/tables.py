@@ -334,7 +334,8 @@ def _steps(run: Run) -> str:
         if "passes" in case:
             share, spent = case["passes_share_of_step"], milliseconds(case["passes"]["median_ms"])
             notes.append(f"Of ours on {case['name']} the passes over the weights are {percent(share)}, {spent}.")
-    titles = ["model, batch", "recipe", "time", "of the authors' time", "memory", "gap error, against ours with the eager head in float32"]
+    error = "gap error, against ours with the eager head in float32"
+    titles = ["model, batch", "recipe", "time", "of the authors' time", "memory", error]
     spreads = [share["spread"] for case in run.cases for share in case["of_authors"].values()]
     if None not in spreads:
         notes.insert(0, _moved("shares", spreads))
