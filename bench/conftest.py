@@ -39,7 +39,12 @@ def measured(request, benchmark):
         rounds = config.getoption("--rounds") or (3 if quick else module.ROUNDS)
 
         def time_ours(ours: harness.Contender, inputs) -> None:
-            benchmark.pedantic(ours.run, setup=lambda: ((ours.ready(inputs),), {}), rounds=1)
+            def run(prepared) -> None:
+                ours.run(prepared)
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+
+            benchmark.pedantic(run, setup=lambda: ((ours.ready(inputs),), {}), rounds=1)
             ours.done(inputs)
 
         try:

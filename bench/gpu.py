@@ -33,7 +33,7 @@ import torch
 
 from bench import bench_anchor, bench_linear, bench_logits, bench_step, data, harness
 
-SUITES = (bench_logits, bench_linear, bench_anchor, bench_step)  # in order of importance, among equal cases
+SUITES = (bench_logits, bench_step, bench_linear, bench_anchor)  # in order of importance, among equal cases
 SECONDS = 450.0
 TEST_SHARE = 0.3  # of the time, at most
 TO_TUNE = 90.0  # seconds
@@ -221,7 +221,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 wrong = wrong_with(run, where)
                 if wrong is not None:
                     session.found["failed"][f"tests: {' '.join(tests)}"] = wrong
-                print(f"tests: {run['counts']}{'' if wrong is None else f', {wrong}'}", flush=True)
+                stopped = "" if run["status"] is not None else f", stopped after {run['seconds']:.0f} s: not all ran"
+                print(f"tests: {run['counts']}{stopped if wrong is None else f', {wrong}'}", flush=True)
                 session.save()
             try:
                 session.found["tuning"] = tune(where, options.quick)

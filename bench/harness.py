@@ -14,6 +14,7 @@ Each bench_*.py has `cases(device, quick)` and `measure(case, rounds, ...)`, whi
     peak_...       {contender: MiB at the worst moment beyond what the name says, None where it cannot be known}
     errors         {contender: {"loss", "gradient"}}: relative, against the reference; the latter of the largest entry
     absent         {contender: why it was not measured}
+    goals          where there are some, {contender: the least that its ratio is to be}
     versions       {package: version}
 
 `write_results` puts cases into bench/results/SUITE-DEVICE.json and, a line for each contender, SUITE-DEVICE.csv.

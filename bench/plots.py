@@ -164,14 +164,14 @@ def _fixed(name: str, value: Any) -> str:
 
 
 def _point(case: Case, axis: str) -> dict:
-    bound = case["floor"]["ms"]
+    floor, ratios = case["floor"], {"ours": 1.0} | {name: one["median"] for name, one in case["ratios"].items()}
     times = {name: one["median_ms"] for name, one in case["times"].items() if name == "ours" or name in case["ratios"]}
     return {
         "x": case["params"][axis] * (100 if axis == "ignored" else 1),
         "time": times,
         "memory": {name: max(peak, 0) for name, peak in peaks_of(case).items() if peak is not None},
-        "fraction": {name: 100 * bound / time for name, time in times.items()},
-        "floor": bound,
+        "fraction": {name: 100 * floor["fraction"] / ratios[name] for name in times},  # round by round, as in the tables
+        "floor": floor["ms"],
     }
 
 

@@ -297,9 +297,22 @@ def _notes(cases: Sequence[Case]) -> str:
     reasons = ", ".join(f"{CONTENDERS.get(name, name)} ({reason})" for name, reason in absent.items())
     spreads = [value for case in cases for value in case["ratio_spread"].values() if value is not None]
     notes = [f"Not measured: {reasons}."] if absent else []
+    goals = [_goals(case) for case in cases if case.get("goals")]
+    if goals:
+        notes.append(f"Goals, and how far the ratio moved between the thirds of the run: {'; '.join(goals)}.")
     if spreads:
         notes.append(_moved("ratios", spreads))
     return f"\n\n{' '.join(notes)}" if notes else ""
+
+
+def _goals(case: Case) -> str:
+    found = []
+    for name, least in case["goals"].items():
+        moved = case["ratio_spread"].get(name)
+        if moved is not None:
+            reached = f"{significant(case['ratios'][name]['median'], 3)}x of {least}x"
+            found.append(f"{CONTENDERS.get(name, name)} {reached} (moved by {percent(moved)})")
+    return f"{case['name']}: {', '.join(found) or 'not measured'}"
 
 
 def _moved(what: str, spreads: Sequence[float]) -> str:
@@ -409,7 +422,10 @@ def _tuning(gpus: Sequence[dict]) -> str:
     """Of each kernel and dtype what tuning took, and how the table's choice compares, which is timed first."""
     found = []
     for content in gpus:
-        rows = []
+        rows, device = [], content["environment"]["device"]
+        if "absent" in content["tuning"]:
+            found.append(f"On {device} nothing was tuned: {content['tuning']['absent']}.")
+            continue
         for name, choice in content["tuning"].items():
             times = [(str(parameters), time) for parameters, time in choice["milliseconds"]]
             fastest = dict(times)[str(choice["parameters"])]
@@ -417,7 +433,7 @@ def _tuning(gpus: Sequence[dict]) -> str:
             others = f"{min(time for _, time in times) / fastest:.2f} to {max(time for _, time in times) / fastest:.2f}"
             rows.append([name, taken, milliseconds(fastest), f"{times[0][1] / fastest:.2f}", others])
         titles = ["kernel, dtype", "taken", "time", "table's choice over it", "all candidates over it"]
-        found.append(f"**{content['environment']['device']}**:\n\n{table(titles, rows)}")
+        found.append(f"**{device}**:\n\n{table(titles, rows)}")
     return "\n\n".join(found) or AWAITS
 
 

@@ -157,6 +157,7 @@ class GeometricAnchor:
                 instead of twice, unless the head is tied or the model compiled.
             **kwargs: GeometricAnchor's.
         """
+        distributed.check_model(model)
         sharded = distributed.ShardedModel(model) if distributed.is_sharded_model(model) else None
         found = find_scope(model, scope)
         anchor = cls(found.named if sharded is None else _OfShardedModel(found.named), **kwargs)

@@ -25,6 +25,13 @@ UNSUPPORTED = {
 }
 
 
+def check_model(model: torch.nn.Module) -> None:
+    """Refuses a model under FSDP's first version, which by default hides the Parameters that it shards."""
+    for module in model.modules():
+        if any(base.__name__ == "FullyShardedDataParallel" for base in type(module).__mro__):
+            raise NotImplementedError(f"the model is {UNSUPPORTED['_fsdp_flattened']}")
+
+
 def check_whole(name: str, param: Tensor) -> None:
     """Refuses a parameter that only its engine can gather, whenever that engine took it over."""
     for mark, what in UNSUPPORTED.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -92,13 +92,15 @@ def _first_module(parent: nn.Module, names: tuple[str, ...]) -> nn.Module | None
 class UnmovedLayers:
     """Layers that compute the same at the anchor as before: recorded in the clean forward, replayed in the anchor's.
 
-    The outputs are those that the kept graph holds anyway. The same inputs must come in the same order.
+    The outputs, and what enters the first of them, are those that the kept graph holds anyway. The same inputs must come in
+    the same order.
     """
 
     def __init__(self, layers: list[nn.Module]) -> None:
         # Somebody's hooks on a layer may do anything, and would be applied again to what is replayed: then it runs again.
         hooked = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
         self._layers = [] if hooked else layers
+        self._inputs: list[object] = []  # of the first layer: hidden states
         self._outputs: list[list[object]] = [[] for _ in self._layers]
         self._cached = False  # whether keys and values came from a call before: a layer that is replayed leaves none
 
@@ -125,9 +127,10 @@ class UnmovedLayers:
         layers = self._layers if seen and not self._cached else []
         own = [layer.__dict__.get("forward") for layer in layers]
         outputs = [iter(list(kept)) for kept in self._outputs]
+        inputs = [iter(list(self._inputs)), *(None for _ in layers[1:])]
         try:
-            for layer, recorded in zip(layers, outputs):
-                layer.forward = _replay(recorded)
+            for layer, recorded, expected in zip(layers, outputs, inputs):
+                layer.forward = _replay(recorded, expected)
             yield
             if layers and any(next(recorded, None) is not None for recorded in outputs):
                 raise RuntimeError(
@@ -143,38 +146,67 @@ class UnmovedLayers:
     def _keep(self, number: int):
         def hook(module, args, kwargs, output):
             if not torch.compiler.is_compiling():
+                if number == 0:
+                    self._inputs.append(_detached(_hidden_states(args, kwargs)))
                 self._outputs[number].append(_detached(output))
                 self._cached = self._cached or _from_before(number, args, kwargs)
 
         return hook
 
     def _forget(self) -> None:
-        for kept in self._outputs:
+        for kept in (self._inputs, *self._outputs):
             kept.clear()
 
 
-def _replay(outputs: Iterator[object]):
+def _replay(outputs: Iterator[object], inputs: Iterator[object] | None):
     def forward(*args, **kwargs):
         try:
-            return next(outputs)
+            output = next(outputs)
         except StopIteration:
             raise RuntimeError(
                 "logps_fn ran the model more often at the anchor than before; both runs must compute the same"
             ) from None
+        return output if inputs is None else _unless_changed(output, _hidden_states(args, kwargs), next(inputs))
 
     return forward
+
+
+def _unless_changed(output: object, hidden: object, before: object) -> object:
+    """The output, if the hidden states are those that it was made of. On a GPU, which nobody waits for, NaN if not."""
+    if not isinstance(hidden, Tensor) or not isinstance(before, Tensor):
+        return output
+    same_shape = hidden.shape == before.shape
+    if same_shape and hidden.device.type != "cpu":
+        changed = (hidden != before).any()
+        return _mapped(output, lambda tensor: tensor.masked_fill(changed, torch.nan))
+    # NaN is not equal to itself, and shows anyway.
+    if not same_shape or not torch.equal(hidden, before) and not before.isnan().any():
+        raise RuntimeError(
+            f"logps_fn gave the model other inputs at the anchor than before, hidden states of shape {tuple(hidden.shape)} "
+            f"where they were of {tuple(before.shape)}, or of other values; both runs must compute the same, in the same order"
+        )
+    return output
+
+
+def _hidden_states(args: tuple, kwargs: dict) -> object:
+    return args[0] if args else kwargs.get("hidden_states")
 
 
 def _from_before(number: int, args: tuple, kwargs: dict) -> bool:
     """Whether a decoder layer, which has just run, has keys and values of other tokens than this call's."""
     caches = [value for value in (*args, *kwargs.values()) if hasattr(value, "get_seq_length")]
-    hidden = args[0] if args else kwargs.get("hidden_states")
+    hidden = _hidden_states(args, kwargs)
     return any(not isinstance(hidden, Tensor) or cache.get_seq_length(number) > hidden.shape[1] for cache in caches)
 
 
 def _detached(output: object) -> object:
+    return _mapped(output, Tensor.detach)
+
+
+def _mapped(output: object, function: Callable[[Tensor], Tensor]) -> object:
+    """What a layer returns, with the function applied to its tensors."""
     if isinstance(output, Tensor):
-        return output.detach()
+        return function(output)
     if isinstance(output, tuple) and type(output) is tuple:
-        return tuple(_detached(item) for item in output)
+        return tuple(_mapped(item, function) for item in output)
     return output

@@ -190,6 +190,8 @@ def _packed(
 
 def _margin(result: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
     """M (B,) with the logps (2B,) and counts (2B,) that it came from."""
+    if isinstance(result, tuple) and len(result) != 2:
+        raise TypeError(f"logps_fn must return log-probs, or log-probs and counts, got a tuple of {len(result)}")
     logps, counts = result if isinstance(result, tuple) else (result, None)
     if not isinstance(logps, Tensor) or not logps.is_floating_point():
         raise TypeError(f"logps_fn must return floating-point log-probs, got {validation.describe(logps)}")

@@ -8,6 +8,7 @@ kernels on CPU tensors, small vocabularies only), and a process on a machine wit
 import inspect
 import os
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -29,13 +30,15 @@ else:
     BACKENDS = ["torch"]
 
 
-def remember_builtins():
-    """Triton's interpreter looks through its whole language at each call of one kernel's function by another, a third of
-    these tests' time, for builtins that it has not replaced yet: this tells it where they are."""
+def hasten_the_interpreter():
+    """At each call of one kernel's function by another, Triton's interpreter replaces all builtins of its language, which
+    the call around it has replaced already, and for each array it makes anew its table of dtypes: half of these tests'
+    time."""
+    import triton.language as tl
     from triton.language.core import is_builtin
     from triton.runtime import interpreter
 
-    known = {}
+    known, replaced = {}, set()
 
     def patch_builtin(package, *scope):
         if package not in known:
@@ -44,12 +47,32 @@ def remember_builtins():
             if is_builtin(member := getattr(package, name)):
                 interpreter._patch_attr(package, name, member, *scope)
 
-    if hasattr(interpreter, "_patch_builtin") and hasattr(interpreter, "_patch_attr"):
-        interpreter._patch_builtin = patch_builtin
+    def patch_lang(function):
+        languages = {name for name, module in (("tl", tl), ("core", tl.core)) if sees(function, module)}
+        if languages <= replaced:
+            return interpreter._LangPatchScope()
+        outermost = not replaced
+        replaced.update(languages)
+        scope = patch_language(function)
+        if outermost:
+            restore = scope.restore
+            scope.restore = lambda: (replaced.clear(), restore())
+        return scope
+
+    @lru_cache(maxsize=None)
+    def sees(function, module):
+        return any(value is module for value in function.__globals__.values())
+
+    names = ("_patch_builtin", "_patch_attr", "_patch_lang", "_LangPatchScope", "_get_np_dtype")
+    if all(hasattr(interpreter, name) for name in names):
+        patch_language = interpreter._patch_lang
+        interpreter._patch_builtin, interpreter._patch_lang = patch_builtin, patch_lang
+        dtype_of, of_scalar = interpreter._get_np_dtype, lru_cache(interpreter._get_np_dtype)
+        interpreter._get_np_dtype = lambda of: (dtype_of if of.scalar.is_ptr() else of_scalar)(of.scalar)
 
 
 if INTERPRETED:
-    remember_builtins()
+    hasten_the_interpreter()
 
 
 def pytest_configure(config):

@@ -1059,6 +1059,16 @@ def test_sharded_parameters_that_are_refused(one_rank_group):
             pass
 
 
+def test_the_first_version_of_fsdp_is_refused(one_rank_group):
+    """By default it leaves no Parameter of the model's own that could tell."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    wrapped = FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu"))
+    for model in (wrapped, nn.Sequential(wrapped)):
+        with pytest.raises(NotImplementedError, match="the model is sharded by FSDP's first version.*fully_shard"):
+            GeometricAnchor.from_model(model, scope="all")
+
+
 def test_one_rank_alone_averages_nothing(one_rank_group, params, anchor):
     assert_usable(anchor)
     assert_usable(GeometricAnchor(params, process_group=one_rank_group))

@@ -131,6 +131,8 @@ def test_tables_say_what_the_files_say(project):
     assert "Not measured: TRL (not installed). Between the thirds of a run the ratios" in blocks["logits-table"]()
     assert len(re.findall(r"^\| \d", blocks["logits-all"](), re.MULTILINE)) == 1 + len(sweep("logits"))
     assert "4.25x (4.25 to 4.25)" in blocks["logits-all"]()
+    changed(next((project / "bench" / "results").glob("logits-*.json")), goals={"eager": 4})
+    assert "; " not in (table := blocks_of(project)["logits-table"]()) and "eager 4.25x of 4x (moved by 0 %)." in table
     assert "| four GEMMs | 10.0 ms | 20.0 ms | 50 % |" in blocks["linear-floor"]()
     assert "| SmolLM2 | authors' recipe | 14.0 s | 1.00 | 100 MiB | 5.6 % |" in blocks["step-table"]()
     assert "| SmolLM2 | ours | 10.5 s | 0.75 | 100 MiB | 5.6 % |" in blocks["step-table"]()
@@ -206,6 +208,9 @@ def test_a_gpu_has_sections_of_its_own_and_its_whole_run_goes_before_single_suit
     missing = blocks["gpu-missing"]()
     assert missing.endswith("- step: Llama: no time was left\n- linear: large: OutOfMemoryError: first line")
     assert "| gradient bfloat16 | B 2 | 0.200 ms | 1.50 | 1.00 to 1.50 |" in blocks["tuning"]()
+    changed_run = json.loads((results / "gpu-nvidia-h100.json").read_text()) | {"tuning": {"absent": "no Triton"}}
+    (results / "gpu-nvidia-h100.json").write_text(json.dumps(changed_run))
+    assert blocks_of(project)["tuning"]() == "On NVIDIA H100 nothing was tuned: no Triton."
 
 
 def test_a_contender_that_ran_out_of_memory_leaves_a_gap(project):

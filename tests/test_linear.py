@@ -1017,9 +1017,9 @@ for call, *case in json.loads(sys.argv[1]):
 # fit, with softcap's buffer beside them, and are kept for the backward. The wide head's hidden states are four times its logits:
 # one more of that size may be kept, and no other.
 PEAK_CASES = [
-    (8, 256, 64, 32768),
-    (32, 256, 64, 32768),
-    (64, 256, 64, 32768),
+    (8, 160, 64, 32768),
+    (32, 160, 64, 32768),
+    (64, 160, 64, 32768),
     (8, 512, 2048, 512),
     (160, 128, 64, 32768),
 ]

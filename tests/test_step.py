@@ -864,6 +864,42 @@ def test_fewer_runs_at_the_anchor_than_before_are_refused():
         gapo_step(lambda: logps() + logps() if torch.is_grad_enabled() else logps(), anchor)
 
 
+@pytest.mark.parametrize("change", ["order", "size"])
+def test_other_inputs_at_the_anchor_than_before_are_refused(change):
+    """The lower layers' outputs are replayed: for other inputs they would be wrong, and nothing else would show it."""
+    model = tiny_models.build("llama")
+    ids, labels = tiny_models.preference_batch()
+    before = [p.clone() for p in model.parameters()]
+
+    def of(rows):
+        return sequence_logps(model(input_ids=ids[rows]).logits, labels[rows])
+
+    def logps():
+        pairs = len(ids) // 2
+        halves = [slice(0, pairs), slice(pairs, None)]
+        if torch.is_grad_enabled():
+            return torch.cat([of(rows) for rows in halves])
+        return of(slice(None)) if change == "size" else torch.cat([of(rows) for rows in halves[::-1]][::-1])
+
+    expected = gapo_step(logps, GeometricAnchor.from_model(model, rho=RHO, scope=0)).gap
+    assert expected.isfinite().all()
+    with pytest.raises(RuntimeError, match="gave the model other inputs at the anchor than before"):
+        gapo_step(logps, GeometricAnchor.from_model(model, rho=RHO, scope=2))
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+def test_where_nobody_waits_for_the_device_other_inputs_are_nan():
+    hidden, other = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    output = (hidden + 1, None)
+
+    class Elsewhere(torch.Tensor):
+        device = torch.device("cuda")
+
+    assert scope._unless_changed(output, hidden.as_subclass(Elsewhere), hidden)[0].equal(output[0])
+    spoiled, none = scope._unless_changed(output, other.as_subclass(Elsewhere), hidden)
+    assert spoiled.isnan().all() and none is None
+
+
 def test_layers_that_fill_a_cache_run_again():
     """A layer that is replayed would leave the second call without the first one's keys and values."""
     model = tiny_models.build("llama")
@@ -991,6 +1027,7 @@ def test_options_out_of_range(model, anchor, options, error, message):
         ([0.0, 0.0], TypeError, "floating-point log-probs, got list"),
         ((torch.zeros(2), torch.ones(4)), ValueError, r"the log-probs' shape, \(2,\), got \(4,\)"),
         ((torch.zeros(2), [1, 1]), TypeError, "counts as a tensor, got list"),
+        ((torch.zeros(2),), TypeError, "log-probs, or log-probs and counts, got a tuple of 1"),
         (torch.zeros(2), ValueError, "objective must have a graph"),
     ],
     ids=str,

@@ -327,6 +327,24 @@ def test_the_first_launch_tunes(timed):
     assert launched(dtype=F32) == OTHER and set(timed) == {"statistics"}
 
 
+def test_of_ranks_that_tune_at_the_same_time_all_launch_alike(timed, monkeypatch):
+    """The first to write decides: two ranks that add up in different orders would move to different anchors."""
+    assert launched() == OTHER
+    file = tuning.cache_file(DEVICE)
+    theirs = file.read_text()
+    file.unlink()
+    new_process()
+
+    def mine_is_the_table(run):
+        file.write_text(theirs)  # another rank is done meanwhile
+        return favour(table())(run)
+
+    monkeypatch.setattr(tuning, "_median", mine_is_the_table)
+    assert launched() == OTHER != table()
+    new_process()
+    assert launched() == OTHER
+
+
 def test_a_cache_that_cannot_be_written(cache, timed):
     """Tuned once in each process, and not again whenever another kernel is."""
     cache.write_text("a file where the folder should be")

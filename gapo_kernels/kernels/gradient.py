@@ -134,9 +134,6 @@ def logps_backward(
         return gradient
     parameters = config.launch("gradient", logits.device, logits.dtype)
     splits, chunk = config.split_row(logits.device, rows, vocabulary, parameters["BLOCK"])
-    same_alignment = (
-        row_strides(logits) == row_strides(gradient) and (logits.data_ptr() - gradient.data_ptr()) % 16 == 0
-    )
     gradient_kernel[(rows, splits)](
         logits,
         gradient,
@@ -153,8 +150,15 @@ def logps_backward(
         ignore_index,
         SHIFT=int(shift),
         PACKED=cu_seqlens is not None,
-        SAME_ALIGNMENT=same_alignment,
+        SAME_ALIGNMENT=_aligned_alike(logits, gradient),
         VEC=config.vector_width(logits),
         **parameters,
     )
     return gradient
+
+
+def _aligned_alike(logits: torch.Tensor, gradient: torch.Tensor) -> bool:
+    """Whether every row begins at the same place in 16 bytes in both, also where one of them is a view."""
+    apart = [one - other for one, other in zip(row_strides(logits), row_strides(gradient))]
+    bytes_apart = [logits.data_ptr() - gradient.data_ptr(), *(steps * logits.element_size() for steps in apart)]
+    return all(count % 16 == 0 for count in bytes_apart)

@@ -3,7 +3,7 @@
 With the variable set, a kernel's first launch in a dtype takes what an earlier run found on the same kind of GPU with the
 same Triton and the same kernels, or else times config.py's choice and a few others, on data of its own, and writes down the
 fastest. No launch after it asks again. So a choice, and with it the last bits of the results, stays the same from run to
-run as long as its file does: one JSON file in $GAPO_KERNELS_CACHE_DIR, by default $XDG_CACHE_HOME/gapo-kernels or
+run as long as its file does, and is that of all processes which share the file, whoever wrote it first: one JSON file in $GAPO_KERNELS_CACHE_DIR, by default $XDG_CACHE_HOME/gapo-kernels or
 ~/.cache/gapo-kernels, which may be deleted at any time.
 """
 
@@ -37,6 +37,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 VOCABULARY = 128256
 # What a candidate must save to be taken instead of the table's choice: less is noise.
 MARGIN = 0.02
+SCRATCH_BYTES = 2**28
 
 
 def candidates(kernel: str, architecture: str, dtype: torch.dtype) -> list[dict[str, int]]:
@@ -56,7 +57,7 @@ def tuned(kernel: str, device: torch.device, dtype: torch.dtype) -> dict[str, in
     if not _can_time(device):
         return None
     try:
-        return tune(device, [dtype], [kernel])[name]["parameters"]
+        return _save(device, _timed(device, [dtype], [kernel]), first=True)[name]["parameters"]
     except torch.OutOfMemoryError as error:
         warnings.warn(f"no memory to tune {name}, which runs untuned: {error}", stacklevel=2)
         return None
@@ -66,7 +67,7 @@ def tune(
     device: torch.device | str,
     dtypes: Sequence[torch.dtype] = DTYPES,
     kernels: Sequence[str] = tuple(config.TABLE),
-    scratch_bytes: int = 2**28,
+    scratch_bytes: int = SCRATCH_BYTES,
     measure: Callable[[Callable[[], object]], float] | None = None,
 ) -> dict[str, dict]:
     """Times every candidate on `device`, a GPU, and adds the choices to its file.
@@ -77,8 +78,21 @@ def tune(
 
     Returns {"statistics bfloat16": {"parameters": {...}, "milliseconds": [[parameters, time], ...]}, ...}.
     """
-    measure = measure or _median
     device = torch.empty(0, device=device).device  # with its number, as launches ask for it
+    found = _timed(device, dtypes, kernels, scratch_bytes, measure)
+    _save(device, found)
+    config.forget()
+    return found
+
+
+def _timed(
+    device: torch.device,
+    dtypes: Sequence[torch.dtype],
+    kernels: Sequence[str],
+    scratch_bytes: int = SCRATCH_BYTES,
+    measure: Callable[[Callable[[], object]], float] | None = None,
+) -> dict[str, dict]:
+    measure = measure or _median
     found = {}
     # Triton launches on the current device.
     with nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device):
@@ -92,8 +106,6 @@ def tune(
             if time > (1 - MARGIN) * times[0][1]:
                 best = times[0][0]
             found[_name(kernel, dtype)] = {"parameters": best, "milliseconds": [list(pair) for pair in times]}
-    _save(device, found)
-    config.forget()
     return found
 
 
@@ -209,18 +221,23 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _save(device: torch.device, choices: dict[str, dict]) -> None:
+def _save(device: torch.device, choices: dict[str, dict], first: bool = False) -> dict[str, dict]:
+    """Adds them to the file, and returns what holds from now on. first: what another process has written of these since
+    stays, so that ranks which time the same kernel at the same time launch it alike."""
     file = cache_file(device)
     known = _known(file, device)
     known.update(choices)
     if file is None:
-        return
+        return choices
     temporary = file.with_suffix(f".{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with _alone(file.parent):
             with suppress(*_UNREADABLE):
-                known.update(_read(file, device) | choices)  # other processes' since
+                others = _read(file, device)
+                if first:
+                    choices = choices | {name: others[name] for name in choices if name in others}
+                known.update(others | choices)
             content = json.dumps({"identity": _identity(device), "choices": known}, indent=1)
             temporary.write_text(content, encoding="utf-8")
             os.replace(temporary, file)  # whole or not at all for whoever reads it at the same time
@@ -228,3 +245,4 @@ def _save(device: torch.device, choices: dict[str, dict]) -> None:
         warnings.warn(f"{file} cannot be written: {type(error).__name__}: {error}", stacklevel=2)
         with suppress(OSError):
             temporary.unlink()
+    return choices

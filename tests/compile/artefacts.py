@@ -151,7 +151,7 @@ def parse_sass(listing: str) -> Listing:
     """Instructions, and of them each innermost loop: what lies between a branch back and its target. Outer loops are left
     out, and the branch to itself behind every kernel's end.
     """
-    lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", listing, re.MULTILINE)
+    lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?)(?:\s+[&?][a-z].*?)?\s*;", listing, re.MULTILINE)
     place = {int(address, 16): number for number, (address, _) in enumerate(lines)}
     instructions = [instruction for _, instruction in lines]
     spans: list[tuple[int, int]] = []

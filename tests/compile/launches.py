@@ -20,13 +20,14 @@ Launch = Callable[[], object]
 
 
 def loss_path(
-    dtype, pairs=2, length=3, vocabulary=50257, offset=0, large=False, inplace=False, packed=False, others=False
+    dtype, pairs=2, length=3, vocabulary=50257, offset=0, large=False, inplace=False, packed=False, others=False, more=0
 ) -> Launch:
-    """`large`: logits in more than 2 GiB of storage. `others`: the other branch of everything that is compiled in."""
+    """`large`: logits in more than 2 GiB of storage. `others`: the other branch of everything that is compiled in. `more`:
+    rows of each sequence that a view of it leaves out."""
     sequences = 2 * pairs
-    rows = sequences * length
-    storage = torch.empty(2**31 // dtype.itemsize + 1 if large else offset + rows * vocabulary, dtype=dtype)
-    logits = storage[offset : offset + rows * vocabulary].view(sequences, length, vocabulary)
+    rows, size = sequences * length, sequences * (length + more) * vocabulary
+    storage = torch.empty(2**31 // dtype.itemsize + 1 if large else offset + size, dtype=dtype)
+    logits = storage[offset : offset + size].view(sequences, length + more, vocabulary)[:, :length]
     labels = torch.zeros(sequences, length, dtype=torch.int64)
     cu_seqlens = None
     if packed:
@@ -94,6 +95,8 @@ LOSS_SIZES = {
     "B = 1, T = 1": dict(pairs=1, length=1),
     "V = 128256": dict(pairs=8, length=16, vocabulary=128256),
     "V = 1": dict(vocabulary=1),
+    "the first rows of more": dict(more=8),
+    "the first rows of more, V = 128256": dict(vocabulary=128256, more=1),
 }
 
 # (theta, direction, grid), options.
