@@ -91,7 +91,7 @@ class Measurement:
     """Gaps of one model on one batch, at anchors made from one gradient."""
 
     def __init__(self, model: nn.Module, batches: Sequence[dict[str, Tensor]], grads: Weights, clean: Tensor) -> None:
-        self._model, self._batches, self._grads, self.clean = model, batches, grads, clean
+        self._model, self._batches, self.grads, self.clean = model, batches, grads, clean
 
     def gaps(
         self,
@@ -103,7 +103,7 @@ class Measurement:
     ) -> tuple[Tensor, AnchorStats]:
         """(B,) float64. `then` is applied to every weight of the anchor before the model runs there."""
         anchor = GeometricAnchor.from_model(self._model, rho=rho, compute_dtype=dtype, rounding=rounding, seed=seed)
-        with anchor.perturbed(grads=self._grads):
+        with anchor.perturbed(grads=self.grads):
             for param in anchor.params if then else ():
                 param.data.copy_(then(param.data))
             return self.clean - all_margins(self._model, self._batches), anchor.stats
@@ -308,16 +308,27 @@ def off_the_grid(
         ],
         "SR(cast(theta) + delta)": ours,
     }
-    # Autocast's clean pass takes norms and embedding lookups from the masters, all else from their casts.
     load(model, grid)
-    offset = autocast_margins(model, batches, masters) - measurement.clean
-    ways["SR(cast(theta) + delta), autocast"] = [gaps + offset for gaps in ours]
+    clean = autocast_margins(model, batches, masters)
+    load(model, masters)
+    ways["SR(cast(theta) + delta), autocast"] = [
+        clean - margins_at_autocasts_anchor(model, batches, measurement.grads, seed) for seed in range(seeds)
+    ]
     load(model, grid)
     return {
         "true_mean_gap": truth.mean().item(),
         "float32_training": _described([in_float32], truth),
         "ways": {name: _described(gaps, truth) for name, gaps in ways.items()},
     }
+
+
+def margins_at_autocasts_anchor(
+    model: nn.Module, batches: Sequence[dict[str, Tensor]], grads: Weights, seed: int
+) -> Tensor:
+    """(B,) float64: where the anchor, made with autocast on, lies on the grid but for the norms."""
+    anchor = GeometricAnchor.from_model(model, rho=RHO, compute_dtype=GRID, seed=seed)
+    with torch.autocast("cpu", GRID), anchor.perturbed(grads=grads), torch.autocast("cpu", enabled=False):
+        return all_margins(model, batches)
 
 
 def autocast_margins(model: nn.Module, batches: Sequence[dict[str, Tensor]], masters: Weights) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from gapo_kernels import displacement, distributed, validation
 from gapo_kernels.interrupts import interrupt_held
 from gapo_kernels.scope import find as find_scope
+from gapo_kernels.scope import spared_by_autocast
 
 GEOMETRIES = ("asam", "sam")
 DIRECTIONS = ("pessimistic", "gaussian")
@@ -92,7 +93,8 @@ class GeometricAnchor:
             perturbation there. On float32 and float64 grids both round to nearest.
         compute_dtype: the dtype that the forward computes with; default: the parameter's own, or that of FSDP2's
             MixedPrecisionPolicy. With float32 masters and compute_dtype=torch.bfloat16 every weight's anchor is a
-            bfloat16 value, kept as float32; what the forward must not do is use some of them uncast.
+            bfloat16 value, kept as float32, but for embeddings and norms of `from_model`'s model where autocast is on
+            around the step, for it leaves them as they are; no other weight may be used uncast.
         process_group: the data-parallel ranks over which the probe's gradient is averaged; default: all ranks, if
             torch.distributed runs. A group of one rank alone averages nothing.
         seed: of the random numbers (stochastic rounding, gaussian direction), together with the step counter; the
@@ -135,6 +137,7 @@ class GeometricAnchor:
         self.names, self.params = _collect(params)
         self._sharded: distributed.ShardedModel | None = None
         self._gathered_dtypes: dict[int, torch.dtype | None] = {}
+        self._spared_by_autocast: set[int] = set()
         if not isinstance(params, _OfShardedModel):
             for name, param in zip(self.names, self.params):
                 if distributed.is_sharded(param):
@@ -162,6 +165,7 @@ class GeometricAnchor:
         found = find_scope(model, scope)
         anchor = cls(found.named if sharded is None else _OfShardedModel(found.named), **kwargs)
         anchor.unmoved_layers = found.unmoved
+        anchor._spared_by_autocast = spared_by_autocast(model)
         if sharded is not None:
             anchor._shard(sharded)
         return anchor
@@ -256,9 +260,11 @@ class GeometricAnchor:
         """The grid of each parameter's anchor: that of the dtype which the forward computes with, or the parameter's own
         if that is coarser. Asked anew each time: model.to(dtype) keeps its Parameter objects."""
         grids = []
+        spared = self._spared_by_autocast if torch.is_autocast_enabled(self.params[0].device.type) else ()
         for name, param in zip(self.names, self.params):
             distributed.check_whole(name, param)
-            wanted = self.compute_dtype or self._gathered_dtypes.get(id(param)) or param.dtype
+            said = None if id(param) in spared else self.compute_dtype
+            wanted = said or self._gathered_dtypes.get(id(param)) or param.dtype
             if {wanted, param.dtype} == set(HALF):
                 raise ValueError(
                     f"{name} is {param.dtype} and cannot hold the values of compute_dtype {wanted}; expected the same "

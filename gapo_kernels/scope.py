@@ -44,6 +44,17 @@ def find(model: nn.Module, scope: str | int) -> Scope:
     return _upper(model, backbone, scope)
 
 
+def spared_by_autocast(model: nn.Module) -> set[int]:
+    """ids of the parameters that autocast leaves in their own dtype: those of embeddings and norms, unless another module
+    has them, too, as a tied head does."""
+    spared: dict[int, bool] = {}
+    for module in model.modules():
+        spares = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or type(module).__name__.endswith("Norm")
+        for param in module.parameters(recurse=False):
+            spared[id(param)] = spares and spared.get(id(param), True)
+    return {key for key, spares in spared.items() if spares}
+
+
 def _unwrapped(model: nn.Module) -> nn.Module:
     """Without what makes it data parallel, be that compiled or not."""
     while isinstance(inner := getattr(model, "_orig_mod", model), DATA_PARALLEL):
