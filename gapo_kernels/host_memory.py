@@ -22,6 +22,7 @@ HUGE_PAGE = 2**21
 # One of each kind: LOGITS, their gradient or a buffer of them, and WEIGHT, a head's gradient.
 LOGITS, WEIGHT = "logits", "weight"
 _spare: dict[str, mmap.mmap] = {}
+_asked: dict[str, int] = {}  # bytes, the last time
 _lent: set[int] = set()  # the storages that are alive, by torch's own addresses
 
 
@@ -68,13 +69,16 @@ def _mapped(
         memory = None  # unmapped before its successor is mapped
     fresh = memory is None
     if memory is not None:
-        _discard(memory, size, len(memory))  # no more than was asked for stays in memory
+        # No more stays in memory than was asked for now or the time before: where short and long batches take turns, the
+        # long ones would find their pages gone.
+        _discard(memory, max(size, _asked[kind]), len(memory))
     else:
         try:
             memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError:  # no memory: torch's own error says so as users expect it
             return None
         _advise(memory, mmap.MADV_HUGEPAGE, 0, size)
+    _asked[kind] = size
     view = memoryview(memory)
     flat = torch.frombuffer(view, dtype=dtype, count=shape.numel())
     storage = flat.untyped_storage()._cdata
