@@ -6,6 +6,8 @@ import re
 from collections import Counter
 from typing import NamedTuple
 
+import triton
+
 from artefacts import Artefact, count
 from gapo_kernels import philox
 
@@ -69,6 +71,10 @@ REGISTERS = {
 # Instructions for each element in the hot loop. config.TABLE has what they are; bandwidth leaves room for twice as many and
 # more. The ceilings show what crept in, with any release of Triton.
 INSTRUCTIONS = {"statistics_kernel": 8.5, "gradient_kernel": 14, "norm_kernel": 8, "exchange_kernel": 36}
+NEW_ENOUGH = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
+if not NEW_ENOUGH:  # Triton 3.6, on AMD: 177 for float16, and 14.5 in two candidates of tuning
+    REGISTERS["exchange_kernel"]["vgpr_count"] = 192
+    INSTRUCTIONS["gradient_kernel"] = 15
 # A gradient that begins elsewhere in 16 bytes than its logits is stored element by element, on CUDA after a detour through
 # shared memory, which takes registers and instructions of its own.
 STAGED_REGISTERS, STAGED_INSTRUCTIONS = {"REG": 96, "vgpr_count": 128}, 24

@@ -230,7 +230,8 @@ def test_spills_and_too_many_registers_are_caught():
     with config.forced(statistics={"BLOCK": 32768, "num_warps": 4}):
         artefact = compile_one(loss_path(F32), "statistics_kernel")
     problems = gate.problems("statistics_kernel", artefact, "sm_90", 4, 32768)
-    assert_said(["registers, ceiling 64", "STACK", "instructions that spill", "LDL in the hot loop"], problems)
+    said = ["registers, ceiling 64", "STACK", "instructions that spill"]
+    assert_said([*said, "LDL in the hot loop"] if gate.NEW_ENOUGH else said, problems)
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
@@ -320,6 +321,8 @@ def test_bad_kernels_are_caught(bad, target, complaints):
 
     artefact = compile_one(launch, bad.__name__, target)
     expected = gate.stream("statistics_kernel", artefact, target, 2, 4096)
+    if (bad, target) == (zeroing, "sm_90") and not gate.NEW_ENOUGH:  # which makes the zeros' loop the longest
+        complaints = ["0 loads in the hot loop, 0 of them 16 bytes, 4 expected"]
     assert_said(complaints, gate.loop_problems(artefact, target, expected))
 
 
