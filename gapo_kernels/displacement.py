@@ -131,7 +131,13 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _check_apart(tensors: Sequence[Tensor]) -> None:
-    """Raises where two parameters share memory: their deltas would overwrite each other."""
+    """Raises where two parameters, or elements of one, share memory: their deltas would overwrite each other."""
+    for number, tensor in enumerate(tensors):
+        if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride())):
+            raise ValueError(
+                f"parameter {number} of the anchor, of shape {tuple(tensor.shape)}, was expanded, so that elements share "
+                "memory: use a contiguous Parameter"
+            )
     spans = [(t.data_ptr(), t.data_ptr() + _extent(t), number) for number, t in enumerate(tensors) if t.numel()]
     begun: list[tuple[int, int]] = []  # (end, number) of those that may reach into the next
     for start, stop, number in sorted(spans):

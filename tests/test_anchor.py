@@ -174,6 +174,15 @@ def test_views_and_transposed_parameters():
     assert torch.equal(storage, whole)
 
 
+def test_a_parameter_whose_elements_share_memory_is_refused():
+    row = torch.randn(6, dtype=torch.float64)
+    before, params = row.clone(), [nn.Parameter(torch.randn(2)), nn.Parameter(row.expand(4, 6))]
+    with pytest.raises(ValueError, match=r"parameter 1 of the anchor, of shape \(4, 6\), was expanded"):
+        with GeometricAnchor(params, rho=0.5).perturbed(grads=[torch.ones_like(p) for p in params]):
+            pytest.fail("entered")
+    assert torch.equal(row, before)
+
+
 def test_two_parameters_in_the_same_memory_are_refused():
     storage = torch.randn(6, dtype=torch.float64)
     before = storage.clone()

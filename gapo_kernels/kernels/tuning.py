@@ -1,10 +1,11 @@
 """Launch parameters by timing, opt-in: with GAPO_KERNELS_AUTOTUNE=1, or by calling `tune`.
 
-With the variable set, a kernel's first launch in a dtype takes what an earlier run found on the same kind of GPU with the
-same Triton and the same kernels, or else times config.py's choice and a few others, on data of its own, and writes down the
-fastest. No launch after it asks again. So a choice, and with it the last bits of the results, stays the same from run to
-run as long as its file does, and is that of all processes which share the file, whoever wrote it first: one JSON file in $GAPO_KERNELS_CACHE_DIR, by default $XDG_CACHE_HOME/gapo-kernels or
-~/.cache/gapo-kernels, which may be deleted at any time.
+With the variable set, a kernel's first launch in a dtype takes what an earlier run found on the same kind of GPU with
+the same Triton and the same kernels, or else times config.py's choice and a few others, on data of its own, and writes
+down the fastest. No launch after it asks again. So a choice, and with it the last bits of the results, stays the same
+from run to run as long as its file does, and is that of all processes which share the file, whoever wrote it first: one
+JSON file in $GAPO_KERNELS_CACHE_DIR, by default $XDG_CACHE_HOME/gapo-kernels or ~/.cache/gapo-kernels, which may be
+deleted at any time.
 """
 
 from __future__ import annotations
