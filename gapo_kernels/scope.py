@@ -138,10 +138,11 @@ class UnmovedLayers:
         layers = self._layers if seen and not self._cached else []
         own = [layer.__dict__.get("forward") for layer in layers]
         outputs = [iter(list(kept)) for kept in self._outputs]
-        inputs = [iter(list(self._inputs)), *(None for _ in layers[1:])]
+        inputs, changes = iter(list(self._inputs)), []
         try:
-            for layer, recorded, expected in zip(layers, outputs, inputs):
-                layer.forward = _replay(recorded, expected)
+            for layer, recorded in zip(layers, outputs):
+                check = _entering(inputs, changes) if layer is layers[0] else None
+                layer.forward = _replay(recorded, check, changes if layer is layers[-1] else None)
             yield
             if layers and any(next(recorded, None) is not None for recorded in outputs):
                 raise RuntimeError(
@@ -169,7 +170,9 @@ class UnmovedLayers:
             kept.clear()
 
 
-def _replay(outputs: Iterator[object], inputs: Iterator[object] | None):
+def _replay(outputs: Iterator[object], check: Callable[[object], None] | None, changes: list[Tensor | None] | None):
+    """check: of the first layer, of what enters it. changes: of the last one, what the check has found."""
+
     def forward(*args, **kwargs):
         try:
             output = next(outputs)
@@ -177,26 +180,37 @@ def _replay(outputs: Iterator[object], inputs: Iterator[object] | None):
             raise RuntimeError(
                 "logps_fn ran the model more often at the anchor than before; both runs must compute the same"
             ) from None
-        return output if inputs is None else _unless_changed(output, _hidden_states(args, kwargs), next(inputs))
+        if check is not None:
+            check(_hidden_states(args, kwargs))
+        changed = changes.pop() if changes else None
+        return output if changed is None else _mapped(output, lambda tensor: tensor.masked_fill(changed, torch.nan))
 
     return forward
 
 
-def _unless_changed(output: object, hidden: object, before: object) -> object:
-    """The output, if the hidden states are those that it was made of. On a GPU, which nobody waits for, NaN if not."""
+def _entering(inputs: Iterator[object], changes: list[Tensor | None]) -> Callable[[object], None]:
+    return lambda hidden: changes.append(_changed(hidden, next(inputs)))
+
+
+def _may_wait(device: torch.device) -> bool:
+    return device.type == "cpu"
+
+
+def _changed(hidden: object, before: object) -> Tensor | None:
+    """Raises where the hidden states are not those of the run before; whether they are not, on a GPU, which nobody waits
+    for."""
     if not isinstance(hidden, Tensor) or not isinstance(before, Tensor):
-        return output
+        return None
     same_shape = hidden.shape == before.shape
-    if same_shape and hidden.device.type != "cpu":
-        changed = (hidden != before).any()
-        return _mapped(output, lambda tensor: tensor.masked_fill(changed, torch.nan))
+    if same_shape and not _may_wait(hidden.device):
+        return (hidden != before).any()
     # NaN is not equal to itself, and shows anyway.
     if not same_shape or not torch.equal(hidden, before) and not before.isnan().any():
         raise RuntimeError(
             f"logps_fn gave the model other inputs at the anchor than before, hidden states of shape {tuple(hidden.shape)} "
             f"where they were of {tuple(before.shape)}, or of other values; both runs must compute the same, in the same order"
         )
-    return output
+    return None
 
 
 def _hidden_states(args: tuple, kwargs: dict) -> object:
