@@ -5,7 +5,8 @@
 
 Four measurements. The error is || gaps - truth ||_2 / || truth ||_2 over the pairs of one batch.
     rho         SmolLM2 with weights on bfloat16's grid, over the radius of the perturbation
-    batches     the same at one radius, on every batch of the shipped pairs: one pair's large gap can decide a norm
+    batches     the same at one radius, on every batch of the shipped pairs: one pair's large gap can decide a norm; and
+                where the forward runs under autocast, whose anchor keeps norms in float32
     parameters  Llamas with random weights on that grid, over their number of parameters
     masters     SmolLM2 with float32 masters off the grid, whose forward computes with bf16(theta)
 
@@ -54,6 +55,7 @@ MASTERS = {
     "anywhere off the grid": 2**15 - 1,
     "as this checkpoint has them": None,
 }
+AUTOCAST = "stochastic, autocast"
 Weights = list[Tensor]
 
 
@@ -271,6 +273,10 @@ def one_batch(model: nn.Module, batches: Sequence[dict[str, Tensor]], seeds: int
     runs = {
         "nearest": [measurement.gaps(RHO, GRID, "nearest")[0]],
         "stochastic": [measurement.gaps(RHO, GRID, "stochastic", seed)[0] for seed in range(seeds)],
+        AUTOCAST: [
+            measurement.clean - margins_at_autocasts_anchor(model, batches, measurement.grads, seed)
+            for seed in range(seeds)
+        ],
     }
     roundings = {
         name: {**_described(run, truth), "errors_of_others": [error(gaps[others], truth[others]) for gaps in run]}
