@@ -24,6 +24,7 @@ from gapo_kernels.objective import PairResults, pair_results, sequence_means
 
 # The block of powers in flight, in the accumulation dtype: it and the logits it is made of stay in the near caches.
 SCRATCH_BYTES = 2 * 2**20
+WHOLE = 8
 LOG2E = math.log2(math.e)
 MODERATE = 4096  # far beyond the logits of models
 Result = TypeVar("Result")
@@ -71,19 +72,32 @@ class Block(NamedTuple):
     runs: list[Run]
 
 
-def cut_blocks(rows: Rows, length: int | None, limit: int) -> list[Block]:
-    """The predicting rows in blocks of `limit`, each block the runs it is made of. `length`: T if padded."""
-    index = rows.index
+def cut_blocks(logits: Tensor, rows: Rows) -> list[Block]:
+    """The predicting rows in blocks, each block the runs it is made of: nearly as many rows as SCRATCH_BYTES hold, in as
+    many blocks for each thread.
+
+    What fits into the scratch of all threads, or makes at most WHOLE blocks and has fewer runs, is one block whose
+    operations torch splits over them: there a thread that waits for its turn to call the next one costs more than the
+    barrier of each operation.
+    """
+    index, kept = rows.index, rows.index.shape[0]
+    length = logits.shape[1] if logits.dim() == 3 else None  # T if padded
     breaks = index.diff() != 1
     if length is not None:
         breaks |= index[1:] % length == 0
     starts = (breaks.nonzero().flatten() + 1).tolist()
-    first_rows = index[[0, *starts]].tolist() if index.numel() else []
+    limit = max(1, SCRATCH_BYTES // (logits.shape[-1] * accumulation_dtype(logits).itemsize))
+    at_once = limit * torch.get_num_threads()
+    if kept <= at_once or (kept <= limit * WHOLE and len(starts) < WHOLE):
+        limit = max(1, kept)
+    else:
+        limit = -(-kept // (-(-kept // at_once) * torch.get_num_threads()))
+    first_rows = index[[0, *starts]].tolist() if kept else []
     found: list[Block] = []
-    for row, start, stop in zip(first_rows, [0, *starts], [*starts, index.shape[0]]):
+    for row, start, stop in zip(first_rows, [0, *starts], [*starts, kept]):
         while start < stop:
             if start % limit == 0:
-                found.append(Block(slice(start, min(start + limit, index.shape[0])), []))
+                found.append(Block(slice(start, min(start + limit, kept)), []))
             place = start % limit
             count = min(stop - start, limit - place)
             view = slice(row, row + count) if length is None else slice(row % length, row % length + count)
@@ -120,30 +134,21 @@ def _powers_for(shift: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return _powers_in_steps if (shift.isfinite() & (shift.abs() > MODERATE)).any() else _powers
 
 
-def _rows_of_block(logits: Tensor, rows: Rows) -> int:
-    """What fits into all threads' scratch is one block, whose operations torch splits over them: there a thread that
-    waits for its turn to call the next one costs more than the barrier of each operation."""
-    kept = rows.index.shape[0]
-    limit = max(1, SCRATCH_BYTES // (logits.shape[-1] * accumulation_dtype(logits).itemsize))
-    return max(1, kept) if kept <= limit * torch.get_num_threads() else limit
-
-
-def for_each_block(logits: Tensor, rows: Rows, work: Callable[[Block, Tensor], None]) -> None:
+def for_each_block(logits: Tensor, blocks: list[Block], work: Callable[[Block, Tensor], None]) -> None:
     """Calls work(block, scratch) on every block; results do not depend on which thread takes which block."""
-    limit = _rows_of_block(logits, rows)
+    rows = blocks[0].at.stop if blocks else 0
 
     def drain(queue: Iterator[Block]) -> None:
-        scratch = torch.empty(limit, logits.shape[-1], dtype=accumulation_dtype(logits), device=logits.device)
+        scratch = torch.empty(rows, logits.shape[-1], dtype=accumulation_dtype(logits), device=logits.device)
         for block in queue:
             work(block, scratch)
 
-    threads.share(cut_blocks(rows, logits.shape[1] if logits.dim() == 3 else None, limit), drain, logits.device)
+    threads.share(blocks, drain, logits.device)
 
 
-def between_blocks(logits: Tensor, rows: Rows, work: Callable[[], Result]) -> Result:
+def between_blocks(logits: Tensor, blocks: list[Block], work: Callable[[], Result]) -> Result:
     """work(), which is little, so that the blocks of the next pass find the threads idle."""
-    one_block = rows.index.shape[0] <= _rows_of_block(logits, rows)
-    return work() if one_block else threads.alone(work, logits.device)
+    return work() if len(blocks) <= 1 else threads.alone(work, logits.device)
 
 
 def label_logits(logits: Tensor, rows: Rows) -> Tensor:
@@ -159,7 +164,9 @@ def places(logits: Tensor, index: Tensor) -> tuple[Tensor, ...]:
     return index // length, index % length
 
 
-def row_statistics(logits: Tensor, rows: Rows) -> tuple[Callable[[Tensor, Tensor, Tensor], Tensor], Tensor, Tensor]:
+def row_statistics(
+    logits: Tensor, rows: Rows, blocks: list[Block]
+) -> tuple[Callable[[Tensor, Tensor, Tensor], Tensor], Tensor, Tensor]:
     """The powers that fit these logits, and of each predicting row, (K,), the shift a and the sum of the powers of all
     logits but the label's."""
     shift = torch.empty(rows.index.shape[0], dtype=accumulation_dtype(logits), device=logits.device)
@@ -172,7 +179,7 @@ def row_statistics(logits: Tensor, rows: Rows) -> tuple[Callable[[Tensor, Tensor
         torch.sum(terms, 1, out=rest[block.at])
 
     for powers in (_powers, _powers_in_steps):
-        for_each_block(logits, rows, sum_block)
+        for_each_block(logits, blocks, sum_block)
         if powers is _powers_for(shift):
             break
     return powers, shift, rest
@@ -212,24 +219,27 @@ def terms_(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return shift, total.where(in_range, torch.nan).to(shift.dtype), logps.to(shift.dtype)
 
 
-def _sums(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """Token log-prob sums (S,) in float64, and the statistics spread over all rows (S * T,) or (N,) for the backward."""
+def _sums(logits: Tensor, rows: Rows, blocks: list[Block]) -> tuple[Tensor, Tensor, Tensor]:
+    """Token log-prob sums (S,) in float64, and of each predicting row, (K,), the shift and total for the backward."""
     logits = logits.detach()
-    powers, shift, rest = row_statistics(logits, rows)
+    powers, shift, rest = row_statistics(logits, rows, blocks)
 
-    def summed() -> tuple[Tensor, Tensor, Tensor]:
+    def summed() -> tuple[Tensor, Tensor]:
         label_logit = label_logits(logits, rows)
         label_term, unit = (powers(x, shift, torch.empty_like(shift)) for x in (label_logit, shift))
         label_logit = label_logit.double() + unit.double().log()  # as the powers have it
         logps, total = _token_logps(label_logit, shift, label_term, rest, rows.in_range)
         sums = torch.zeros(rows.counts.shape[0], dtype=torch.float64, device=logits.device)
-        sums.index_add_(0, rows.sequence, logps)
-        every = logits.shape[:-1].numel()
-        row_shift, row_total = (logits.new_zeros(every, dtype=shift.dtype) for _ in range(2))
-        row_shift[rows.index], row_total[rows.index] = shift, total.to(shift.dtype)
-        return sums, row_shift, row_total
+        return sums.index_add_(0, rows.sequence, logps), total.to(shift.dtype)
 
-    return between_blocks(logits, rows, summed)
+    sums, total = between_blocks(logits, blocks, summed)
+    return sums, shift, total
+
+
+def _spread(rows: Rows, every: int, *values: Tensor) -> Iterator[Tensor]:
+    """Values (K,) of the predicting rows among all rows (S * T,) or (N,), zero elsewhere."""
+    for value in values:
+        yield value.new_zeros(every).index_copy_(0, rows.index, value)
 
 
 def logps_forward(
@@ -242,9 +252,9 @@ def logps_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """s (S,), counts (S,) int64, and per row the shift and total that the backward needs."""
     rows = find_rows(labels, logits.shape[-1], cu_seqlens, shift, ignore_index)
-    sums, row_shift, row_total = _sums(logits, rows)
+    sums, *statistics = _sums(logits, rows, cut_blocks(logits, rows))
     logps = sequence_means(sums, rows.counts, length_normalized).to(accumulation_dtype(logits))
-    return logps, rows.counts, row_shift, row_total
+    return logps, rows.counts, *_spread(rows, labels.numel(), *statistics)
 
 
 def loss_forward(
@@ -265,12 +275,13 @@ def loss_forward(
 ) -> tuple[PairResults, Tensor, Tensor]:
     """Every field of the output with the gradient's coefficients, and per row the shift and total."""
     rows = find_rows(labels, logits.shape[-1], cu_seqlens, shift, ignore_index)
+    blocks = cut_blocks(logits, rows)
     if anchor_logits is not None:
-        anchor_sums, _, _ = _sums(anchor_logits, rows)
+        anchor_sums, _, _ = _sums(anchor_logits, rows, blocks)
         chosen, rejected = sequence_means(anchor_sums, rows.counts, length_normalized).chunk(2)
         anchor_margin = chosen - rejected
     # The policy last: what the caches still hold of it, the backward reads from them.
-    sums, row_shift, row_total = _sums(logits, rows)
+    sums, *statistics = _sums(logits, rows, blocks)
     combine = partial(
         pair_results,
         sums,
@@ -284,13 +295,12 @@ def loss_forward(
         sft_weight=sft_weight,
         reduction=reduction,
     )
-    results = between_blocks(logits, rows, combine)
+    results = between_blocks(logits, blocks, combine)
     dtype = accumulation_dtype(logits)
     # A copy in every case: an operator's outputs may not share memory with its inputs or with one another.
     return (
         PairResults(*(field.to(dtype, copy=True) if field.is_floating_point() else field for field in results)),
-        row_shift,
-        row_total,
+        *_spread(rows, labels.numel(), *statistics),
     )
 
 
@@ -330,7 +340,7 @@ def logps_backward(
             for run in block.runs:
                 gradient[run.rows].copy_(softmax[run.block])
 
-    for_each_block(logits, rows, write_block)
+    for_each_block(logits, cut_blocks(logits, rows), write_block)
     # softmax - onehot in the accumulation dtype, before any rounding: a confident token keeps its digits.
     at_label = ((label_term / totals - 1) * row_scale).where(rows.in_range, torch.nan)
     gradient[(*places(logits, rows.index), rows.label)] = at_label.to(gradient.dtype)

@@ -388,6 +388,41 @@ def test_same_bits_on_any_number_of_threads(backend, device, monkeypatch, thread
     assert_same(blocks, in_float64(run_loss, batch, **options), tolerance=1e-5)
 
 
+@pytest.mark.parametrize(
+    "sequences, kept, threads, blocks",
+    [
+        (8, 10, 2, 1),  # 80 rows of 8 runs, 10 in a block
+        (8, 11, 2, 10),  # more rows than 8 blocks have
+        (9, 8, 2, 8),  # more runs
+        (16, 1, 2, 1),  # 16 runs, but fewer rows than both threads hold
+        (2, 33, 3, 1),
+        (3, 32, 3, 12),
+    ],
+)
+def test_the_blocks_are_the_kept_rows_in_order_and_as_many_for_each_thread(
+    backend, monkeypatch, sequences, kept, threads, blocks
+):
+    if backend != "torch":
+        pytest.skip("blocks are the CPU path's")
+    from gapo_kernels import cpu
+
+    length, vocabulary, rows_at_once = 40, 16, 10
+    monkeypatch.setattr(cpu, "SCRATCH_BYTES", rows_at_once * vocabulary * 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    labels = torch.full((sequences, length), -100)
+    labels[:, length - kept :] = 1
+    logits = torch.arange(sequences * length).view(sequences, length, 1).expand(-1, -1, vocabulary).float()
+    rows = cpu.find_rows(labels, vocabulary, None, True, -100)
+    found = cpu.cut_blocks(logits, rows)
+    assert len(found) == blocks
+    assert blocks == 1 or max(block.at.stop - block.at.start for block in found) <= rows_at_once
+    seen = torch.cat([logits[run.rows][:, 0] for block in found for run in block.runs])
+    assert seen.tolist() == rows.index.tolist()
+    ends = [(block.at.start, block.at.stop) for block in found]
+    assert [start for start, _ in ends] == [0, *(stop for _, stop in ends[:-1])]
+    assert all(block.runs[-1].block.stop == block.at.stop - block.at.start for block in found)
+
+
 @pytest.mark.parametrize("rows, split", [(3, False), (8 * 40, True)])
 def test_between_the_blocks_no_operation_is_split(backend, device, monkeypatch, rows, split):
     """Of a logarithm that MKL has split its threads wait busily, on the cores that the next blocks need: a third more
