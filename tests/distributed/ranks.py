@@ -380,6 +380,18 @@ def fsdp_mixed_precision(rank):
     return on_grid, unchanged, restored, anchor.stats.changed_fraction
 
 
+def fsdp_rounds(rank, seeds):
+    """This rank's gaps of weights that lie on bfloat16's grid: (1, pairs) not rounded, (seeds, pairs) and (1, pairs)."""
+    model = _shard(tiny_models.build("llama", torch.bfloat16).float())
+
+    def gaps(seeds, dtype, rounding="stochastic"):
+        options = dict(rho=RHO, compute_dtype=dtype, rounding=rounding)
+        anchors = [GeometricAnchor.from_model(model, seed=seed, **options) for seed in range(seeds)]
+        return torch.stack([gapo_step(logps_of(model, rank), anchor).gap for anchor in anchors])
+
+    return gaps(1, torch.float32), gaps(seeds, torch.bfloat16), gaps(1, torch.bfloat16, "nearest")
+
+
 def fsdp_refused(rank, what):
     from torch.distributed.fsdp import MixedPrecisionPolicy
 

@@ -70,6 +70,17 @@ def test_ddp(on_two_ranks, options):
     assert_steps_equal(found, options.get("model", "llama"), **rest)
 
 
+def test_ddp_rounds_as_one_process_does(on_two_ranks):
+    """Stochastically: the bits are the parameters', whoever has them."""
+    options = dict(compute_dtype=torch.bfloat16, seed=3)
+    found = on_two_ranks("ddp", **options)
+    anchor = GeometricAnchor.from_model(model := tiny_models.build("llama"), rho=ranks.RHO, **options)
+    for first, second, (gap, loss, _, stats) in zip(*found, ranks.one_process(model, anchor, steps=2, lr=0.05), strict=True):
+        torch.testing.assert_close(torch.cat([first[0], second[0]]), gap, atol=1e-12, rtol=0)
+        torch.testing.assert_close((first[1] + second[1]) / 2, loss, atol=1e-12, rtol=0)
+        assert first[3] == second[3] == pytest.approx(stats, rel=1e-12)
+
+
 FSDP = [
     dict(reshard="default"),
     dict(reshard=True, geometry="sam"),
@@ -103,6 +114,15 @@ def test_fsdp2_mixed_precision(on_two_ranks, masters, computed, tolerance, resha
     found = on_two_ranks("fsdp", dtype=masters, policy=policy, rounding="nearest", reshard=reshard)
     same = dict(dtype=masters, compute_dtype=computed, rounding="nearest")
     assert_steps_equal(found, "llama", tolerance=tolerance, **same)
+
+
+def test_fsdp2_rounds_to_the_right_gaps_in_the_mean(on_two_ranks):
+    """Every shard has random bits of its own; to nearest, the gaps are others."""
+    seeds = 60
+    (exact,), stochastic, nearest = (torch.cat(gaps, 1) for gaps in zip(*on_two_ranks("fsdp_rounds", seeds=seeds)))
+    error = stochastic.std(0) / seeds**0.5
+    assert ((stochastic.mean(0) - exact).abs() < 4 * error).all()
+    assert (nearest - exact).norm() > 4 * error.norm()
 
 
 @pytest.mark.parametrize("name", tiny_models.NAMES)
