@@ -504,13 +504,14 @@ def _rounding(content: dict) -> dict[str, Callable[[], str]]:
         return spread([fmean(case["roundings"][name]["errors"]) for case in batches])
 
     def by_batch_table() -> str:
-        columns = ["pairs", "true mean gap", "largest gap of one pair", "nearest: error", "stochastic: error"]
-        columns += ["without that pair, nearest", "stochastic"]
+        ways = ("nearest", "stochastic", "stochastic, autocast")
+        columns = ["pairs", "true mean gap", "largest gap of one pair", "nearest: error", "stochastic", "under autocast"]
+        columns += ["without that pair, nearest", "stochastic", "under autocast"]
         rows = []
         for case in batches:
             row = [case["batch"], f"{case['true_mean_gap']:.4f}", f"{max(case['true_gaps'], key=abs):.3f}"]
-            row += [spread(case["roundings"][name]["errors"]) for name in ("nearest", "stochastic")]
-            row += [spread(case["roundings"][name]["errors_of_others"]) for name in ("nearest", "stochastic")]
+            for errors in ("errors", "errors_of_others"):
+                row += [spread(case["roundings"][way][errors]) for way in ways]
             rows.append(row)
         return table(columns, rows)
 
