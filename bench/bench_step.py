@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +62,7 @@ class Case:
     dtype: torch.dtype
     importance: int = 0
     seconds: float = 120.0
+    goals: dict[str, float] = field(default_factory=dict)  # contender: how many times ours its time is to be, at least
 
     def __str__(self) -> str:
         length = "" if self.length is None else f" of 2 x {self.length} tokens"
@@ -76,7 +77,8 @@ def cases(where: torch.device, quick: bool = False) -> list[Case]:
         return [Case("Llama-tiny", 2, 12, F32), Case("Llama-tiny", 2, 12, BF16)]
     if where.type == "cpu":
         return [Case(SMOLLM2, 8, None, F32, seconds=460)]
-    return [Case("Llama-1B", 2, 1024, BF16, seconds=30), Case(SMOLLM2, 16, None, BF16, 1, seconds=8)]
+    goals = {"authors": 1.25, "authors-float32": 4}
+    return [Case("Llama-1B", 2, 1024, BF16, seconds=30, goals=goals), Case(SMOLLM2, 16, None, BF16, 1, seconds=8)]
 
 
 def load(case: Case, where: torch.device) -> tuple[torch.nn.Module, data.Tokens]:
@@ -215,28 +217,40 @@ def measure(
     }
     if recipe is not exact:
         steps["authors-float32"] = (exact, exact.authors)
-    truth = exact.ours(exact.eager_logps)[1].double()
+    loss, truth = exact.ours(exact.eager_logps)
+    truth, gradient = truth.double(), exact.gradients()
     exact.zero_grad()
 
-    # The same work first: a loss or gradient that differs is not measured.
-    losses, gradients, errors, peaks = {}, {}, {}, {}
-    for name, (owner, step) in steps.items():
-        if "shared" in name:  # whose first step is compared with a real backward
-            step()
-            owner.zero_grad()
+    # The same work first: a loss or gradient that differs is not measured. What cannot be had here, of the authors' in
+    # float32 the memory, say, leaves the others.
+    judge = "authors" if recipe is exact else "authors-float32"
+    losses, gradients, errors, peaks, absent = {}, {}, {}, {}, {}
+    for name, (owner, step) in list(steps.items()):
         results = []
-        peaks[name] = harness.mebibytes(harness.peak_bytes(lambda: results.append(step()), where))
+        try:
+            if "shared" in name:  # whose first step is compared with a real backward
+                step()
+                owner.zero_grad()
+            peaks[name] = harness.mebibytes(harness.peak_bytes(lambda: results.append(step()), where))
+        except (RuntimeError, NotImplementedError) as error:
+            owner.zero_grad()
+            if name in ("authors", "ours"):
+                raise
+            absent[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            del steps[name]
+            continue
         losses[name], gaps = results[0]
         errors[name] = (torch.linalg.vector_norm(gaps.double() - truth) / torch.linalg.vector_norm(truth)).item()
         gradients[name] = owner.gradients()
         owner.zero_grad()
     # The eager head keeps log-probs in bfloat16, which is what the loss then shows: gap_errors says how much.
-    judge, judged, loss_limit, gradient_limit = "authors", list(steps), 1e-5, 1e-3
+    loss, gradient = losses.get(judge, loss), gradients.get(judge, gradient)
+    judged, loss_limit, gradient_limit = list(steps), 1e-5, 1e-3
     if recipe is not exact:
-        judge, judged, loss_limit, gradient_limit = "authors-float32", ["ours", "ours-logits", "ours-shared"], 0.1, 0.5
-    for name in judged:
-        off = abs(losses[name].item() / losses[judge].item() - 1)
-        worst = ((gradients[name] - gradients[judge]).norm() / gradients[judge].norm()).item()
+        judged, loss_limit, gradient_limit = ["ours", "ours-logits", "ours-shared"], 0.1, 0.5
+    for name in [name for name in judged if name in steps]:
+        off = abs(losses[name].item() / loss.item() - 1)
+        worst = ((gradients[name] - gradient).norm() / gradient.norm()).item()
         if not (off <= loss_limit and worst <= gradient_limit):
             raise AssertionError(f"{name} differs from {judge}: loss by {off:.2g}, gradient by {worst:.2g}")
 
@@ -287,7 +301,8 @@ def measure(
         {},
         peak_beyond_weights_mib=peaks,
         gap_errors=errors,
-        absent={},
+        absent=absent,
+        goals=case.goals,
         **more,
     )
 

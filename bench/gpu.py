@@ -5,9 +5,11 @@
 
 It needs torch, triton and pytest; peers and models are measured where their packages are installed, and listed as absent
 or left out, with the reason, where they are not. bench/results/gpu-DEVICE.json and .csv are written anew after every case,
-so an interrupted run keeps what it has. The JSON file holds `tests` (what ran, how it ended), `tuning` (the launch parameters
-that the cases were measured with, and what the others took), `cases`, and the names of those that are missing, with the
-reason: `left_out` for want of time or of a package, `failed`, runs of tests among them. `finished` is false until the end.
+so an interrupted run keeps what it has. After an error that leaves the device useless to this process another one goes on
+with the next case; a device that does not come back at all ends the run. The JSON file holds `tests` (what ran, how it
+ended, and what was printed where that was not well), `tuning` (the launch parameters that the cases were measured with,
+and what the others took), `cases`, and the names of those that are missing, with the reason: `left_out` for want of time
+or of a package, `failed`, runs of tests among them. `finished` is false until the end.
 
 Exit status: 0; 1 if a run of tests or a case failed; 2 if there is nothing to measure on; 130 after Ctrl-C.
 """
@@ -17,27 +19,35 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
+import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from bench import bench_anchor, bench_linear, bench_logits, bench_step, data, harness
+from bench import bench_anchor, bench_linear, bench_logits, bench_step, data, harness, tables
 
 SUITES = (bench_logits, bench_step, bench_linear, bench_anchor)  # in order of importance, among equal cases
 SECONDS = 450.0
 TEST_SHARE = 0.3  # of the time, at most
 TO_TUNE = 90.0  # seconds
 LAST_START = 5.0  # seconds: no case begins with less time left
+TO_SUM_UP = 10.0  # seconds that a run of tests has when its time is over, to say what failed
+HUNG = 20.0  # seconds beyond its time, after which a case will not end any more
+OUTPUT = 20000  # last characters of what a run of tests printed that did not pass
 NONE_RAN = 5  # pytest's return code
 QUICK_FOLDER = harness.ROOT / "runs" / "bench"  # git ignores it
 # First what only a GPU can show, then every test of the kernels, compiled.
@@ -52,10 +62,52 @@ class Session:
         self.where, self._folder = where, folder
         self.origin = harness.environment(where)
         self.cases: list[dict] = []
-        self.found: dict[str, Any] = {"finished": False, "tests": [], "tuning": {}, "left_out": {}, "failed": {}}
+        self.found: dict[str, Any] = {"finished": False, "seconds": 0.0, "tests": [], "tuning": {}}
+        self.found |= {"left_out": {}, "failed": {}}
+
+    def resume(self, path: Path) -> None:
+        """Takes over what another process has found."""
+        content = json.loads(path.read_text())
+        self.cases = content["cases"]
+        self.found = {key: content[key] for key in self.found}
+
+    def names(self) -> set[str]:
+        """Of the cases that need not be measured any more."""
+        done = {f"{case['suite']}: {case['name']}" for case in self.cases}
+        return done | self.found["left_out"].keys() | self.found["failed"].keys()
 
     def save(self) -> Path:
         return harness.write_results("gpu", self.cases, self.where, self._folder, self.origin, **self.found)
+
+
+class DeviceLost(Exception):
+    """No call to the device succeeds any more in this process."""
+
+
+def answers(where: torch.device) -> bool:
+    try:
+        return torch.ones(2, device=where).sum().item() == 2
+    except RuntimeError:
+        return False
+
+
+@contextmanager
+def not_for_ever(session: Session, name: str, seconds: float) -> Iterator[None]:
+    """Ends the process, what there is saved, where the block takes longer: it waits for a device in code of which no
+    clock of Python's gets hold."""
+
+    def give_up() -> None:
+        session.found["failed"][name] = f"the device did not come back within {seconds:.0f} s"
+        print(f"{name}: {session.found['failed'][name]}; written to {session.save()}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 # ---- tests ----
@@ -78,6 +130,9 @@ def run_tests(arguments: Sequence[str], seconds: float) -> dict[str, Any]:
             status = process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
             status = None
+            process.send_signal(signal.SIGINT)  # pytest then says what has failed so far
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=TO_SUM_UP)
         finally:
             process.kill()
             process.wait()
@@ -90,6 +145,7 @@ def run_tests(arguments: Sequence[str], seconds: float) -> dict[str, Any]:
         "status": status,  # the return code, minus the signal's number after one; None where the clock stopped it
         "counts": counts_in(text),
         "failures": re.findall(r"^(?:FAILED|ERROR) (.*)$", text, re.MULTILINE),
+        "output": "" if status == 0 else text[-OUTPUT:],
     }
 
 
@@ -141,9 +197,12 @@ def in_order(where: torch.device, quick: bool) -> list[tuple[ModuleType, Any]]:
 
 
 def measure(session: Session, end: float, rounds: int | None, quick: bool) -> None:
-    """Every case in turn, until the clock says `end`."""
+    """Every case in turn that the session has not, until the clock says `end`. Raises DeviceLost."""
+    done = session.names()
     for module, case in in_order(session.where, quick):
         name = f"{module.SUITE}: {case}"
+        if name in done:
+            continue
         left = end - time.monotonic()
         if left < LAST_START:
             session.found["left_out"][name] = "no time was left"
@@ -151,7 +210,7 @@ def measure(session: Session, end: float, rounds: int | None, quick: bool) -> No
             continue
         torch._dynamo.reset()
         try:
-            with harness.deadline(left):
+            with not_for_ever(session, name, left + HUNG), harness.deadline(left):
                 result = module.measure(
                     case,
                     rounds or module.ROUNDS,
@@ -166,14 +225,38 @@ def measure(session: Session, end: float, rounds: int | None, quick: bool) -> No
         except Exception as error:
             session.found["failed"][name] = f"{type(error).__name__}: {error}"
             traceback.print_exc()
+            if not answers(session.where):
+                raise DeviceLost from error
         else:
             session.cases.append(result)
             print(f"{module.SUITE}: {harness.line(result)}", flush=True)
+            if result.get("goals"):
+                print(f"    goals of {tables.goals_of(result)}", flush=True)
         session.save()
         gc.collect()
         if session.where.type == "cuda":
             torch.cuda.empty_cache()
     data.smollm2_states.cache_clear()
+
+
+def prepare(session: Session, end: float, tests: Sequence[Sequence[str]], quick: bool) -> None:
+    """Tests, until the clock says `end`, and launch parameters."""
+    tests = tests[:1] if quick else tests
+    for number, arguments in enumerate(tests):
+        run = run_tests(arguments, (end - time.monotonic()) / (len(tests) - number))
+        session.found["tests"].append(run)
+        wrong = wrong_with(run, session.where)
+        if wrong is not None:
+            session.found["failed"][f"tests: {' '.join(arguments)}"] = wrong
+        stopped = "" if run["status"] is not None else f", stopped after {run['seconds']:.0f} s: not all ran"
+        print(f"tests: {run['counts']}{stopped if wrong is None else f', {wrong}'}", flush=True)
+        session.save()
+    try:
+        with not_for_ever(session, "tuning", TO_TUNE + HUNG):
+            session.found["tuning"] = tune(session.where, quick)
+    except (Exception, harness.OutOfTime) as error:
+        session.found["failed"]["tuning"] = f"{type(error).__name__}: {error}"
+    session.save()
 
 
 def missing(name: str) -> str | None:
@@ -194,6 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything together")
     parser.add_argument("--rounds", type=int, help="measured rounds of each contender, at most; each suite has a default")
     parser.add_argument("--no-tests", action="store_true", help="measure only")
+    parser.add_argument("--resume", type=Path, metavar="JSON", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help="folder for the files; by default bench/results, runs/bench if quick")
     options = parser.parse_args(arguments)
     begin = time.monotonic()
@@ -206,35 +290,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     where = torch.device(options.device, torch.cuda.current_device()) if options.device == "cuda" else torch.device("cpu")
     session = Session(where, options.output or (QUICK_FOLDER if options.quick else harness.RESULTS))
+    if options.resume:
+        session.resume(options.resume)
     print(f"{harness.device_name(where)}, at most {options.seconds:.0f} s", flush=True)
     if options.quick:
         torch.compiler.set_stance("force_eager")  # compiling takes seconds whatever the shape
+    end = begin + options.seconds
+    folder = os.environ["GAPO_KERNELS_CACHE_DIR"] if options.resume else tempfile.mkdtemp()
+    os.environ["GAPO_KERNELS_CACHE_DIR"] = folder
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            os.environ["GAPO_KERNELS_CACHE_DIR"] = folder
-            for number, tests in enumerate(TESTS[:1] if options.quick else TESTS):
-                if options.no_tests:
-                    break
-                left = begin + TEST_SHARE * options.seconds - time.monotonic()
-                run = run_tests(tests, left / (len(TESTS) - number))
-                session.found["tests"].append(run)
-                wrong = wrong_with(run, where)
-                if wrong is not None:
-                    session.found["failed"][f"tests: {' '.join(tests)}"] = wrong
-                stopped = "" if run["status"] is not None else f", stopped after {run['seconds']:.0f} s: not all ran"
-                print(f"tests: {run['counts']}{stopped if wrong is None else f', {wrong}'}", flush=True)
-                session.save()
-            try:
-                session.found["tuning"] = tune(where, options.quick)
-            except (Exception, harness.OutOfTime) as error:
-                session.found["failed"]["tuning"] = f"{type(error).__name__}: {error}"
-            session.save()
-            measure(session, begin + options.seconds, options.rounds or (3 if options.quick else None), options.quick)
+        if not options.resume:
+            prepare(session, begin + TEST_SHARE * options.seconds, () if options.no_tests else TESTS, options.quick)
+        measure(session, end, options.rounds or (3 if options.quick else None), options.quick)
+    except DeviceLost:
+        print("the device is lost to this process; another one goes on", file=sys.stderr, flush=True)
+        session.found["seconds"] += time.monotonic() - begin
+        given = sys.argv[1:] if arguments is None else arguments
+        again = ["--resume", str(session.save()), "--seconds", f"{end - time.monotonic():.1f}"]
+        os.execv(sys.executable, [sys.executable, "-m", "bench.gpu", *given, *again])
     except KeyboardInterrupt:
         print(f"interrupted; what there is was written to {session.save()}", file=sys.stderr)
         return 130
+    finally:  # which is not reached where another process goes on
+        shutil.rmtree(folder, ignore_errors=True)
     session.found["finished"] = True
-    session.found["seconds"] = time.monotonic() - begin
+    session.found["seconds"] += time.monotonic() - begin
     print(f"written to {session.save()}")
     for kind in ("left_out", "failed"):
         for name, why in session.found[kind].items():

@@ -297,21 +297,27 @@ def _notes(cases: Sequence[Case]) -> str:
     reasons = ", ".join(f"{CONTENDERS.get(name, name)} ({reason})" for name, reason in absent.items())
     spreads = [value for case in cases for value in case["ratio_spread"].values() if value is not None]
     notes = [f"Not measured: {reasons}."] if absent else []
-    goals = [_goals(case) for case in cases if case.get("goals")]
-    if goals:
-        notes.append(f"Goals, and how far the ratio moved between the thirds of the run: {'; '.join(goals)}.")
+    notes += _goals(cases)
     if spreads:
         notes.append(_moved("ratios", spreads))
     return f"\n\n{' '.join(notes)}" if notes else ""
 
 
-def _goals(case: Case) -> str:
+def _goals(cases: Sequence[Case]) -> list[str]:
+    goals = "; ".join(goals_of(case) for case in cases if case.get("goals"))
+    return [f"Goals, and how far the ratio moved between the thirds of the run: {goals}."] if goals else []
+
+
+def goals_of(case: Case) -> str:
     found = []
     for name, least in case["goals"].items():
         moved = case["ratio_spread"].get(name)
         if moved is not None:
             reached = f"{significant(case['ratios'][name]['median'], 3)}x of {least}x"
             found.append(f"{CONTENDERS.get(name, name)} {reached} (moved by {percent(moved)})")
+    for part, least in case.get("floor_goals", {}).items():
+        floor = case["floor"] if part == "whole" else case["parts"][part]["floor"]
+        found.append(f"{part} {floor['fraction']:.0%} of the floor's {least:.0%}")
     return f"{case['name']}: {', '.join(found) or 'not measured'}"
 
 
@@ -344,6 +350,7 @@ def _steps(run: Run) -> str:
             row = [case["name"], CONTENDERS.get(name, name), milliseconds(times["median_ms"])]
             row += [f"{share:.2f}", _peak(case, name), percent(case["gap_errors"][name])]
             rows.append(row)
+        notes += [f"Not measured: {CONTENDERS.get(name, name)} ({reason})." for name, reason in case["absent"].items()]
         if "passes" in case:
             share, spent = case["passes_share_of_step"], milliseconds(case["passes"]["median_ms"])
             notes.append(f"Of ours on {case['name']} the passes over the weights are {percent(share)}, {spent}.")
@@ -352,6 +359,7 @@ def _steps(run: Run) -> str:
     spreads = [share["spread"] for case in run.cases for share in case["of_authors"].values()]
     if None not in spreads:
         notes.insert(0, _moved("shares", spreads))
+    notes += _goals(run.cases)
     return f"{_origin(run)}:\n\n{table(titles, rows)}\n\n{' '.join(notes)}"
 
 

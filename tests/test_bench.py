@@ -137,6 +137,52 @@ def test_without_launch_parameters_everything_else_is_measured(tmp_path, monkeyp
     assert [case["name"] for case in content["cases"]] == ["only"]
 
 
+def test_another_process_goes_on_where_the_device_is_lost(tmp_path, monkeypatch):
+    started = []
+
+    def measure(case, *args, **options):
+        if case == "second":
+            raise RuntimeError("an illegal memory access was encountered")
+        return result_of(case)
+
+    def execv(program, arguments):
+        started.extend(arguments)
+        raise SystemExit
+
+    suite = SimpleNamespace(SUITE="suite", ROUNDS=1, measure=measure)
+    suite.cases = lambda where, quick: [Named(name, number) for number, name in enumerate(["first", "second", "third"])]
+    monkeypatch.setattr(gpu, "SUITES", (suite,))
+    monkeypatch.setattr(gpu, "answers", lambda where: False)
+    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setattr(torch.compiler, "set_stance", lambda stance: None)  # this process is the tests'
+    monkeypatch.setitem(os.environ, "GAPO_KERNELS_CACHE_DIR", "")
+    with pytest.raises(SystemExit):
+        gpu.main(["--device", "cpu", "--quick", "--no-tests", "--output", str(tmp_path)])
+    program, flag, module, *arguments = started
+    assert (program, flag, module) == (sys.executable, "-m", "bench.gpu")
+    (file,) = tmp_path.glob("*.json")
+    assert [case["name"] for case in json.loads(file.read_text())["cases"]] == ["first"]
+    assert gpu.main(arguments) == 1
+    content = json.loads(file.read_text())
+    assert [case["name"] for case in content["cases"]] == ["first", "third"] and content["finished"]
+    assert content["failed"] == {"suite: second": "RuntimeError: an illegal memory access was encountered"}
+
+
+def test_a_device_that_does_not_come_back_ends_the_run(tmp_path, monkeypatch):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    session = gpu.Session(CPU, tmp_path)
+    with gpu.not_for_ever(session, "suite: first", 60.0):
+        pass
+    with gpu.not_for_ever(session, "suite: second", 0.01):
+        for _ in range(1000):
+            time.sleep(0.01)
+            if ended:
+                break
+    (file,) = tmp_path.glob("*.json")
+    assert ended == [1] and json.loads(file.read_text())["failed"].keys() == {"suite: second"}
+
+
 def test_nothing_is_lost_by_an_interruption(session, tmp_path):
     def measure(case, *args, **options):
         if case == "second":
@@ -251,7 +297,11 @@ def test_a_run_of_tests_that_takes_too_long_is_stopped(tmp_path):
     file.write_text("import time\ndef test_quick(): pass\ndef test_slow(): time.sleep(300)\n")
     found = gpu.run_tests(["-c", os.devnull, str(file)], 5.0)
     assert not found["complete"] and not found["failures"] and found["seconds"] < 100 and found["status"] is None
-    assert gpu.wrong_with(found, CPU) is None
+    assert gpu.wrong_with(found, CPU) is None and found["counts"] == {"passed": 1}
+    file.write_text("import time\ndef test_wrong(): assert 1 == 2\ndef test_slow(): time.sleep(300)\n")
+    found = gpu.run_tests(["-c", os.devnull, str(file)], 5.0)
+    assert found["status"] is None and "test_wrong" in found["failures"][0] and "assert 1 == 2" in found["output"]
+    assert gpu.wrong_with(found, CPU) == "tests failed"
 
 
 @pytest.mark.parametrize(
