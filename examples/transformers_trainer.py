@@ -28,8 +28,9 @@ class PreferenceTrainer(Trainer):
             hidden = model.model(inputs["input_ids"], inputs["attention_mask"], use_cache=False).last_hidden_state
             return linear_sequence_logps(hidden, model.lm_head.weight, inputs["labels"], return_counts=True)
 
-        # Evaluation has no anchor: its loss is that of the margin itself.
-        out = gapo_step(logps, self.anchor if torch.is_grad_enabled() else None, beta=2.0, gamma=0.5)
+        with self.accelerator.autocast():  # which accelerate enters in the outermost model's forward alone
+            # Evaluation has no anchor: its loss is that of the margin itself.
+            out = gapo_step(logps, self.anchor if torch.is_grad_enabled() else None, beta=2.0, gamma=0.5)
         self.log({"gap": out.gap.mean().item(), "margin": out.margin.mean().item()})
         return (out.loss, {"margin": out.margin}) if return_outputs else out.loss
 

@@ -36,7 +36,8 @@ class GAPODPOTrainer(DPOTrainer):
             hidden = model.model(inputs["input_ids"], inputs["attention_mask"], use_cache=False).last_hidden_state
             return linear_sequence_logps(hidden, model.lm_head.weight, labels, return_counts=True)
 
-        out = gapo_step(logps, self.anchor if torch.is_grad_enabled() else None, beta=self.args.beta, gamma=0.5)
+        with self.accelerator.autocast():  # which accelerate enters in the outermost model's forward alone
+            out = gapo_step(logps, self.anchor if torch.is_grad_enabled() else None, beta=self.args.beta, gamma=0.5)
         self._metrics["train" if model.training else "eval"]["gap"].append(out.gap.mean().item())
         return (out.loss, out) if return_outputs else out.loss
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from gapo_kernels import displacement, distributed, validation
 from gapo_kernels.interrupts import interrupt_held
 from gapo_kernels.scope import find as find_scope
-from gapo_kernels.scope import spared_by_autocast
+from gapo_kernels.scope import spared_by_autocast, spared_in
 
 GEOMETRIES = ("asam", "sam")
 DIRECTIONS = ("pessimistic", "gaussian")
@@ -94,7 +94,8 @@ class GeometricAnchor:
         compute_dtype: the dtype that the forward computes with; default: the parameter's own, or that of FSDP2's
             MixedPrecisionPolicy. With float32 masters and compute_dtype=torch.bfloat16 every weight's anchor is a
             bfloat16 value, kept as float32, but for embeddings and norms of `from_model`'s model where autocast is on
-            around the step, for it leaves them as they are; no other weight may be used uncast.
+            around the step or seen in the objective's graph, for it leaves them as they are; no other weight may be
+            used uncast.
         process_group: the data-parallel ranks over which the probe's gradient is averaged; default: all ranks, if
             torch.distributed runs. A group of one rank alone averages nothing.
         seed: of the random numbers (stochastic rounding, gaussian direction), together with the step counter; the
@@ -210,7 +211,7 @@ class GeometricAnchor:
         """
         claim = _Claim(self.params)
         claim.check()  # before the probe's backward, and once more after it
-        grids = self._grids()
+        grids = self._grids(objective)
         self._warn_of_autocast(grids)
         directions, ours = self._directions(objective, grads, retain_graph)
         for number, param in enumerate(self.params):
@@ -256,11 +257,13 @@ class GeometricAnchor:
                         f"{name} is a DTensor that fully_shard does not manage; the anchor supports FSDP2's parameters only"
                     )
 
-    def _grids(self) -> list[torch.dtype]:
+    def _grids(self, objective: Tensor | None = None) -> list[torch.dtype]:
         """The grid of each parameter's anchor: that of the dtype which the forward computes with, or the parameter's own
         if that is coarser. Asked anew each time: model.to(dtype) keeps its Parameter objects."""
-        grids = []
-        spared = self._spared_by_autocast if torch.is_autocast_enabled(self.params[0].device.type) else ()
+        grids, spared = [], self._spared_by_autocast
+        if spared and not torch.is_autocast_enabled(self.params[0].device.type):
+            cast = self.compute_dtype in HALF and self.params[0].dtype not in HALF
+            spared = spared_in(objective, spared) if cast and isinstance(objective, Tensor) else set()
         for name, param in zip(self.names, self.params):
             distributed.check_whole(name, param)
             said = None if id(param) in spared else self.compute_dtype

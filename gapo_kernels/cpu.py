@@ -24,7 +24,6 @@ from gapo_kernels.objective import PairResults, pair_results, sequence_means
 
 # The block of powers in flight, in the accumulation dtype: it and the logits it is made of stay in the near caches.
 SCRATCH_BYTES = 2 * 2**20
-WHOLE = 8
 LOG2E = math.log2(math.e)
 MODERATE = 4096  # far beyond the logits of models
 Result = TypeVar("Result")
@@ -76,9 +75,8 @@ def cut_blocks(logits: Tensor, rows: Rows) -> list[Block]:
     """The predicting rows in blocks, each block the runs it is made of: nearly as many rows as SCRATCH_BYTES hold, in as
     many blocks for each thread.
 
-    What fits into the scratch of all threads, or makes at most WHOLE blocks and has fewer runs, is one block whose
-    operations torch splits over them: there a thread that waits for its turn to call the next one costs more than the
-    barrier of each operation.
+    What fits into the scratch of all threads is one block, whose operations torch splits over them: there a thread that
+    waits for its turn to call the next one costs more than the barrier of each operation.
     """
     index, kept = rows.index, rows.index.shape[0]
     length = logits.shape[1] if logits.dim() == 3 else None  # T if padded
@@ -88,7 +86,7 @@ def cut_blocks(logits: Tensor, rows: Rows) -> list[Block]:
     starts = (breaks.nonzero().flatten() + 1).tolist()
     limit = max(1, SCRATCH_BYTES // (logits.shape[-1] * accumulation_dtype(logits).itemsize))
     at_once = limit * torch.get_num_threads()
-    if kept <= at_once or (kept <= limit * WHOLE and len(starts) < WHOLE):
+    if kept <= at_once:
         limit = max(1, kept)
     else:
         limit = -(-kept // (-(-kept // at_once) * torch.get_num_threads()))

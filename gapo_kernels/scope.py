@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gapo_kernels import distributed
 from gapo_kernels.interrupts import interrupt_held
 
 # transformers' decoders whose layers pass on their output and nothing else: no keys and values shared between layers
@@ -53,6 +54,15 @@ def spared_by_autocast(model: nn.Module) -> set[int]:
         for param in module.parameters(recurse=False):
             spared[id(param)] = spares and spared.get(id(param), True)
     return {key for key, spares in spared.items() if spares}
+
+
+def spared_in(objective: Tensor, spared: set[int]) -> set[int]:
+    """Those of them that autocast has left alone in the objective's graph: it casts other parameters there, and not these."""
+    cast, used = set(), set()
+    for node in distributed.nodes(objective):
+        leaves = {id(child.variable) for child, _ in node.next_functions if hasattr(child, "variable")}
+        (cast if node.name() == "ToCopyBackward0" else used).update(leaves)
+    return spared & used - cast if cast else set()
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

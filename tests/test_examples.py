@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from gapo_kernels import GeometricAnchor
 
@@ -51,6 +52,29 @@ def test_the_example_on_trainer_accumulates_means(example, monkeypatch):
         _, history = example.main(["--steps=1"])
         logged += [(entry["loss"], entry["grad_norm"]) for entry in history if "loss" in entry]
     assert logged[1] == pytest.approx(logged[0], rel=1e-3) and len(logged) == 2
+
+
+@pytest.mark.parametrize("example", ["transformers_trainer", "trl_dpo_subclass"], indirect=True)
+def test_the_examples_on_trainers_compute_in_bfloat16_and_so_do_their_anchors(example, monkeypatch):
+    """Without a radius there is no gap. Both heads are untied."""
+    name = "DPOConfig" if hasattr(example, "DPOConfig") else "TrainingArguments"
+    options = getattr(example, name)
+    monkeypatch.setattr(example, "GeometricAnchor", MotionlessAnchor)
+    monkeypatch.setattr(example, name, lambda *args, **given: options(*args, **given | dict(bf16=True, use_cpu=True)))
+    dtypes, gaps, step = set(), [], example.gapo_step
+
+    def watched(logps, *args, **given):
+        def watching():
+            dtypes.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
+            return logps()
+
+        out = step(watching, *args, **given)
+        gaps.append(out.gap)
+        return out
+
+    monkeypatch.setattr(example, "gapo_step", watched)
+    example.main(["--steps=2"])
+    assert dtypes == {torch.bfloat16} and len(gaps) == 2 and not torch.cat(gaps).any()
 
 
 class MotionlessAnchor:

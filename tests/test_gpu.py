@@ -5,8 +5,17 @@ import os
 import pytest
 import torch
 
+import tiny_models
 from batches import assert_same, in_float64, make_batch, run_logps, run_loss
-from gapo_kernels import fused_gapo_loss, fused_linear_gapo_loss, linear_sequence_logps, reference, sequence_logps
+from gapo_kernels import (
+    GeometricAnchor,
+    fused_gapo_loss,
+    fused_linear_gapo_loss,
+    gapo_step,
+    linear_sequence_logps,
+    reference,
+    sequence_logps,
+)
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter runs on CPU tensors", allow_module_level=True)
@@ -162,6 +171,71 @@ def test_same_bits_beside_other_work(batch):
         with torch.cuda.stream(other):
             torch.randn(2048, 2048, device="cuda") @ torch.randn(2048, 2048, device="cuda")
         assert_same(run_loss(big, "triton", anchor_logits=big.anchor_logits), first, tolerance=0)
+
+
+def step_on(device, name, dtype, **options):
+    """Gaps, loss and gradients of a whole step, by way of hidden states or of logits; the weights are back after it."""
+    step = {key: options.pop(key) for key in ("share_backward",) if key in options}
+    model = tiny_models.build(name, dtype).to(device)
+    ids, labels = (tensor.to(device) for tensor in tiny_models.preference_batch())
+    anchor = GeometricAnchor.from_model(model, rho=0.3, **options)
+    before = [param.detach().clone() for param in model.parameters()]
+
+    def logps():
+        if name == "llama":
+            hidden = model.model(ids, use_cache=False).last_hidden_state
+            return linear_sequence_logps(hidden, model.lm_head.weight, labels)
+        return sequence_logps(model(ids, use_cache=False).logits, labels)
+
+    out = gapo_step(logps, anchor, **step)
+    out.loss.backward()
+    assert all(map(torch.equal, model.parameters(), before))
+    gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    return [t.detach().double().cpu() for t in (out.gap, out.loss, torch.cat(gradients))]
+
+
+@pytest.mark.parametrize("options", [{}, {"share_backward": True}, {"scope": 1}, {"geometry": "sam"}], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_step_is_that_of_a_cpu(name, options):
+    for found, expected in zip(*(step_on(d, name, torch.float64, **options) for d in ("cuda", "cpu")), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
+        assert expected.abs().max() > 1e-3
+
+
+def test_a_bfloat16_step_draws_the_bits_of_a_cpu():
+    """And where the norm's last digits tip a weight over, which is rare."""
+    moved = {}
+    for device in ("cuda", "cpu"):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(300, 70).bfloat16().to(device)) for _ in range(2)]
+        grads = [torch.randn(300, 70).bfloat16().to(device) for _ in params]
+        anchor = GeometricAnchor(params, rho=30.0, seed=3)
+        before = [param.detach().clone() for param in params]
+        with anchor.perturbed(grads=grads):
+            moved[device] = torch.cat([param.detach().float().cpu().flatten() for param in params])
+        assert all(map(torch.equal, params, before)) and 0.05 < anchor.stats.changed_fraction < 1
+    assert (moved["cuda"] != moved["cpu"]).float().mean() < 1e-3
+
+
+def test_out_of_memory_at_the_anchor_brings_the_weights_back():
+    params = [torch.nn.Parameter(torch.randn(3000, 70, device="cuda", dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)]
+    anchor, before, hoard = GeometricAnchor(params, rho=3.0), [p.detach().clone() for p in params], []
+    grads = [torch.randn_like(param) for param in params]
+    size = 2**30
+    try:
+        with pytest.raises(torch.OutOfMemoryError), anchor.perturbed(grads=grads):
+            assert not any(map(torch.equal, params, before))
+            while True:
+                try:
+                    hoard.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+                except torch.OutOfMemoryError:
+                    if size < 2**16:
+                        raise
+                    size //= 2
+    finally:
+        hoard.clear()
+        torch.cuda.empty_cache()
+    assert all(map(torch.equal, params, before))
 
 
 def test_autotuning(batch, tmp_path, monkeypatch):

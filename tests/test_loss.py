@@ -391,11 +391,11 @@ def test_same_bits_on_any_number_of_threads(backend, device, monkeypatch, thread
 @pytest.mark.parametrize(
     "sequences, kept, threads, blocks",
     [
-        (8, 10, 2, 1),  # 80 rows of 8 runs, 10 in a block
-        (8, 11, 2, 10),  # more rows than 8 blocks have
-        (9, 8, 2, 8),  # more runs
-        (16, 1, 2, 1),  # 16 runs, but fewer rows than both threads hold
-        (2, 33, 3, 1),
+        (2, 10, 2, 1),  # as many rows as both threads hold
+        (2, 11, 2, 4),
+        (8, 11, 2, 10),
+        (9, 8, 2, 8),
+        (16, 1, 2, 1),
         (3, 32, 3, 12),
     ],
 )

@@ -436,6 +436,40 @@ def test_restores_after_half_an_exchange(perturbation, backend, device, monkeypa
     assert all(torch.equal(bits(move.theta), bits(theta)) for move, theta in zip(moves, saved))
 
 
+class Loading:
+    """A kernel of which no other version can be loaded any more once memory is full."""
+
+    def __init__(self, kernel):
+        self.kernel, self.loaded, self.full = kernel, set(), False
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **version):
+            if self.full and str(version) not in self.loaded:
+                raise MemoryError("no room for a module")
+            self.loaded.add(str(version))
+            return self.kernel[grid](*arguments, **version)
+
+        return launch
+
+
+def test_what_restores_is_loaded_before_the_weights_move(perturbation, backend, device, monkeypatch):
+    """Out of memory at the anchor leaves none to load a kernel into."""
+    if backend == "torch":
+        pytest.skip("there is nothing to load")
+    from gapo_kernels.kernels import perturbation as kernels
+
+    kernel = Loading(kernels.restore_kernel)
+    monkeypatch.setattr(kernels, "restore_kernel", kernel)
+    moves = [make_move(40, dtypes, device) for dtypes in [(F32, F32, F32), (BF16, BF16, BF16)]]
+    saved = [move.theta.clone() for move in moves]
+    subject = perturbation(moves, "asam", True)
+    subject.exchange(0.03, 5, 1)
+    assert len(kernel.loaded) == 2 and not torch.equal(moves[0].theta, saved[0])
+    kernel.full = True
+    subject.restore()
+    assert all(torch.equal(bits(move.theta), bits(theta)) for move, theta in zip(moves, saved))
+
+
 def test_nan_reaches_the_norm(perturbation, device):
     """The caller looks at the norm alone before it moves anything."""
     for value in (math.nan, math.inf):

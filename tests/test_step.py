@@ -412,24 +412,34 @@ def test_autocast_around_the_step_does_not_hide_the_anchor():
     assert out.gap.abs().max() > 0.1
 
 
-def test_what_autocast_leaves_alone_moves_in_its_own_dtype():
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("where", ["around the step", "inside of logps_fn"])
+def test_what_autocast_leaves_alone_moves_in_its_own_dtype(where, checkpointing):
     """Norms and lookups compute with the masters: rounded to bfloat16 at the anchor alone, they would make a gap of their
     own, which a radius of 0 shows."""
     ids, labels = tiny_models.preference_batch()
     model, gaps, seen = tiny_models.build("llama", torch.float32), {}, {}
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    inside = where == "inside of logps_fn"
+
+    def autocast(active):
+        return torch.autocast("cpu", torch.bfloat16) if active else contextlib.nullcontext()
 
     def logps():
         if not torch.is_grad_enabled():
             seen.update({n: p.detach().clone() for n, p in model.named_parameters()})
-        return sequence_logps(model(ids, use_cache=False).logits, labels)
+        with autocast(inside):
+            return sequence_logps(model(ids, use_cache=False).logits, labels)
 
     for rho in (0.0, 3.0):
         anchor = GeometricAnchor.from_model(model, rho=rho, scope="all", compute_dtype=torch.bfloat16)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast(not inside):
             gaps[rho] = gapo_step(logps, anchor).gap
     assert not gaps[0.0].any() and gaps[3.0].all()
     on_grid = {name: torch.equal(weight, weight.bfloat16().float()) for name, weight in seen.items()}
     assert on_grid == {name: "norm" not in name and "embed" not in name for name in seen}
+    inside = False
     gapo_step(logps, anchor)  # without autocast everything is cast by somebody else
     assert all(torch.equal(weight, weight.bfloat16().float()) for weight in seen.values())
 

@@ -372,6 +372,8 @@ class Perturbation:
         if not isinstance(step_size, Tensor):  # a fill: torch.tensor would wait for the device
             step_size = torch.full((), step_size, dtype=torch.float64, device=self._device)
         partials = torch.empty(3, self._tiles, dtype=torch.float64, device=self._device)
+        # Compiled and loaded while there is memory for it: what goes wrong at the anchor may be that there is none left.
+        self._launch_restore(programs=1)
         with self._on_device():
             for launch in self._launches:
                 half = launch.grid in (torch.float16, torch.bfloat16)
@@ -398,9 +400,13 @@ class Perturbation:
 
     def restore(self) -> None:
         """Puts back what `exchange` has moved, also if that failed half-way. May be called again after a failure."""
+        self._launch_restore()
+
+    def _launch_restore(self, programs: int | None = None) -> None:
+        """programs: of each launch, instead of all: before the exchange they find nothing to do."""
         with self._on_device():
             for launch in self._launches:
-                restore_kernel[(launch.tiles,)](
+                restore_kernel[(programs or launch.tiles,)](
                     self._table,
                     self._move_of_tile,
                     self._exchanged,

@@ -255,17 +255,18 @@ class GAPOTrainer(Trainer):
             self._follow_sharding()
             # The probe's gradient is averaged over the ranks in every micro-batch, so Trainer's no_sync is overruled.
             model.set_requires_gradient_sync(True)
-        out = gapo_step(
-            lambda: self._logps(model, inputs),
-            self.anchor,
-            beta=args.beta,
-            gamma=args.gamma,
-            probe=args.probe,
-            label_smoothing=args.label_smoothing,
-            loss_type=args.loss_type,
-            sft_weight=args.sft_weight * inputs.get(SFT_SHARE, 1.0),
-            share_backward=args.share_backward,
-        )
+        with self.accelerator.autocast():  # where the anchor sees it, and leaves norms and embeddings in float32, too
+            out = gapo_step(
+                lambda: self._logps(model, inputs),
+                self.anchor,
+                beta=args.beta,
+                gamma=args.gamma,
+                probe=args.probe,
+                label_smoothing=args.label_smoothing,
+                loss_type=args.loss_type,
+                sft_weight=args.sft_weight * inputs.get(SFT_SHARE, 1.0),
+                share_backward=args.share_backward,
+            )
         self._record.add(self.state.global_step + 1, metrics.table(out, inputs))
         loss = out.loss
         if num_items_in_batch is not None:

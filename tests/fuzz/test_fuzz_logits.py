@@ -97,7 +97,7 @@ def blocks_of(case: Logits):
     if case.block is None:
         return nullcontext()
     itemsize = max(4, case.dtype.itemsize)
-    return mock.patch.multiple(cpu, SCRATCH_BYTES=case.block * case.vocabulary * itemsize, WHOLE=1)
+    return mock.patch.object(cpu, "SCRATCH_BYTES", case.block * case.vocabulary * itemsize)
 
 
 class Problem:
