@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from gapo_kernels import displacement, distributed, validation
 from gapo_kernels.interrupts import interrupt_held
 from gapo_kernels.scope import find as find_scope
-from gapo_kernels.scope import spared_by_autocast, spared_in
+from gapo_kernels.scope import spared_by_autocast, spared_in, without_autocast
 
 GEOMETRIES = ("asam", "sam")
 DIRECTIONS = ("pessimistic", "gaussian")
@@ -289,7 +289,8 @@ class GeometricAnchor:
             raise ValueError(f"expected an objective or its grads, got {'neither' if grads is None else 'both'}")
         ours = grads is None
         if ours:
-            directions = self._gradients(objective, retain_graph)
+            with without_autocast(self.params[0].device):
+                directions = self._gradients(objective, retain_graph)
         elif not isinstance(grads, Sequence) or len(grads) != len(self.params):
             raise ValueError(
                 f"grads must be a sequence with one entry for each of the {len(self.params)} parameters, got "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -63,6 +63,12 @@ def spared_in(objective: Tensor, spared: set[int]) -> set[int]:
         leaves = {id(child.variable) for child, _ in node.next_functions if hasattr(child, "variable")}
         (cast if node.name() == "ToCopyBackward0" else used).update(leaves)
     return spared & used - cast if cast else set()
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """For a backward, whose operations it would cast: also those of a forward that ran with autocast switched off."""
+    is_on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if is_on else nullcontext()
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from gapo_kernels import distributed, leaf_uses
 from gapo_kernels.interrupts import interrupt_held
+from gapo_kernels.scope import without_autocast
 
 TINY = 1e-20  # a probe's weight below which the gradients that it scaled may have lost digits
 # (of a parameter's gradient, of all) that may differ when sequences are told apart, by the coarsest dtype on the way.
@@ -127,7 +128,7 @@ class SharedBackward:
 
             return hook
 
-        with _alone(self.leaves, measure), distributed.no_iteration_of_ddp(logps):
+        with without_autocast(logps.device), _alone(self.leaves, measure), distributed.no_iteration_of_ddp(logps):
             options = dict(retain_graph=retain_graph, allow_unused=True)
             torch.autograd.grad(logps, self.leaves, ratio * self._probe, **options)
         return torch.stack(list(norms.values()), -1) if norms else ratio.new_zeros(2, 0)

@@ -3,6 +3,7 @@
 import copy
 import signal
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import tiny_models
@@ -44,11 +45,12 @@ def through(head, model, ids, labels):
     return lambda: eager_logps(model(ids).logits, labels)
 
 
-def stepped(model, logps, shared, scope="backbone", upstream=1.0, anchor=None, **options):
+def stepped(model, logps, shared, scope="backbone", upstream=1.0, anchor=None, autocast=False, **options):
     """The step's output, and every parameter's gradient."""
     model.zero_grad()
     anchor = anchor or GeometricAnchor.from_model(model, scope=scope, rho=RHO)
-    out = gapo_step(logps, anchor, share_backward=shared, **options)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = gapo_step(logps, anchor, share_backward=shared, **options)
     assert all(param.grad is None for param in model.parameters())
     (out.loss * upstream).backward()
     return out, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -148,15 +150,16 @@ def test_bfloat16_loses_no_more_than_an_ordinary_step(name):
     assert 0 < errors[1] <= 1.5 * errors[0]
 
 
-def test_autocast_with_float32_masters():
+@pytest.mark.parametrize("around", [False, True])
+def test_autocast_with_float32_masters(around):
     model = tiny_models.build("llama", torch.float32)
     batch = tiny_models.preference_batch()
 
     def logps():
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16) if not around else nullcontext():
             return through("logits", model, *batch)()
 
-    options = dict(anchor=GeometricAnchor.from_model(model, rho=3.0, compute_dtype=torch.bfloat16))
+    options = dict(anchor=GeometricAnchor.from_model(model, rho=3.0, compute_dtype=torch.bfloat16), autocast=around)
     expected = stepped(model, logps, False, **options)
     options["anchor"].load_state_dict({"step": 0, "seed": 0})
     assert_same(stepped(model, logps, True, **options), expected, 0.05)

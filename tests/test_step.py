@@ -444,6 +444,19 @@ def test_what_autocast_leaves_alone_moves_in_its_own_dtype(where, checkpointing)
     assert all(torch.equal(weight, weight.bfloat16().float()) for weight in seen.values())
 
 
+def test_under_autocast_the_probes_backward_is_not_cast():
+    """Of what the forward has computed without autocast, in float32."""
+    torch.manual_seed(0)
+    weight, x = torch.nn.Parameter(torch.randn(40, 30)), torch.randn(20, 40)
+    moved = {}
+    for around in (False, True):
+        anchor = GeometricAnchor([weight], rho=3.0, compute_dtype=torch.bfloat16)
+        objective = (x @ weight).square().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=around), anchor.perturbed(objective):
+            moved[around] = anchor.stats.grad_norm
+    assert moved[True] == moved[False]
+
+
 def test_a_tied_head_is_cast_and_its_embedding_with_it():
     model = tiny_models.build("gpt2", torch.float32)
     spared = scope.spared_by_autocast(model)
