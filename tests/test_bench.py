@@ -168,6 +168,32 @@ def test_another_process_goes_on_where_the_device_is_lost(tmp_path, monkeypatch)
     assert content["failed"] == {"suite: second": "RuntimeError: an illegal memory access was encountered"}
 
 
+def test_a_recipe_of_the_step_that_fails_leaves_the_others(monkeypatch):
+    """Also the one by which the others are judged: then it is ours in float32."""
+    ours, authors = bench_step.Recipe.ours, bench_step.Recipe.authors
+
+    def without_sharing(self, logps, share_backward=False):
+        if share_backward:
+            raise NotImplementedError("a layer of somebody else's")
+        return ours(self, logps)
+
+    def out_of_memory(self):
+        if next(self.model.parameters()).dtype == torch.float32:
+            raise torch.OutOfMemoryError("no room\nat all")
+        return authors(self)
+
+    monkeypatch.setattr(bench_step.Recipe, "ours", without_sharing)
+    monkeypatch.setattr(bench_step.Recipe, "authors", out_of_memory)
+    case = next(case for case in bench_step.cases(CPU, True) if case.dtype == torch.bfloat16)
+    result = bench_step.measure(case, 3, CPU, seconds=1, quick=True)
+    assert result["times"].keys() == {"authors", "ours", "ours-logits", "ours-eager-head"}
+    assert result["absent"] == {
+        "ours-shared": "NotImplementedError: a layer of somebody else's",
+        "ours-shared-eager-head": "NotImplementedError: a layer of somebody else's",
+        "authors-float32": "OutOfMemoryError: no room",
+    }
+
+
 def test_a_device_that_does_not_come_back_ends_the_run(tmp_path, monkeypatch):
     ended = []
     monkeypatch.setattr(os, "_exit", ended.append)
@@ -297,9 +323,25 @@ def test_a_run_of_tests_that_takes_too_long_is_stopped(tmp_path):
     file.write_text("import time\ndef test_quick(): pass\ndef test_slow(): time.sleep(300)\n")
     found = gpu.run_tests(["-c", os.devnull, str(file)], 5.0)
     assert not found["complete"] and not found["failures"] and found["seconds"] < 100 and found["status"] is None
-    assert gpu.wrong_with(found, CPU) is None and found["counts"] == {"passed": 1}
-    file.write_text("import time\ndef test_wrong(): assert 1 == 2\ndef test_slow(): time.sleep(300)\n")
-    found = gpu.run_tests(["-c", os.devnull, str(file)], 5.0)
+    assert gpu.wrong_with(found, CPU) is None
+
+
+def test_a_run_of_tests_that_is_stopped_says_what_had_failed(tmp_path, monkeypatch):
+    reached = tmp_path / "reached"
+
+    class UntilReached(subprocess.Popen):
+        def wait(self, timeout=None):
+            if timeout != 1234.0:
+                return super().wait(timeout)
+            while not reached.exists():
+                time.sleep(0.05)
+            raise subprocess.TimeoutExpired(self.args, timeout)
+
+    monkeypatch.setattr(subprocess, "Popen", UntilReached)
+    file = tmp_path / "test_slow.py"
+    slow = f"def test_slow():\n    open({str(reached)!r}, 'w').close()\n    time.sleep(300)\n"
+    file.write_text(f"import time\ndef test_wrong(): assert 1 == 2\n{slow}")
+    found = gpu.run_tests(["-c", os.devnull, str(file)], 1234.0)
     assert found["status"] is None and "test_wrong" in found["failures"][0] and "assert 1 == 2" in found["output"]
     assert gpu.wrong_with(found, CPU) == "tests failed"
 
