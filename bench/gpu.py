@@ -113,19 +113,33 @@ def not_for_ever(session: Session, name: str, seconds: float) -> Iterator[None]:
 # ---- tests ----
 
 
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """What is started in here takes an interrupt, also where this process, in the background of a shell, ignores them."""
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if ignored:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if ignored:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def run_tests(arguments: Sequence[str], seconds: float) -> dict[str, Any]:
     """pytest in a process of its own: its counts, also of a run that was stopped for want of time."""
     command = ["-m", "pytest", "-q", "--color=no", "-p", "no:cacheprovider", "--continue-on-collection-errors", *arguments]
     path = os.pathsep.join(filter(None, [str(harness.ROOT), str(harness.ROOT / "python"), os.environ.get("PYTHONPATH")]))
     begin = time.perf_counter()
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(
-            [sys.executable, *command],
-            cwd=harness.ROOT,
-            env={**os.environ, "PYTHONPATH": path},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
+        with interruptible():
+            process = subprocess.Popen(
+                [sys.executable, *command],
+                cwd=harness.ROOT,
+                env={**os.environ, "PYTHONPATH": path},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
         try:
             status = process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:

@@ -326,7 +326,8 @@ def test_a_run_of_tests_that_takes_too_long_is_stopped(tmp_path):
     assert gpu.wrong_with(found, CPU) is None
 
 
-def test_a_run_of_tests_that_is_stopped_says_what_had_failed(tmp_path, monkeypatch):
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN], ids=["foreground", "background"])
+def test_a_run_of_tests_that_is_stopped_says_what_had_failed(handler, tmp_path, monkeypatch):
     reached = tmp_path / "reached"
 
     class UntilReached(subprocess.Popen):
@@ -341,7 +342,12 @@ def test_a_run_of_tests_that_is_stopped_says_what_had_failed(tmp_path, monkeypat
     file = tmp_path / "test_slow.py"
     slow = f"def test_slow():\n    open({str(reached)!r}, 'w').close()\n    time.sleep(300)\n"
     file.write_text(f"import time\ndef test_wrong(): assert 1 == 2\n{slow}")
-    found = gpu.run_tests(["-c", os.devnull, str(file)], 1234.0)
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        found = gpu.run_tests(["-c", os.devnull, str(file)], 1234.0)
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert found["status"] is None and "test_wrong" in found["failures"][0] and "assert 1 == 2" in found["output"]
     assert gpu.wrong_with(found, CPU) == "tests failed"
 
