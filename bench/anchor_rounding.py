@@ -55,7 +55,6 @@ MASTERS = {
     "anywhere off the grid": 2**15 - 1,
     "as this checkpoint has them": None,
 }
-AUTOCAST = "stochastic, autocast"
 Weights = list[Tensor]
 
 
@@ -273,7 +272,7 @@ def one_batch(model: nn.Module, batches: Sequence[dict[str, Tensor]], seeds: int
     runs = {
         "nearest": [measurement.gaps(RHO, GRID, "nearest")[0]],
         "stochastic": [measurement.gaps(RHO, GRID, "stochastic", seed)[0] for seed in range(seeds)],
-        AUTOCAST: [
+        "stochastic, autocast": [
             measurement.clean - margins_at_autocasts_anchor(model, batches, measurement.grads, seed)
             for seed in range(seeds)
         ],

@@ -197,8 +197,10 @@ def step_on(device, name, dtype, **options):
 @pytest.mark.parametrize("options", [{}, {"share_backward": True}, {"scope": 1}, {"geometry": "sam"}], ids=str)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_step_is_that_of_a_cpu(name, options):
+    # transformers computes Llama's norms in float32, whose last bits depend on the device
+    exact = {"llama": 1e-5, "gpt2": 1e-9}[name]
     for found, expected in zip(*(step_on(d, name, torch.float64, **options) for d in ("cuda", "cpu")), strict=True):
-        torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(found, expected, atol=exact, rtol=exact)
         assert expected.abs().max() > 1e-3
 
 
