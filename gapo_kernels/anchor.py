@@ -12,6 +12,7 @@ is cast(theta) + delta.
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -171,6 +172,11 @@ class GeometricAnchor:
             anchor._shard(sharded)
         return anchor
 
+    @property
+    def computes_in_float16(self) -> bool:
+        """Whether the forward does, with any of the parameters."""
+        return torch.float16 in self._grids()
+
     def state_dict(self) -> dict[str, int]:
         """The step counter and seed behind the random numbers. A training step that failed after its use of the anchor
         (in the backward, the optimizer) is repeated exactly if this state from before it is loaded."""
@@ -261,9 +267,12 @@ class GeometricAnchor:
         """The grid of each parameter's anchor: that of the dtype which the forward computes with, or the parameter's own
         if that is coarser. Asked anew each time: model.to(dtype) keeps its Parameter objects."""
         grids, spared = [], self._spared_by_autocast
-        if spared and not torch.is_autocast_enabled(self.params[0].device.type):
-            cast = self.compute_dtype in HALF and self.params[0].dtype not in HALF
-            spared = spared_in(objective, spared) if cast and isinstance(objective, Tensor) else set()
+        if spared and self.compute_dtype in HALF and self.params[0].dtype not in HALF:
+            around = torch.is_autocast_enabled(self.params[0].device.type)
+            if isinstance(objective, Tensor):
+                spared = spared_in(objective, spared, around)
+            elif not around:
+                spared = set()
         for name, param in zip(self.names, self.params):
             distributed.check_whole(name, param)
             said = None if id(param) in spared else self.compute_dtype
@@ -306,12 +315,12 @@ class GeometricAnchor:
                 directions[number] = _plain(grad, param)
                 del grad
         whole = [number for number, param in enumerate(self.params) if not distributed.is_sharded(param)]
-        means = distributed.averaged(
+        means, made = distributed.averaged(
             _taken(directions, whole), [self.params[number] for number in whole], self.process_group, ours
         )
         for number in whole:
             directions[number] = means.pop(0)
-        return directions, ours
+        return directions, ours or made and len(whole) == len(self.params)
 
     def _gradients(self, objective: Tensor, retain_graph: bool) -> list[Tensor | None]:
         if not isinstance(objective, Tensor):
@@ -320,6 +329,12 @@ class GeometricAnchor:
             raise ValueError(f"the objective must be a scalar, got shape {tuple(objective.shape)}")
         if not objective.requires_grad:
             raise ValueError("the objective must have a graph, got a constant; was it computed under no_grad?")
+        if _cuda_graphs_pend(objective.device):
+            raise RuntimeError(
+                "expected an objective whose graph keeps its memory, got compiled code that runs as CUDA graphs: the next "
+                "run writes over its gradients, where the original weights would wait. Compile with "
+                "mode='max-autotune-no-cudagraphs' or the default one"
+            )
         if self._sharded is not None:
             return self._sharded.gradients(objective, self.params, retain_graph)
         with distributed.no_iteration_of_ddp(objective):
@@ -329,8 +344,8 @@ class GeometricAnchor:
         return [found.pop(0) if param.requires_grad else None for param in self.params]
 
     def _finite_norm(self, move: displacement.Displacement) -> float:
-        """||theta * g|| (or ||g||). Its check is the step's one wait for the device; what was left unread of the last
-        use comes along."""
+        """||theta * g|| (or ||g||). Its check is the step's one wait for the device, but for ranks that compare which
+        gradients they have; what was left unread of the last use comes along."""
         square = move.squared_norm()
         pending = [] if self._warned or self.stats is None else [self.stats._squares.to(square.device)]
         square, *last = torch.cat([square[None], *pending]).tolist()
@@ -368,13 +383,25 @@ class GeometricAnchor:
 
     def _warn_of_autocast(self, grids: list[torch.dtype]) -> None:
         device = self.params[0].device.type
-        if torch.is_autocast_enabled(device) and not any(grid in HALF for grid in grids):
+        if torch.is_autocast_enabled(device) and self.compute_dtype not in HALF and not any(grid in HALF for grid in grids):
             dtype = torch.get_autocast_dtype(device)
             warnings.warn(
                 f"autocast computes with {dtype} while the anchor moves the parameters in {grids[0]}: the gap is mostly "
                 f"the casts' rounding. Pass compute_dtype={dtype} to the anchor, or train without autocast",
                 stacklevel=1,
             )
+
+
+def _cuda_graphs_pend(device: torch.device) -> bool:
+    """Whether compiled code has run forward as CUDA graphs on the device, and its backward is still to come."""
+    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    if trees is None or device.index is None:  # a CPU's
+        return False
+    try:
+        manager = trees.get_manager(device.index, create_if_none_exists=False)
+    except AssertionError:  # a thread that nothing was compiled in
+        return False
+    return getattr(manager, "running_forwards_with_pending_backwards", False)
 
 
 def _is_int(value: object) -> bool:

@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from gapo_kernels import distributed, ownership, perturbation, philox
+from gapo_kernels import distributed, ownership, perturbation
 
 RESTORE_ATTEMPTS = 3
 logger = logging.getLogger(__name__)
@@ -112,16 +112,15 @@ class _Copy:
 def noise(params: Sequence[nn.Parameter], step: int, seed: int) -> list[Tensor]:
     """Standard normal noise for every parameter, or this rank's part of that for the whole one: a function of (seed, step)
     and its place alone. Of the parameter's dtype, as gradients are: so its memory may take the original weights."""
-    drawn = []
-    for number, param in enumerate(params):
-        tensor = distributed.local(param)
-        values = torch.empty(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
-        first, shard = distributed.place_of_shard(param)
-        for start in range(0, values.numel(), perturbation.CHUNK):
-            chunk = values[start : start + perturbation.CHUNK]
-            place = (first + start, chunk.numel(), number, shard)
-            chunk.copy_(philox.normal(*place, step, seed, tensor.device))
-        drawn.append(values.view(tensor.shape))
+    tensors = [distributed.local(param) for param in params]
+    drawn = [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in tensors]
+    for device in dict.fromkeys(tensor.device for tensor in tensors):
+        numbers = [number for number, tensor in enumerate(tensors) if tensor.device == device]
+        places = []
+        for number in numbers:
+            first, shard = distributed.place_of_shard(params[number])
+            places.append((first, number, shard))
+        _back_end(device).fill_with_noise([drawn[number].view(-1) for number in numbers], places, step, seed)
     return drawn
 
 

@@ -116,15 +116,16 @@ def weight_of_rank(
 
 def averaged(
     grads: list[Tensor | None], params: Sequence[Tensor], group: torch.distributed.ProcessGroup | None, ours: bool
-) -> list[Tensor | None]:
-    """The gradients' mean over the group's ranks; a rank without one counts as zeros, None where no rank has one.
+) -> tuple[list[Tensor | None], bool]:
+    """The gradients' mean over the group's ranks; a rank without one counts as zeros, None where no rank has one. And
+    whether they are ours, as what was averaged is.
 
     Uses up `grads`. With `ours` their memory is written where nobody else refers to it; beyond that memory this holds
     BUCKET_BYTES.
     """
     size = ranks(group)
     if size == 1 or not grads:
-        return grads
+        return grads, ours
     kinds = [0 if grad is None else 1 + DTYPES.index(grad.dtype) for grad in grads]
     kinds = torch.tensor(kinds, dtype=torch.int32, device=params[0].device)
     torch.distributed.all_reduce(kinds, torch.distributed.ReduceOp.MAX, group=group)
@@ -146,7 +147,7 @@ def averaged(
         if len(bucket) > 1:
             for mean, part in zip(bucket, flat.split([mean.numel() for mean in bucket])):
                 mean.view(-1).copy_(part)
-    return means
+    return means, True
 
 
 def _buckets(grads: list[Tensor]) -> Iterator[list[Tensor]]:

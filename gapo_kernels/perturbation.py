@@ -49,6 +49,16 @@ def accumulation_dtype(move: Move) -> torch.dtype:
 class Perturbation:
     """theta -> theta~ = theta + delta and back, with delta = step_size * theta^2 * g (asam) or step_size * g (sam)."""
 
+    @staticmethod
+    def fill_with_noise(values: Sequence[Tensor], places: Sequence[tuple[int, int, int]], step: int, seed: int) -> None:
+        """Standard normal noise into flat tensors (n,): a function of (seed, step) and their places, (the first's number
+        among the elements of the whole parameter, the parameter's number, the shard's)."""
+        for flat, (first, number, shard) in zip(values, places):
+            for start in range(0, flat.numel(), CHUNK):
+                chunk = flat[start : start + CHUNK]
+                place = (first + start, chunk.numel(), number, shard)
+                chunk.copy_(philox.normal(*place, step, seed, flat.device))
+
     def __init__(self, moves: Sequence[Move], geometry: str, stochastic: bool) -> None:
         self._asam, self._stochastic = geometry == "asam", stochastic
         self._device = moves[0].theta.device

@@ -16,6 +16,9 @@ from gapo_kernels.interrupts import interrupt_held
 # (gemma3n), no router's logits (mixtral). Replaying layers was compared with running them on each of these.
 PLAIN_DECODERS = "bloom cohere falcon gemma2 gemma3_text gpt2 gpt_neox llama mistral olmo2 phi phi3 qwen2 qwen3".split()
 
+# PEFT's names of what is multiplied with activations and enters no matrix product, as the rows of lora_embedding_A do.
+UNCAST_BY_PEFT = ("ia3_l", "vera_lambda_b", "vera_lambda_d")
+
 DATA_PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 NamedParameters = list[tuple[str, nn.Parameter]]
 
@@ -46,22 +49,27 @@ def find(model: nn.Module, scope: str | int) -> Scope:
 
 
 def spared_by_autocast(model: nn.Module) -> set[int]:
-    """ids of the parameters that autocast leaves in their own dtype: those of embeddings and norms, unless another module
-    has them, too, as a tied head does."""
+    """ids of the parameters that autocast leaves in their own dtype: those of embeddings and norms, and of
+    PEFT's adapters such as DoRA's magnitudes, unless another module has them, too, as a tied head does."""
     spared: dict[int, bool] = {}
-    for module in model.modules():
-        spares = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or type(module).__name__.endswith("Norm")
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        spares = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or kind.endswith("Norm")
+        spares = spares or kind.startswith("Dora") or name.rpartition(".")[2] in UNCAST_BY_PEFT
         for param in module.parameters(recurse=False):
             spared[id(param)] = spares and spared.get(id(param), True)
     return {key for key, spares in spared.items() if spares}
 
 
-def spared_in(objective: Tensor, spared: set[int]) -> set[int]:
-    """Those of them that autocast has left alone in the objective's graph: it casts other parameters there, and not these."""
+def spared_in(objective: Tensor, spared: set[int], around: bool) -> set[int]:
+    """Those of them that autocast has left alone in the objective's graph: it casts other parameters there, and not these.
+    around: it was on around all of the graph, also of compiled code, whose casts are not seen."""
     cast, used = set(), set()
     for node in distributed.nodes(objective):
         leaves = {id(child.variable) for child, _ in node.next_functions if hasattr(child, "variable")}
         (cast if node.name() == "ToCopyBackward0" else used).update(leaves)
+    if around:
+        return spared - cast
     return spared & used - cast if cast else set()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -114,6 +115,13 @@ def gapo_step(
                 )
             objective = _probe(probe, margin, beta, gamma, valid) if walked_twice else None
             if objective is not None:
+                if anchor.computes_in_float16:
+                    warnings.warn(
+                        "the probe's gradient is computed in float16 without loss scaling: what is below 6e-8 is lost, and "
+                        "with it that part of the anchor. Train in bfloat16, or scale a probe of your own, which leaves "
+                        "the anchor the same: anchor.perturbed(scale * objective)",
+                        stacklevel=2,
+                    )
                 weight = distributed.weight_of_rank(valid, anchor.params, anchor.process_group)
                 objective = objective if weight is None else objective * weight.to(objective.dtype)
             recorded = nullcontext() if sharing is None else sharing.recorded()

@@ -219,6 +219,18 @@ def test_a_bfloat16_step_draws_the_bits_of_a_cpu():
     assert (moved["cuda"] != moved["cpu"]).float().mean() < 1e-3
 
 
+def test_compiled_code_that_runs_as_cuda_graphs_is_refused():
+    model = tiny_models.build("llama", torch.float32).cuda()
+    ids, labels = (tensor.cuda() for tensor in tiny_models.preference_batch())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    compiled = torch.compile(model, mode="reduce-overhead")
+    anchor = GeometricAnchor.from_model(model, rho=0.3)
+    with pytest.raises(RuntimeError, match="runs as CUDA graphs"):
+        for _ in range(3):  # torch warms up before it records
+            gapo_step(lambda: sequence_logps(compiled(ids, use_cache=False).logits, labels), anchor)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_out_of_memory_at_the_anchor_brings_the_weights_back():
     params = [torch.nn.Parameter(torch.randn(3000, 70, device="cuda", dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)]
     anchor, before, hoard = GeometricAnchor(params, rho=3.0), [p.detach().clone() for p in params], []

@@ -5,9 +5,12 @@ of the library in it. Everything else is compared with `gapo_kernels.reference`.
 """
 
 import contextlib
+import inspect
 import math
 import random
 import signal
+import sys
+import types
 import warnings
 
 import pytest
@@ -18,6 +21,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gapo_kernels import GAPOOutput, GeometricAnchor, gapo_objective, gapo_step, reference, scope, sequence_logps, step
+from gapo_kernels import anchor as anchor_module
 
 RHO = 0.3  # large, so that an anchor that is not there is seen
 VOCABULARY = 11
@@ -442,6 +446,75 @@ def test_what_autocast_leaves_alone_moves_in_its_own_dtype(where, checkpointing)
     inside = False
     gapo_step(logps, anchor)  # without autocast everything is cast by somebody else
     assert all(torch.equal(weight, weight.bfloat16().float()) for weight in seen.values())
+
+
+class HeadInAllButName(nn.Module):
+    """Whose embedding is its head, too, without a module that says so."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.norm = nn.Embedding(VOCABULARY, 8), nn.LayerNorm(8)
+        nn.init.normal_(self.norm.weight)
+        nn.init.normal_(self.norm.bias)
+
+    def forward(self, ids):
+        return nn.functional.linear(self.norm(self.embed(ids)), self.embed.weight)
+
+
+@pytest.mark.parametrize("where", ["around the step", "inside of logps_fn"])
+def test_a_weight_that_autocast_casts_is_on_the_grid_whatever_module_has_it(where):
+    ids, labels = tiny_models.preference_batch()
+    ids, labels = ids % VOCABULARY, labels.where(labels < 0, labels % VOCABULARY)
+    model, on_grid, inside = HeadInAllButName(), {}, where == "inside of logps_fn"
+
+    def logps():
+        if not torch.is_grad_enabled():
+            on_grid.update({n: torch.equal(p, p.bfloat16().float()) for n, p in model.named_parameters()})
+        with torch.autocast("cpu", torch.bfloat16) if inside else contextlib.nullcontext():
+            return sequence_logps(model(ids), labels)
+
+    anchor = GeometricAnchor.from_model(model, rho=3.0, scope="all", compute_dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=not inside):
+        gapo_step(logps, anchor)
+    assert on_grid == {"embed.weight": True, "norm.weight": False, "norm.bias": False}
+
+
+def test_a_float16_probe_is_warned_of():
+    ids, labels = tiny_models.preference_batch()
+    for dtype, compute_dtype, said in ((torch.float32, torch.float16, True), (torch.float32, torch.bfloat16, False)):
+        model = tiny_models.build("llama", dtype)
+        anchor = GeometricAnchor.from_model(model, rho=RHO, compute_dtype=compute_dtype)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            gapo_step(lambda: sequence_logps(model(ids).logits, labels), anchor)
+        assert any("in float16 without loss scaling" in str(one.message) for one in found) is said
+
+
+def test_gradients_in_the_memory_of_cuda_graphs_are_refused(monkeypatch):
+    """torch's cudagraph trees give that memory to the next run, which is the anchor's."""
+    ids, labels = tiny_models.preference_batch()
+    model = tiny_models.build("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    pending = types.SimpleNamespace(running_forwards_with_pending_backwards=True)
+    stand_in = types.SimpleNamespace(get_manager=lambda index, create_if_none_exists: pending)
+    monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", stand_in)
+    asked = anchor_module._cuda_graphs_pend
+    assert not asked(torch.device("cpu"))
+    monkeypatch.setattr(anchor_module, "_cuda_graphs_pend", lambda device: asked(torch.device("cuda", 0)))
+    anchor = GeometricAnchor.from_model(model, rho=RHO)
+    with pytest.raises(RuntimeError, match="runs as CUDA graphs"):
+        gapo_step(lambda: sequence_logps(model(ids).logits, labels), anchor)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    pending.running_forwards_with_pending_backwards = False
+    gapo_step(lambda: sequence_logps(model(ids).logits, labels), anchor).loss.backward()
+
+
+def test_torchs_own_cuda_graphs_are_known_by_what_is_asked():
+    """Should a release of torch call it otherwise, the refusal would be gone without a word."""
+    trees = pytest.importorskip("torch._inductor.cudagraph_trees")
+    assert not anchor_module._cuda_graphs_pend(torch.device("cuda", 0))
+    assert "running_forwards_with_pending_backwards" in inspect.getsource(trees.CUDAGraphTreeManager.run)
 
 
 def test_under_autocast_the_probes_backward_is_not_cast():

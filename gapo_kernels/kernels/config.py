@@ -68,8 +68,9 @@ TABLE = {
     },
 }
 
-# Rows that one program of the second forward launch combines at a time. It takes microseconds whatever they are.
-PAIRS = {"ROWS": 256, "num_warps": 4}
+# Rows that one program of the second forward launch combines at a time. Each time it waits for three loads in a row: many
+# rows are few such waits where a pair's sequences are long. Of as many threads as AMD has; with two rows in each some spill.
+PAIRS = {"ROWS": 512, "num_warps": 16}
 
 # Plain loads: where a release of Triton pipelines such loops, num_stages >= 2 turns their loads into copies through
 # shared memory, which is slower here.

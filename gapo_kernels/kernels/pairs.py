@@ -3,7 +3,7 @@
 One program a pair (or, for `sequence_logps`, a sequence): it merges its rows' partials in a fixed order, gathers the
 label logits and sums logp = (x_label - m) - log s. The program that finishes last, told by an integer ticket, adds up
 the pairs in their order: no float atomics, so the same bits on every run. Reads 8 to 16 bytes a row and part, writes 8
-a row (m and s for the backward): microseconds, whatever V.
+a row (m and s for the backward), whatever V; what counts is how often it waits for them (config.PAIRS).
 
 Scalars are float64: there are few of them, and a loss of 1e-9 keeps its digits. The formulas are objective.py's.
 """

@@ -14,7 +14,6 @@ the tile's eight groups and every access is to 1024 neighbouring elements.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 import triton
@@ -23,6 +22,8 @@ from torch import Tensor
 
 from gapo_kernels import philox
 from gapo_kernels.kernels import config
+from gapo_kernels.kernels.noise import fill_with_noise
+from gapo_kernels.kernels.primitives import TYPES, int32, on_device, round_to_nearest
 from gapo_kernels.perturbation import Move, accumulation_dtype
 
 GROUP = tl.constexpr(philox.LANES)
@@ -71,21 +72,6 @@ def widen(b_x, DTYPE: tl.constexpr):
     if b_x.dtype == tl.bfloat16:
         b_x = (b_x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
     return b_x.to(DTYPE)
-
-
-@triton.jit
-def round_to_nearest(b_x, DTYPE: tl.constexpr):
-    """To DTYPE. To 16 bits by way of float32, as torch does it; to bfloat16 by bits: the interpreter's cast truncates."""
-    if DTYPE == tl.bfloat16:
-        b_x = b_x.to(tl.float32)
-        b_bits = b_x.to(tl.int32, bitcast=True)
-        b_bits = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) >> 16
-        b_bits = tl.where(b_x == b_x, b_bits, 0x7FC0)  # noqa: PLR0124  a carry makes infinity of some NaNs
-        return b_bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
-    elif DTYPE == tl.float16:
-        return b_x.to(tl.float32).to(tl.float16)
-    else:
-        return b_x.to(DTYPE)
 
 
 @triton.jit
@@ -295,12 +281,6 @@ def restore_kernel(
     tl.store(exchanged + i_tile, 0)
 
 
-_TRITON = {
-    torch.float64: tl.float64,
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
 _BITS = {2: tl.int16, 4: tl.int32, 8: tl.int64}
 
 
@@ -320,6 +300,8 @@ class _Launch:
 
 class Perturbation:
     """theta -> theta~ = theta + delta and back, with delta = step_size * theta^2 * g (asam) or step_size * g (sam)."""
+
+    fill_with_noise = staticmethod(fill_with_noise)
 
     def __init__(self, moves: Sequence[Move], geometry: str, stochastic: bool) -> None:
         self._asam, self._stochastic = geometry == "asam", stochastic
@@ -352,16 +334,16 @@ class Perturbation:
     def squared_norm(self) -> Tensor:
         """|| theta * g ||^2 (asam) or || g ||^2, () float64."""
         partial = torch.empty(self._tiles, dtype=torch.float64, device=self._device)
-        with self._on_device():
+        with on_device(self._device):
             for launch in self._launches:
                 norm_kernel[(launch.tiles,)](
                     self._table,
                     self._move_of_tile,
                     partial,
                     launch.first,
-                    THETA=_TRITON[launch.theta],
-                    DIRECTION=_TRITON[launch.direction],
-                    ACC=_TRITON[launch.accumulation],
+                    THETA=TYPES[launch.theta],
+                    DIRECTION=TYPES[launch.direction],
+                    ACC=TYPES[launch.accumulation],
                     ASAM=self._asam,
                     **launch.layout,
                 )
@@ -374,7 +356,7 @@ class Perturbation:
         partials = torch.empty(3, self._tiles, dtype=torch.float64, device=self._device)
         # Compiled and loaded while there is memory for it: what goes wrong at the anchor may be that there is none left.
         self._launch_restore(programs=1)
-        with self._on_device():
+        with on_device(self._device):
             for launch in self._launches:
                 half = launch.grid in (torch.float16, torch.bfloat16)
                 exchange_kernel[(launch.tiles,)](
@@ -385,13 +367,13 @@ class Perturbation:
                     step_size,
                     launch.first,
                     self._tiles,
-                    _int32(seed),
-                    _int32(seed >> 32),
-                    _int32(step),
-                    THETA=_TRITON[launch.theta],
-                    DIRECTION=_TRITON[launch.direction],
-                    GRID=_TRITON[launch.grid],
-                    ACC=_TRITON[launch.accumulation],
+                    int32(seed),
+                    int32(seed >> 32),
+                    int32(step),
+                    THETA=TYPES[launch.theta],
+                    DIRECTION=TYPES[launch.direction],
+                    GRID=TYPES[launch.grid],
+                    ACC=TYPES[launch.accumulation],
                     ASAM=self._asam,
                     STOCHASTIC=self._stochastic and half,
                     **launch.layout,
@@ -404,7 +386,7 @@ class Perturbation:
 
     def _launch_restore(self, programs: int | None = None) -> None:
         """programs: of each launch, instead of all: before the exchange they find nothing to do."""
-        with self._on_device():
+        with on_device(self._device):
             for launch in self._launches:
                 restore_kernel[(programs or launch.tiles,)](
                     self._table,
@@ -414,13 +396,3 @@ class Perturbation:
                     BITS=_BITS[launch.theta.itemsize],
                     **launch.layout,
                 )
-
-    def _on_device(self):
-        """Triton launches on the current device."""
-        device = self._device
-        return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
-
-
-def _int32(value: int) -> int:
-    """The lowest 32 bits as a signed number: unsigned ones would be compiled anew from 2^31 on."""
-    return (value + 2**31) % 2**32 - 2**31

@@ -1,10 +1,20 @@
-"""What the kernels share: which token a row predicts, where a row lies, and the aligned part of it.
+"""What the kernels share: which token a row predicts, where a row lies, and the aligned part of it; and their launchers.
 
 Names: i_ program or row index, o_ offsets, m_ masks, b_ values in registers.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
 import triton
 import triton.language as tl
+
+TYPES = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
 
 
 @triton.jit
@@ -87,3 +97,28 @@ def exp(x):
 def float_from_bits(bits):
     """A float64 argument, exact: Triton passes Python floats as float32."""
     return bits.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def round_to_nearest(b_x, DTYPE: tl.constexpr):
+    """To DTYPE. To 16 bits by way of float32, as torch does it; to bfloat16 by bits: the interpreter's cast truncates."""
+    if DTYPE == tl.bfloat16:
+        b_x = b_x.to(tl.float32)
+        b_bits = b_x.to(tl.int32, bitcast=True)
+        b_bits = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) >> 16
+        b_bits = tl.where(b_x == b_x, b_bits, 0x7FC0)  # noqa: PLR0124  a carry makes infinity of some NaNs
+        return b_bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    elif DTYPE == tl.float16:
+        return b_x.to(tl.float32).to(tl.float16)
+    else:
+        return b_x.to(DTYPE)
+
+
+def int32(value: int) -> int:
+    """The lowest 32 bits as a signed number: unsigned ones would be compiled anew from 2^31 on."""
+    return (value + 2**31) % 2**32 - 2**31
+
+
+def on_device(device: torch.device) -> AbstractContextManager:
+    """Triton launches on the current device."""
+    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)

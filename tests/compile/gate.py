@@ -65,6 +65,7 @@ REGISTERS = {
     "norm_kernel": {"REG": 64, "vgpr_count": 64},
     "exchange_kernel": {"REG": 144, "vgpr_count": 128},
     "restore_kernel": {"REG": 96, "vgpr_count": 64},
+    "noise_kernel": {"REG": 144, "vgpr_count": 128},
     "pairs_kernel": {"REG": 96, "vgpr_count": 128},
     "logps_kernel": {"REG": 96, "vgpr_count": 128},
 }
@@ -81,7 +82,7 @@ STAGED_REGISTERS, STAGED_INSTRUCTIONS = {"REG": 96, "vgpr_count": 128}, 24
 # By target and a logit's bytes. float32 takes 100 on sm_120: two programs of 8 warps run side by side up to 128.
 STAGED_MORE = {("sm_120", 4): {"REG": 104}}
 # Bytes that a thread may put on the stack where nothing is asked of the speed. The perturbation of unaligned weights has an
-# address for each access, of which Triton 3.6 spills two; float64, for gradcheck, has 24 (sm_80) and 36 (AMD) in the loss.
+# address for each access, of which Triton 3.6 spills two; float64, for gradcheck, has 16 (sm_80, sm_120) and 36 (AMD) in the loss.
 UNALIGNED_SPILLS, FLOAT64_SPILLS = 16, 48
 
 

@@ -76,6 +76,7 @@ def perturbation_path(
         subject.squared_norm()
         subject.exchange(0.1, seed, step)
         subject.restore()
+        subject.fill_with_noise([tensor(direction_dtype) for _ in range(moves)], [(offset, i, 0) for i in range(moves)], step, seed)
 
     return launch
 
@@ -191,7 +192,7 @@ JOBS = [
     *(Job("perturbation", target, what) for target in artefacts.TARGETS for what in PERTURBATION_OTHERS),
     *(Job("candidates", target, "bfloat16") for target in EXHAUSTIVE),
 ]
-# Whose instructions are looked at. The second launch of the forward takes microseconds.
+# Whose instructions are looked at. The second launch of the forward reads some bytes a row.
 STREAMING = {"statistics_kernel", "gradient_kernel", "norm_kernel", "exchange_kernel", "restore_kernel"}
 
 

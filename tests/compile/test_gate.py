@@ -26,7 +26,7 @@ import triton.language as tl
 
 import artefacts
 import gate
-from gapo_kernels.kernels import config, perturbation, statistics, tuning
+from gapo_kernels.kernels import config, noise, perturbation, statistics, tuning
 from launches import (
     BF16,
     DTYPES,
@@ -49,7 +49,7 @@ pytestmark = pytest.mark.skipif(not artefacts.disassembler_found(), reason="this
 
 LOSS_KERNELS = {"statistics_kernel", "pairs_kernel", "logps_kernel", "gradient_kernel"}
 LINEAR_KERNELS = LOSS_KERNELS - {"pairs_kernel"}
-PERTURBATION_KERNELS = {"norm_kernel", "exchange_kernel", "restore_kernel"}
+PERTURBATION_KERNELS = {"norm_kernel", "exchange_kernel", "restore_kernel", "noise_kernel"}
 # What config.TABLE calls the kernels that it has evidence of.
 TABLE_NAMES = {"statistics_kernel": "statistics", "gradient_kernel": "gradient", "exchange_kernel": "perturbation"}
 
@@ -196,7 +196,7 @@ def test_what_was_tuned_is_compiled(tmp_path, monkeypatch):
 
 def test_one_launch_per_pass():
     """However many parameters there are, of one combination of dtypes and alignment; and one program that loads what
-    restores before the weights move."""
+    restores before the weights move. Noise has half as large tiles."""
     launched = []
 
     class Counted:
@@ -209,9 +209,10 @@ def test_one_launch_per_pass():
 
     with pytest.MonkeyPatch.context() as patch:
         for name in PERTURBATION_KERNELS:
-            patch.setattr(perturbation, name, Counted(getattr(perturbation, name)))
+            module = noise if name == "noise_kernel" else perturbation
+            patch.setattr(module, name, Counted(getattr(module, name)))
         perturbation_path(BF16, BF16, BF16, n=8193, moves=7)()
-    assert launched == [(14,), (1,), (14,), (14,)]
+    assert launched == [(14,), (1,), (14,), (14,), (21,)]
 
 
 # The gate itself: a kernel that is wrong in a known way is caught, and for that. ----------------------------------------

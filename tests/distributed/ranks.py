@@ -149,7 +149,7 @@ def averaged_gradients(rank):
     """Of float16 numbers whose sum is none, and of one in another dtype than its parameter that rank 1 lacks."""
     params = [nn.Parameter(torch.ones(4, dtype=torch.float16)), nn.Parameter(torch.ones(3))]
     grads = [torch.full((4,), 4e4, dtype=torch.float16), None if rank else torch.full((3,), 5.0, dtype=torch.float64)]
-    return averaged(grads, params, None, ours=False)
+    return averaged(grads, params, None, ours=False)[0]
 
 
 def not_finite_on_one_rank(rank):
@@ -204,9 +204,9 @@ def fsdp(
 
 
 def originals(rank, kind, model, **options):
-    """For each parameter, whether its original weights wait in the memory of its gradient."""
+    """For each parameter, whether its original weights wait in the memory of its gradient, or of its given one's average."""
     model = tiny_models.build(model, torch.bfloat16)
-    model = nn.parallel.DistributedDataParallel(model) if kind == "ddp" else _shard(model, **options)
+    model = _shard(model, **options) if kind == "fsdp" else nn.parallel.DistributedDataParallel(model)
     anchor = GeometricAnchor.from_model(model, rho=RHO)
     found, start = [], perturbation.Perturbation.__init__
 
@@ -216,7 +216,11 @@ def originals(rank, kind, model, **options):
 
     perturbation.Perturbation.__init__ = recording
     before = [full(p.detach()).clone() for p in anchor.params]
-    gapo_step(logps_of(model, rank), anchor)
+    if kind == "given":
+        with anchor.perturbed(grads=[torch.randn_like(p) for p in anchor.params]):
+            pass
+    else:
+        gapo_step(logps_of(model, rank), anchor)
     return found, all(torch.equal(full(p.detach()), b) for p, b in zip(anchor.params, before))
 
 

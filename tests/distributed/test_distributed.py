@@ -126,7 +126,7 @@ def test_fsdp2_rounds_to_the_right_gaps_in_the_mean(on_two_ranks):
 
 
 @pytest.mark.parametrize("name", tiny_models.NAMES)
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "given", "fsdp"])
 def test_no_third_copy_of_the_weights(on_two_ranks, kind, name):
     for found, restored in on_two_ranks("originals", kind=kind, model=name):
         assert len(found) > 20 and all(found) and restored

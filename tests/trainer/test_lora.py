@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from conftest import made_up_pairs, tiny_model
-from peft import LoHaConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, PromptTuningConfig, VeraConfig, get_peft_model
 from test_trainer import make_trainer, other_model
 
 from gapo_trainer.adapters import check_targets
@@ -42,6 +42,28 @@ def test_adapters_that_a_shared_backward_cannot_take_are_refused_before_the_firs
     lora_trainer(tokenizer, tmp_path, tiny_model(torch.float32), dora)
     with pytest.raises(NotImplementedError, match="share_backward=True cannot take .*, which a parameter of shape"):
         lora_trainer(tokenizer, tmp_path, tiny_model(torch.float32), dora, share_backward=True)
+
+
+UNCAST = {
+    "DoRA": LoraConfig(**LORA, use_dora=True),
+    "IA3": IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False),
+    "VeRA": VeraConfig(r=4, target_modules=["q_proj"], init_weights=False),
+}
+
+
+@pytest.mark.parametrize("kind", UNCAST)
+def test_what_autocast_leaves_alone_of_adapters_leaves_no_gap(tokenizer, tmp_path, kind):
+    """DoRA's magnitudes, say, compute in float32 around matrix products that do not."""
+    model = tiny_model(torch.float32, tie_word_embeddings=False)
+    trainer = lora_trainer(tokenizer, tmp_path, model, UNCAST[kind], bf16=True, max_steps=2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="autocast computes with")
+        trainer.train()
+    batch = next(iter(trainer.get_train_dataloader()))
+    for rho, moved in ((0.0, False), (1.0, True)):
+        trainer.anchor.rho = rho
+        _, out = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+        assert bool(out.gap.any()) is moved
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["peft_config", "PeftModel"])
