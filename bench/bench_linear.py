@@ -58,12 +58,14 @@ class Case:
     seconds: float = 70.0
     goals: dict[str, float] = field(default_factory=dict)  # contender: how many times ours its time is to be, at least
     floor_goals: dict[str, float] = field(default_factory=dict)  # "whole": the least share of the floor
+    budget: int | None = None  # bytes of logits that ours holds at a time; None: its default, 2^30
 
     def __str__(self) -> str:
         if self.data != "random":
             return f"{self.data}, {self.pairs} pairs, {str(self.dtype)[6:]}"
         shape = [2 * self.pairs, self.length, self.width, self.vocabulary]
-        return f"{shape} {str(self.dtype)[6:]} {self.ignored:.0%} ignored"
+        budget = "" if self.budget is None else f", {self.budget / 2**30:g} GiB of logits"
+        return f"{shape} {str(self.dtype)[6:]} {self.ignored:.0%} ignored{budget}"
 
 
 class Batch(NamedTuple):
@@ -94,8 +96,10 @@ def cases(where: torch.device, quick: bool = False) -> list[Case]:
         goals = dict(goals={"trl": 1.25, "liger": 1.5, "liger-compiled": 1.5}, floor_goals={"whole": 1 / 1.15})
         wanted = [
             replace(base, ignored=0.0, peers=GPU_PEERS | {"compiled"}, importance=0, **goals),
-            replace(base, ignored=0.0, length=4096, importance=0, **goals),
+            # A pair's logits are 1.96 GiB: with less, some are made twice.
+            replace(base, ignored=0.0, length=4096, importance=0, budget=2**31, **goals),
             base,
+            replace(base, ignored=0.0, length=4096),
             replace(base, length=4096),
             replace(base, ignored=0.0, pairs=4, vocabulary=151936),  # the shape of the measurements that TRL published
             Case(16, None, 576, 49152, BF16, None, "smollm2", GPU_PEERS, 1, seconds=6),
@@ -228,12 +232,13 @@ def measure(
     }
     # Against float64, compiled code is off by 1e-5 in float32. In 16 bits the GEMMs round the logits, the others the
     # log-probabilities as well.
+    budget = {} if case.budget is None else {"max_logits_bytes": case.budget}
     found = peers.checked(
-        {"ours": ours(), "ours-64mib": ours(max_logits_bytes=SMALL_BUDGET)},
+        {"ours": ours(**budget), "ours-64mib": ours(max_logits_bytes=SMALL_BUDGET)},
         {name: make for name, make in makers.items() if name == "eager" or name in case.peers},
         batch,
         [batch.hidden, batch.weight],
-        peers.Expected(*reference_of(batch), *((5e-5, 5e-5) if case.dtype == F32 else (5e-2, 0.5))),
+        peers.Expected(*reference_of(batch), *((5e-5, 5e-5) if case.dtype == F32 else (5e-2, 0.25))),
         where,
     )
 

@@ -178,7 +178,7 @@ def measure(
         {name: make for name, make in makers.items() if name in wanted},
         batch,
         [batch.logits],
-        peers.Expected(*reference_of(batch), *((1e-5, 1e-4) if case.dtype == F32 else (1e-2, 0.5))),
+        peers.Expected(*reference_of(batch), *((1e-5, 1e-4) if case.dtype == F32 else (1e-2, 0.25))),
         where,
         restore=lambda name: mend(batch) if name == "liger" else None,
     )

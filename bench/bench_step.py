@@ -4,13 +4,15 @@ Contenders, on the same tokens and weights and in turns:
     authors          the authors' recipe: probe forward and backward, anchor forward, clean forward and backward; plain steps
                      over the parameters, tensor by tensor; eager head; in the model's own dtype
     authors-float32  the same in float32, where the model is in 16 bits: there the authors have a recipe of its own
+    authors-tf32     that one on a GPU's TF32 units
     ours             gapo_step with linear_sequence_logps
     ours-logits      gapo_step with sequence_logps
     ours-eager-head  gapo_step with the authors' eager head: two forwards and two backwards instead of three and two
     ours-shared, ours-shared-eager-head  the same two with share_backward: two forwards and one and a half backwards
 
 `gap_errors` are || gaps - truth || / || truth || over the pairs, the truth computed in float32: what a recipe's speed
-costs. `of_authors` is a recipe's time over the authors', round by round.
+costs; ours must stay below 100 %, which an anchor that does not move has. `of_authors` is a recipe's time over the
+authors', round by round.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ from gapo_kernels import GeometricAnchor, gapo_step, linear_sequence_logps, sequ
 SUITE = "step"
 ROUNDS = 9
 GAMMA, RHO = 0.5, 0.05
+# How far a recipe's loss, gradient and gaps may be off, relatively, before it is not the same work.
+LIMITS, LIMITS_OF_16_BITS, EAGER_LIMITS = (1e-5, 1e-3, 1e-2), (0.1, 0.5, 1.0), (0.3, 0.5, float("inf"))
 SMOLLM2 = "SmolLM2-135M"
 # Random weights in the shape of Llama-3.2-1B, and in none at all.
 LLAMAS = {
@@ -97,6 +101,18 @@ def load(case: Case, where: torch.device) -> tuple[torch.nn.Module, data.Tokens]
     for param in model.parameters():
         param.data.copy_(param.data.to(case.dtype))
     return model, tokens
+
+
+def in_tf32(step: Callable[[], object]) -> Callable[[], object]:
+    def run():
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        try:
+            return step()
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    return run
 
 
 def random_llama(shape: dict[str, int]) -> torch.nn.Module:
@@ -217,6 +233,8 @@ def measure(
     }
     if recipe is not exact:
         steps["authors-float32"] = (exact, exact.authors)
+        if where.type == "cuda":
+            steps["authors-tf32"] = (exact, in_tf32(exact.authors))
     loss, truth = exact.ours(exact.eager_logps)
     truth, gradient = truth.double(), exact.gradients()
     exact.zero_grad()
@@ -243,16 +261,18 @@ def measure(
         errors[name] = (torch.linalg.vector_norm(gaps.double() - truth) / torch.linalg.vector_norm(truth)).item()
         gradients[name] = owner.gradients()
         owner.zero_grad()
-    # The eager head keeps log-probs in bfloat16, which is what the loss then shows: gap_errors says how much.
     loss, gradient = losses.get(judge, loss), gradients.get(judge, gradient)
-    judged, loss_limit, gradient_limit = list(steps), 1e-5, 1e-3
-    if recipe is not exact:
-        judged, loss_limit, gradient_limit = ["ours", "ours-logits", "ours-shared"], 0.1, 0.5
-    for name in [name for name in judged if name in steps]:
+    for name in steps:
+        loss_limit, gradient_limit, gap_limit = LIMITS
+        if recipe is not exact:
+            # An eager head keeps log-probs in bfloat16, which is what the loss then shows: gap_errors says how much.
+            eager = "authors" in name or "eager" in name
+            loss_limit, gradient_limit, gap_limit = EAGER_LIMITS if eager else LIMITS_OF_16_BITS
         off = abs(losses[name].item() / loss.item() - 1)
         worst = ((gradients[name] - gradient).norm() / gradient.norm()).item()
-        if not (off <= loss_limit and worst <= gradient_limit):
-            raise AssertionError(f"{name} differs from {judge}: loss by {off:.2g}, gradient by {worst:.2g}")
+        if not (off <= loss_limit and worst <= gradient_limit and errors[name] < gap_limit):
+            differs = f"loss by {off:.2g}, gradient by {worst:.2g}, gaps by {errors[name]:.2g}"
+            raise AssertionError(f"{name} differs from {judge}: {differs}")
 
     contenders = {
         name: harness.Contender(lambda _, step=step: step(), restore=owner.zero_grad)

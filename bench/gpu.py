@@ -30,8 +30,9 @@ import tempfile
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -43,6 +44,7 @@ from bench import bench_anchor, bench_linear, bench_logits, bench_step, data, ha
 SUITES = (bench_logits, bench_step, bench_linear, bench_anchor)  # in order of importance, among equal cases
 SECONDS = 450.0
 TEST_SHARE = 0.3  # of the time, at most
+MOST_PROCESSES = 8  # of tests, side by side
 TO_TUNE = 90.0  # seconds
 LAST_START = 5.0  # seconds: no case begins with less time left
 TO_SUM_UP = 10.0  # seconds that a run of tests has when its time is over, to say what failed
@@ -126,41 +128,63 @@ def interruptible() -> Iterator[None]:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def run_tests(arguments: Sequence[str], seconds: float) -> dict[str, Any]:
-    """pytest in a process of its own: its counts, also of a run that was stopped for want of time."""
+def run_tests(arguments: Sequence[str], seconds: float, processes: int = 1) -> dict[str, Any]:
+    """pytest in processes of its own, with a part of the tests each: its counts, also of a run that was stopped for want
+    of time."""
     command = ["-m", "pytest", "-q", "--color=no", "-p", "no:cacheprovider", "--continue-on-collection-errors", *arguments]
+    parts = [[]] if processes == 1 else [[f"--shard={number}/{processes}"] for number in range(1, processes + 1)]
     path = os.pathsep.join(filter(None, [str(harness.ROOT), str(harness.ROOT / "python"), os.environ.get("PYTHONPATH")]))
     begin = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as output:
-        with interruptible():
-            process = subprocess.Popen(
-                [sys.executable, *command],
-                cwd=harness.ROOT,
-                env={**os.environ, "PYTHONPATH": path},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
+    with ExitStack() as stack:
+        outputs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in parts]
+        running = []
         try:
-            status = process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            status = None
-            process.send_signal(signal.SIGINT)  # pytest then says what has failed so far
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=TO_SUM_UP)
+            with interruptible():
+                for part, output in zip(parts, outputs):
+                    process = subprocess.Popen(
+                        [sys.executable, *command, *part],
+                        cwd=harness.ROOT,
+                        env={**os.environ, "PYTHONPATH": path},
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                    )
+                    running.append(process)
+            ended = wait(running, begin + seconds)
+            for process in running:
+                if process not in ended:
+                    process.send_signal(signal.SIGINT)  # pytest then says what has failed so far
+            wait(running, time.perf_counter() + TO_SUM_UP)
         finally:
-            process.kill()
-            process.wait()
-        output.seek(0)
-        text = output.read()
+            for process in running:
+                process.kill()
+                process.wait()
+        texts = []
+        for output in outputs:
+            output.seek(0)
+            texts.append(output.read())
+    stopped = len(ended) < len(running)
+    statuses = [process.returncode for process in ended if process.returncode]
+    status = statuses[0] if statuses else None if stopped else 0
     return {
         "command": " ".join(["python", *command]),
+        "processes": processes,
         "seconds": time.perf_counter() - begin,
         "complete": status == 0,
         "status": status,  # the return code, minus the signal's number after one; None where the clock stopped it
-        "counts": counts_in(text),
-        "failures": re.findall(r"^(?:FAILED|ERROR) (.*)$", text, re.MULTILINE),
-        "output": "" if status == 0 else text[-OUTPUT:],
+        "counts": dict(sum(map(Counter, map(counts_in, texts)), Counter())),
+        "failures": re.findall(r"^(?:FAILED|ERROR) (.*)$", "\n".join(texts), re.MULTILINE),
+        "output": "" if status == 0 else "\n".join(text[-OUTPUT // processes :] for text in texts),
     }
+
+
+def wait(running: Sequence[subprocess.Popen], until: float) -> list[subprocess.Popen]:
+    """Those that end by then."""
+    ended = []
+    for process in running:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=max(0.0, until - time.perf_counter()))
+            ended.append(process)
+    return ended
 
 
 def counts_in(text: str) -> dict[str, int]:
@@ -257,13 +281,17 @@ def prepare(session: Session, end: float, tests: Sequence[Sequence[str]], quick:
     """Tests, until the clock says `end`, and launch parameters."""
     tests = tests[:1] if quick else tests
     for number, arguments in enumerate(tests):
-        run = run_tests(arguments, (end - time.monotonic()) / (len(tests) - number))
+        # What needs a GPU of its own comes first; the others mostly wait for compilers.
+        processes = 1 if number == 0 else max(1, min(MOST_PROCESSES, (os.cpu_count() or 1) // 2))
+        run = run_tests(arguments, (end - time.monotonic()) / (len(tests) - number), processes)
         session.found["tests"].append(run)
-        wrong = wrong_with(run, session.where)
+        name, wrong = f"tests: {' '.join(arguments)}", wrong_with(run, session.where)
+        stopped = None if run["status"] is not None else f"stopped after {run['seconds']:.0f} s: not all ran"
         if wrong is not None:
-            session.found["failed"][f"tests: {' '.join(arguments)}"] = wrong
-        stopped = "" if run["status"] is not None else f", stopped after {run['seconds']:.0f} s: not all ran"
-        print(f"tests: {run['counts']}{stopped if wrong is None else f', {wrong}'}", flush=True)
+            session.found["failed"][name] = wrong
+        elif stopped is not None:
+            session.found["left_out"][name] = stopped
+        print(f"tests: {', '.join(filter(None, [str(run['counts']), wrong or stopped]))}", flush=True)
         session.save()
     try:
         with not_for_ever(session, "tuning", TO_TUNE + HUNG):

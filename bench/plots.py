@@ -45,8 +45,9 @@ STYLES = {
     "cce": ("#56B4E9", "X", "-"),
     "authors": ("#000000", "s", "-"),
     "authors-float32": ("#7F7F7F", "s", "-"),
+    "authors-tf32": ("#7F7F7F", "s", "--"),
 }
-STEP_ORDER = "authors-float32 authors ours-eager-head ours-logits ours ours-shared-eager-head ours-shared".split()
+STEP_ORDER = "authors-float32 authors-tf32 authors ours-eager-head ours-logits ours ours-shared-eager-head ours-shared".split()
 OTHER = ("#7F7F7F", "x", "-")
 FLOOR = {"color": "#7F7F7F", "linestyle": ":", "linewidth": 1.5}
 # One operation is a multiplication, an addition, a comparison or an exponential. A logit takes four in each of its three

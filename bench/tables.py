@@ -23,6 +23,7 @@ CONTENDERS = {
     "ours-64mib": "ours, 64 MiB",
     "authors": "authors' recipe",
     "authors-float32": "authors' recipe in float32",
+    "authors-tf32": "authors' recipe in TF32",
     "ours": "ours",
     "ours-logits": "ours, `sequence_logps`",
     "ours-eager-head": "ours, eager head",
@@ -314,7 +315,9 @@ def goals_of(case: Case) -> str:
         moved = case["ratio_spread"].get(name)
         if moved is not None:
             reached = f"{significant(case['ratios'][name]['median'], 3)}x of {least}x"
-            found.append(f"{CONTENDERS.get(name, name)} {reached} (moved by {percent(moved)})")
+            errors = case.get("gap_errors", {})
+            gaps = f"; gaps off by {percent(errors[name])}, ours by {percent(errors['ours'])}" if name in errors else ""
+            found.append(f"{CONTENDERS.get(name, name)} {reached} (moved by {percent(moved)}{gaps})")
     for part, least in case.get("floor_goals", {}).items():
         floor = case["floor"] if part == "whole" else case["parts"][part]["floor"]
         found.append(f"{part} {floor['fraction']:.0%} of the floor's {least:.0%}")

@@ -75,16 +75,26 @@ if INTERPRETED:
     hasten_the_interpreter()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--shard", metavar="I/N", help="the I-th of N parts of the tests, 1 <= I <= N, for processes side by side")
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "kernels: depends on the back end; what the interpreter should run")
     # numpy says aloud what the interpreted kernels rely on: lowest - x overflows to -inf, inf - inf is NaN
     config.addinivalue_line("filterwarnings", "ignore:(overflow|invalid|divide|All-NaN):RuntimeWarning:triton")
 
 
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(hookwrapper=True)
+def pytest_collection_modifyitems(config, items):
     for item in items:
         if "backend" in item.fixturenames:
             item.add_marker(pytest.mark.kernels)
+    yield  # -m and -k choose
+    if shard := config.getoption("--shard"):
+        number, count = map(int, shard.split("/"))
+        config.hook.pytest_deselected(items=[item for place, item in enumerate(items) if place % count != number - 1])
+        items[:] = items[number - 1 :: count]
 
 
 @pytest.fixture(params=BACKENDS)

@@ -326,13 +326,29 @@ def test_a_run_of_tests_that_takes_too_long_is_stopped(tmp_path):
     assert gpu.wrong_with(found, CPU) is None
 
 
+def test_tests_that_the_clock_stops_are_left_out(tmp_path):
+    file = tmp_path / "test_slow.py"
+    file.write_text("import time\ndef test_quick(): pass\ndef test_slow(): time.sleep(300)\n")
+    session = gpu.Session(CPU, tmp_path)
+    arguments = ["-c", os.devnull, str(file)]
+    gpu.prepare(session, time.monotonic() + 8.0, [arguments], quick=True)
+    assert session.found["left_out"].keys() == {f"tests: {' '.join(arguments)}"} and not session.found["failed"]
+
+
+def test_processes_side_by_side_run_each_test_once():
+    arguments = ["tests/test_objective.py", "-k", "not wrong_arguments"]
+    whole, split = gpu.run_tests(arguments, 300.0), gpu.run_tests(arguments, 300.0, processes=3)
+    assert whole["complete"] and split["complete"]
+    assert whole["counts"]["passed"] == split["counts"]["passed"] > 3
+
+
 @pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN], ids=["foreground", "background"])
 def test_a_run_of_tests_that_is_stopped_says_what_had_failed(handler, tmp_path, monkeypatch):
     reached = tmp_path / "reached"
 
     class UntilReached(subprocess.Popen):
         def wait(self, timeout=None):
-            if timeout != 1234.0:
+            if timeout is None or timeout < 1000.0:
                 return super().wait(timeout)
             while not reached.exists():
                 time.sleep(0.05)
@@ -499,6 +515,36 @@ def test_the_plain_llama_is_transformers():
     own.load_state_dict(plain.state_dict())
     ids = torch.randint(shape["vocab_size"], (3, 17))
     torch.testing.assert_close(plain(ids).logits, own(ids).logits)
+
+
+def test_a_peer_in_16_bits_may_round_but_not_leave_out(monkeypatch):
+    made = bench_logits.peers.eager_from_logits
+
+    def half(gamma, sliced):
+        def loss(batch):
+            value = made(gamma, sliced)(batch)
+            return (value + value.detach()) / 2
+
+        return loss if sliced else made(gamma, sliced)
+
+    monkeypatch.setattr(bench_logits.peers, "eager_from_logits", half)
+    case = next(case for case in bench_logits.cases(CPU, True) if case.dtype == torch.bfloat16)
+    result = bench_logits.measure(case, 3, CPU, seconds=1, quick=True)
+    assert "eager-view" in result["times"] and "its gradient by 0.4" in result["absent"]["eager"]
+
+
+def test_an_anchor_that_does_not_move_is_no_step(monkeypatch):
+    ours = bench_step.Recipe.ours
+
+    def unmoved(self, logps, **options):
+        if self.model.dtype == torch.bfloat16:
+            self.anchor.rho = 0.0
+        return ours(self, logps, **options)
+
+    monkeypatch.setattr(bench_step.Recipe, "ours", unmoved)
+    case = next(case for case in bench_step.cases(CPU, True) if case.dtype == torch.bfloat16)
+    with pytest.raises(AssertionError, match="ours differs from authors-float32: .* gaps by"):
+        bench_step.measure(case, 3, CPU, seconds=1, quick=True)
 
 
 def test_a_peer_may_take_long_and_is_then_absent_but_not_longer_than_the_case(monkeypatch):
