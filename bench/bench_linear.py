@@ -277,6 +277,7 @@ def measure(
             "dtype": str(case.dtype)[6:],
             "ignored": (targets == -100).float().mean().item() if case.ignored is None else case.ignored,
             "data": case.data,
+            **({} if case.budget is None else {"budget": f"{case.budget / 2**30:g} GiB"}),
         },
         times,
         {"gemms": None},

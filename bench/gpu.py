@@ -134,6 +134,8 @@ def run_tests(arguments: Sequence[str], seconds: float, processes: int = 1) -> d
     command = ["-m", "pytest", "-q", "--color=no", "-p", "no:cacheprovider", "--continue-on-collection-errors", *arguments]
     parts = [[]] if processes == 1 else [[f"--shard={number}/{processes}"] for number in range(1, processes + 1)]
     path = os.pathsep.join(filter(None, [str(harness.ROOT), str(harness.ROOT / "python"), os.environ.get("PYTHONPATH")]))
+    # Threads of processes that share their cores wait for each other, and busily.
+    threads = {} if processes == 1 else {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     begin = time.perf_counter()
     with ExitStack() as stack:
         outputs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in parts]
@@ -144,7 +146,7 @@ def run_tests(arguments: Sequence[str], seconds: float, processes: int = 1) -> d
                     process = subprocess.Popen(
                         [sys.executable, *command, *part],
                         cwd=harness.ROOT,
-                        env={**os.environ, "PYTHONPATH": path},
+                        env={**os.environ, "PYTHONPATH": path, **threads},
                         stdout=output,
                         stderr=subprocess.STDOUT,
                     )

@@ -31,6 +31,9 @@ CONTENDERS = {
     "ours-shared-eager-head": "ours, `share_backward`, eager head",
     "foreach": "torch._foreach",
 }
+# The gaps' error up to which a step in 16 bits may be measured by one in float32: what rounding activations takes
+# (docs/anchor.md), with some room. To nearest, the weights' rounding takes more.
+COMPARABLE = 0.4
 EXPONENTIALS = "three exponentials"  # the floor's name in the logits path's times
 FLOORS = {"copy": "memory traffic", EXPONENTIALS: "exponentials", "gemms": "four GEMMs"}
 PARAMETERS = {
@@ -44,6 +47,7 @@ PARAMETERS = {
     "pass": "pass",
     "ignored": "ignored rows",
     "data": "data",
+    "budget": "logits at a time",
 }
 NONE = "–"
 DATA = {"random": "random", "smollm2": "SmolLM2"}
@@ -315,8 +319,10 @@ def goals_of(case: Case) -> str:
         moved = case["ratio_spread"].get(name)
         if moved is not None:
             reached = f"{significant(case['ratios'][name]['median'], 3)}x of {least}x"
-            errors = case.get("gap_errors", {})
-            gaps = f"; gaps off by {percent(errors[name])}, ours by {percent(errors['ours'])}" if name in errors else ""
+            errors, gaps = case.get("gap_errors", {}), ""
+            if name in errors:
+                gaps = f"; gaps off by {percent(errors[name])}, ours by {percent(errors['ours'])}"
+                gaps += ": not comparable" if errors["ours"] > max(errors[name], COMPARABLE) else ""
             found.append(f"{CONTENDERS.get(name, name)} {reached} (moved by {percent(moved)}{gaps})")
     for part, least in case.get("floor_goals", {}).items():
         floor = case["floor"] if part == "whole" else case["parts"][part]["floor"]

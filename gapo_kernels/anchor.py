@@ -204,7 +204,8 @@ class GeometricAnchor:
         or noise one copy of the parameters that move).
 
         Args:
-            objective: scalar with a graph; theta~ is uphill of it. Not used by direction="gaussian".
+            objective: scalar with a graph; theta~ is uphill of it. direction="gaussian" asks its graph, if it is given one,
+                which parameters autocast leaves alone.
             grads: its gradients instead, in the order of `self.params`; None for a parameter without. They are only
                 read. With several ranks they are averaged, too.
             retain_graph: keep the objective's graph for a later backward.
@@ -270,7 +271,8 @@ class GeometricAnchor:
         if spared and self.compute_dtype in HALF and self.params[0].dtype not in HALF:
             around = torch.is_autocast_enabled(self.params[0].device.type)
             if isinstance(objective, Tensor):
-                spared = spared_in(objective, spared, around)
+                gathered = {} if self._sharded is None else self._sharded.gathered()
+                spared = spared_in(objective, spared, around, gathered)
             elif not around:
                 spared = set()
         for name, param in zip(self.names, self.params):
@@ -329,11 +331,11 @@ class GeometricAnchor:
             raise ValueError(f"the objective must be a scalar, got shape {tuple(objective.shape)}")
         if not objective.requires_grad:
             raise ValueError("the objective must have a graph, got a constant; was it computed under no_grad?")
-        if _cuda_graphs_pend(objective.device):
+        if _cuda_graphs_pend(objective.device) and any(distributed.compiled(objective)):
             raise RuntimeError(
                 "expected an objective whose graph keeps its memory, got compiled code that runs as CUDA graphs: the next "
-                "run writes over its gradients, where the original weights would wait. Compile with "
-                "mode='max-autotune-no-cudagraphs' or the default one"
+                "run writes over its gradients, where the original weights would wait. Call torch._dynamo.reset() and "
+                "compile with mode='max-autotune-no-cudagraphs' or the default one"
             )
         if self._sharded is not None:
             return self._sharded.gradients(objective, self.params, retain_graph)

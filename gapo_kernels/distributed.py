@@ -7,6 +7,7 @@ are DTensors whose gradients FSDP averages itself, in a real backward: autograd.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -165,6 +166,14 @@ def _buckets(grads: list[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
+def compiled(result: Tensor) -> Iterator[object]:
+    """What torch.compile noted of its own nodes in a result's graph."""
+    for node in nodes(result) if "torch._dynamo" in sys.modules else ():
+        metadata = getattr(getattr(node, "_forward_cls", None), "metadata", None)
+        if hasattr(metadata, "bw_donated_idxs"):
+            yield metadata
+
+
 def nodes(result: Tensor) -> Iterator[torch.autograd.graph.Node]:
     """Of a result's graph, each once."""
     seen, ahead = set(), [result.grad_fn]
@@ -243,6 +252,11 @@ class ShardedModel:
     def compute_dtypes(self) -> dict[int, torch.dtype | None]:
         """For every sharded parameter's id the dtype of its MixedPrecisionPolicy, if that has one."""
         return {id(p.sharded_param): group.mp_policy.param_dtype for group in self._groups() for p in group.fsdp_params}
+
+    def gathered(self) -> dict[int, int]:
+        """From the ids of the parameters that forwards compute with, and that a graph has, to those of the sharded ones."""
+        params = [param for group in self._groups() for param in group.fsdp_params]
+        return {id(p._unsharded_param): id(p.sharded_param) for p in params if hasattr(p, "_unsharded_param")}
 
     def check_no_backward_was_cut_off(self) -> None:
         if any(context.post_backward_final_callback_queued for context in self._contexts()):

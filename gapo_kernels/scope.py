@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -18,6 +18,9 @@ PLAIN_DECODERS = "bloom cohere falcon gemma2 gemma3_text gpt2 gpt_neox llama mis
 
 # PEFT's names of what is multiplied with activations and enters no matrix product, as the rows of lora_embedding_A do.
 UNCAST_BY_PEFT = ("ia3_l", "vera_lambda_b", "vera_lambda_d")
+
+# Autograd's names of what neither casts nor computes.
+VIEWS = frozenset("T Transpose Permute View UnsafeView ReshapeAlias Slice Select Unsqueeze Squeeze Alias Expand AsStrided".split())
 
 DATA_PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 NamedParameters = list[tuple[str, nn.Parameter]]
@@ -61,16 +64,31 @@ def spared_by_autocast(model: nn.Module) -> set[int]:
     return {key for key, spares in spared.items() if spares}
 
 
-def spared_in(objective: Tensor, spared: set[int], around: bool) -> set[int]:
+def spared_in(objective: Tensor, spared: set[int], around: bool, gathered: Mapping[int, int]) -> set[int]:
     """Those of them that autocast has left alone in the objective's graph: it casts other parameters there, and not these.
-    around: it was on around all of the graph, also of compiled code, whose casts are not seen."""
+    around: it was on around all of the graph, also of compiled code, whose casts are not seen. gathered: what the graph has
+    in the place of sharded parameters, by id."""
     cast, used = set(), set()
     for node in distributed.nodes(objective):
-        leaves = {id(child.variable) for child, _ in node.next_functions if hasattr(child, "variable")}
+        if _is_view(node):  # what it gives is cast, or used, further up
+            continue
+        leaves = {id(leaf) for child, _ in node.next_functions if (leaf := _leaf(child)) is not None}
+        leaves = {gathered.get(leaf, leaf) for leaf in leaves}
         (cast if node.name() == "ToCopyBackward0" else used).update(leaves)
     if around:
         return spared - cast
     return spared & used - cast if cast else set()
+
+
+def _is_view(node: torch.autograd.graph.Node | None) -> bool:
+    return node is not None and node.name().rstrip("0123456789").removesuffix("Backward") in VIEWS
+
+
+def _leaf(node: torch.autograd.graph.Node | None) -> Tensor | None:
+    """The parameter that a node's input is, or is a view of."""
+    while _is_view(node):
+        node = node.next_functions[0][0]
+    return getattr(node, "variable", None)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -129,7 +128,8 @@ def gapo_step(
             if kept and objective is not None:
                 _check_buffers_are_kept(margin)
             # In here, too: a backward of dynamic shapes is compiled when it first runs.
-            with buffers(), recorded, anchor.perturbed(objective, retain_graph=kept), torch.no_grad():
+            graph = margin.sum() if objective is None else objective  # which shows what autocast leaves alone
+            with buffers(), recorded, anchor.perturbed(graph, retain_graph=kept), torch.no_grad():
                 if sharing is not None and not sharing.tells_apart(valid):
                     sharing, again = None, not kept
                 with randomness.repeated() if drawn else unmoved.replayed():
@@ -169,11 +169,8 @@ def _kept_buffers() -> Iterator[None]:
 def _check_buffers_are_kept(result: Tensor) -> None:
     """RuntimeError for a graph with compiled code from elsewhere whose first backward writes over what it saved: torch's
     own check of that goes by the setting that `_kept_buffers` changes."""
-    if "torch._dynamo" not in sys.modules:
-        return
-    for node in distributed.nodes(result):
-        metadata = getattr(getattr(node, "_forward_cls", None), "metadata", None)
-        if getattr(metadata, "bw_donated_idxs", None):
+    for metadata in distributed.compiled(result):
+        if metadata.bw_donated_idxs:
             raise RuntimeError(
                 "expected a graph that two backwards can walk, got compiled code whose first backward uses up its buffers, "
                 "for it first ran outside of gapo_step, or without a probe: run it inside first, or call "

@@ -451,22 +451,25 @@ def test_what_autocast_leaves_alone_moves_in_its_own_dtype(where, checkpointing)
 class HeadInAllButName(nn.Module):
     """Whose embedding is its head, too, without a module that says so."""
 
-    def __init__(self):
+    def __init__(self, view):
         super().__init__()
+        self.view = view
         torch.manual_seed(0)
         self.embed, self.norm = nn.Embedding(VOCABULARY, 8), nn.LayerNorm(8)
         nn.init.normal_(self.norm.weight)
         nn.init.normal_(self.norm.bias)
 
     def forward(self, ids):
-        return nn.functional.linear(self.norm(self.embed(ids)), self.embed.weight)
+        return self.norm(self.embed(ids)) @ self.view(self.embed.weight)
 
 
+@pytest.mark.parametrize("direction", ["pessimistic", "gaussian"])
+@pytest.mark.parametrize("view", [torch.t, lambda weight: weight[:VOCABULARY].transpose(0, 1)], ids=["t", "some rows"])
 @pytest.mark.parametrize("where", ["around the step", "inside of logps_fn"])
-def test_a_weight_that_autocast_casts_is_on_the_grid_whatever_module_has_it(where):
+def test_a_weight_that_autocast_casts_is_on_the_grid_whatever_module_has_it(where, view, direction):
     ids, labels = tiny_models.preference_batch()
     ids, labels = ids % VOCABULARY, labels.where(labels < 0, labels % VOCABULARY)
-    model, on_grid, inside = HeadInAllButName(), {}, where == "inside of logps_fn"
+    model, on_grid, inside = HeadInAllButName(view), {}, where == "inside of logps_fn"
 
     def logps():
         if not torch.is_grad_enabled():
@@ -474,7 +477,8 @@ def test_a_weight_that_autocast_casts_is_on_the_grid_whatever_module_has_it(wher
         with torch.autocast("cpu", torch.bfloat16) if inside else contextlib.nullcontext():
             return sequence_logps(model(ids), labels)
 
-    anchor = GeometricAnchor.from_model(model, rho=3.0, scope="all", compute_dtype=torch.bfloat16)
+    options = dict(rho=3.0, scope="all", compute_dtype=torch.bfloat16, direction=direction)
+    anchor = GeometricAnchor.from_model(model, **options)
     with torch.autocast("cpu", torch.bfloat16, enabled=not inside):
         gapo_step(logps, anchor)
     assert on_grid == {"embed.weight": True, "norm.weight": False, "norm.bias": False}
@@ -498,16 +502,20 @@ def test_gradients_in_the_memory_of_cuda_graphs_are_refused(monkeypatch):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     pending = types.SimpleNamespace(running_forwards_with_pending_backwards=True)
     stand_in = types.SimpleNamespace(get_manager=lambda index, create_if_none_exists: pending)
+    compiled = torch.compile(model, backend="aot_eager")
+    logps = {forward: lambda forward=forward: sequence_logps(forward(ids, use_cache=False).logits, labels) for forward in (model, compiled)}
+    anchor = GeometricAnchor.from_model(model, rho=RHO)
+    gapo_step(logps[compiled], anchor)
     monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", stand_in)
     asked = anchor_module._cuda_graphs_pend
     assert not asked(torch.device("cpu"))
     monkeypatch.setattr(anchor_module, "_cuda_graphs_pend", lambda device: asked(torch.device("cuda", 0)))
-    anchor = GeometricAnchor.from_model(model, rho=RHO)
     with pytest.raises(RuntimeError, match="runs as CUDA graphs"):
-        gapo_step(lambda: sequence_logps(model(ids).logits, labels), anchor)
+        gapo_step(logps[compiled], anchor)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    gapo_step(logps[model], anchor).loss.backward()  # somebody else's, whose backward is to come
     pending.running_forwards_with_pending_backwards = False
-    gapo_step(lambda: sequence_logps(model(ids).logits, labels), anchor).loss.backward()
+    gapo_step(logps[compiled], anchor).loss.backward()
 
 
 def test_torchs_own_cuda_graphs_are_known_by_what_is_asked():

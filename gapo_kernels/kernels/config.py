@@ -69,7 +69,7 @@ TABLE = {
 }
 
 # Rows that one program of the second forward launch combines at a time. Each time it waits for three loads in a row: many
-# rows are few such waits where a pair's sequences are long. Of as many threads as AMD has; with two rows in each some spill.
+# rows are few such waits where a sequence is long. Of as many threads as AMD has; with two rows in each some spill.
 PAIRS = {"ROWS": 512, "num_warps": 16}
 
 # Plain loads: where a release of Triton pipelines such loops, num_stages >= 2 turns their loads into copies through

@@ -1,9 +1,9 @@
 """Forward, second launch: from partials to sequence log-probs, margins, gaps, loss, weights and gradient coefficients.
 
-One program a pair (or, for `sequence_logps`, a sequence): it merges its rows' partials in a fixed order, gathers the
-label logits and sums logp = (x_label - m) - log s. The program that finishes last, told by an integer ticket, adds up
-the pairs in their order: no float atomics, so the same bits on every run. Reads 8 to 16 bytes a row and part, writes 8
-a row (m and s for the backward), whatever V; what counts is how often it waits for them (config.PAIRS).
+One program a sequence, the policy's and the anchor's: it merges its rows' partials in a fixed order, gathers the label
+logits and sums logp = (x_label - m) - log s. The program that finishes last, told by an integer ticket, makes the pairs'
+numbers and adds them up in their order: no float atomics, so the same bits on every run. Reads 8 to 16 bytes a row and
+part, writes 8 a row (m and s for the backward), whatever V; what counts is how often it waits for them (config.PAIRS).
 
 Scalars are float64: there are few of them, and a loss of 1e-9 keeps its digits. The formulas are objective.py's.
 """
@@ -177,6 +177,7 @@ def pairs_kernel(
     part_max,  # (planes, splits, R)
     part_sum,
     ticket,  # (1,) int32, 0
+    sums,  # (planes, 2B) float64 scratch: the log-probs' of each sequence
     pair_terms_f64,  # (3, B) float64 scratch: loss, weight, NLL of each pair
     counts,  # (2B,) int64 scratch
     loss,  # () or (B,)
@@ -214,61 +215,23 @@ def pairs_kernel(
     PACKED: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    i_pair = tl.program_id(0).to(tl.int64)
-    i_rejected = i_pair + pairs
-    begin_c, end_c = sequence_bounds(i_pair, cu_seqlens, rows, length, PACKED)
-    begin_r, end_r = sequence_bounds(i_rejected, cu_seqlens, rows, length, PACKED)
-    sum_c, count_c = sequence_sum(
-        begin_c, end_c, logits, labels, part_max, part_sum, row_max, row_sum, rows, splits, length, vocabulary,
-        stride_sequence, stride_row, ignore_index, SHIFT, True, ROWS,
-    )  # fmt: skip
-    sum_r, count_r = sequence_sum(
-        begin_r, end_r, logits, labels, part_max, part_sum, row_max, row_sum, rows, splits, length, vocabulary,
-        stride_sequence, stride_row, ignore_index, SHIFT, True, ROWS,
-    )  # fmt: skip
-    b_chosen = sequence_mean(sum_c, count_c, LENGTH_NORMALIZED)
-    b_rejected = sequence_mean(sum_r, count_r, LENGTH_NORMALIZED)
-    b_margin = b_chosen - b_rejected
-    if GIVEN:
-        b_anchor = tl.load(given_margin + i_pair).to(tl.float64)
-    elif ANCHOR:
-        plane = splits.to(tl.int64) * rows
-        anchor_c, _ = sequence_sum(
-            begin_c, end_c, anchor_logits, labels, part_max + plane, part_sum + plane, row_max, row_sum, rows, splits,
-            length, vocabulary, anchor_stride_sequence, anchor_stride_row, ignore_index, SHIFT, False, ROWS,
+    i_program = tl.program_id(0).to(tl.int64)
+    sequences = 2 * pairs.to(tl.int64)
+    i_sequence = i_program % sequences
+    begin, end = sequence_bounds(i_sequence, cu_seqlens, rows, length, PACKED)
+    if i_program < sequences:
+        b_sum, b_count = sequence_sum(
+            begin, end, logits, labels, part_max, part_sum, row_max, row_sum, rows, splits, length, vocabulary,
+            stride_sequence, stride_row, ignore_index, SHIFT, True, ROWS,
         )  # fmt: skip
-        anchor_r, _ = sequence_sum(
-            begin_r, end_r, anchor_logits, labels, part_max + plane, part_sum + plane, row_max, row_sum, rows, splits,
-            length, vocabulary, anchor_stride_sequence, anchor_stride_row, ignore_index, SHIFT, False, ROWS,
-        )  # fmt: skip
-        b_anchor = sequence_mean(anchor_c, count_c, LENGTH_NORMALIZED) - sequence_mean(
-            anchor_r, count_r, LENGTH_NORMALIZED
-        )
+        tl.store(counts + i_sequence, b_count)
     else:
-        b_anchor = tl.zeros([], tl.float64)
-    b_gap = b_margin - b_anchor
-    b_valid = (count_c > 0) & (count_r > 0)
-    b_loss, b_weight = pair_terms(
-        b_gap,
-        float_from_bits(beta_bits),
-        float_from_bits(gamma_bits),
-        float_from_bits(label_smoothing_bits),
-        HINGE,
-    )
-    b_loss = tl.where(b_valid, b_loss, 0.0)
-    b_weight = tl.where(b_valid, b_weight, 0.0)
-    tl.store(chosen_logps + i_pair, b_chosen)
-    tl.store(rejected_logps + i_pair, b_rejected)
-    tl.store(margin + i_pair, b_margin)
-    tl.store(anchor_margin + i_pair, b_anchor)
-    tl.store(gap + i_pair, b_gap)
-    tl.store(weight + i_pair, b_weight)
-    tl.store(valid + i_pair, b_valid)
-    tl.store(counts + i_pair, count_c)
-    tl.store(counts + i_rejected, count_r)
-    tl.store(pair_terms_f64 + i_pair, b_loss)
-    tl.store(pair_terms_f64 + pairs + i_pair, b_weight)
-    tl.store(pair_terms_f64 + 2 * pairs.to(tl.int64) + i_pair, tl.where(b_valid, -sum_c, 0.0))
+        plane = splits.to(tl.int64) * rows
+        b_sum, b_count = sequence_sum(
+            begin, end, anchor_logits, labels, part_max + plane, part_sum + plane, row_max, row_sum, rows, splits,
+            length, vocabulary, anchor_stride_sequence, anchor_stride_row, ignore_index, SHIFT, False, ROWS,
+        )  # fmt: skip
+    tl.store(sums + i_program, b_sum)
 
     # Last program out: every thread's stores stand before the ticket is drawn (barrier, then release), and the loads
     # below come from L2, past what this processor's L1 may hold of the others' memory.
@@ -276,26 +239,51 @@ def pairs_kernel(
     drawn = tl.atomic_add(ticket, 1, sem="acq_rel")
     if drawn == tl.num_programs(0) - 1:
         finish_batch(
-            pair_terms_f64, counts, loss, sft_loss, coefficients, pairs, float_from_bits(sft_weight_bits),
-            MEAN, LENGTH_NORMALIZED, ROWS,
+            sums, counts, given_margin, pair_terms_f64, loss, chosen_logps, rejected_logps, margin, anchor_margin, gap,
+            weight, sft_loss, valid, coefficients, pairs.to(tl.int64), float_from_bits(beta_bits),
+            float_from_bits(gamma_bits), float_from_bits(label_smoothing_bits), float_from_bits(sft_weight_bits),
+            ANCHOR, GIVEN, HINGE, MEAN, LENGTH_NORMALIZED, ROWS,
         )  # fmt: skip
 
 
 @triton.jit
+def difference_of_means(sums, b_count_c, b_count_r, o_pair, m_pair, pairs, LENGTH_NORMALIZED: tl.constexpr):
+    """Chosen and rejected log-probs of pairs, and the former's sums, from the sums of sequences."""
+    b_sum_c = tl.load(sums + o_pair, mask=m_pair, other=0, cache_modifier=".cg")
+    b_sum_r = tl.load(sums + pairs + o_pair, mask=m_pair, other=0, cache_modifier=".cg")
+    b_chosen = sequence_mean(b_sum_c, b_count_c, LENGTH_NORMALIZED)
+    return b_chosen, sequence_mean(b_sum_r, b_count_r, LENGTH_NORMALIZED), b_sum_c
+
+
+@triton.jit
 def finish_batch(
-    pair_terms_f64,
+    sums,
     counts,
+    given_margin,
+    pair_terms_f64,
     loss,
+    chosen_logps,
+    rejected_logps,
+    margin,
+    anchor_margin,
+    gap,
+    weight,
     sft_loss,
+    valid,
     coefficients,
     pairs,
+    beta,
+    gamma,
+    label_smoothing,
     sft_weight,
+    ANCHOR: tl.constexpr,
+    GIVEN: tl.constexpr,
+    HINGE: tl.constexpr,
     MEAN: tl.constexpr,
     LENGTH_NORMALIZED: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    """objective.pair_results' means and coefficients, from every pair's terms in their order."""
-    pairs = pairs.to(tl.int64)
+    """objective.pair_results, from every sequence's sum, the pairs in their order."""
     b_losses = tl.zeros([PAIRS], tl.float64)
     b_nlls = tl.zeros([PAIRS], tl.float64)
     b_valids = tl.zeros([PAIRS], tl.int64)
@@ -303,13 +291,41 @@ def finish_batch(
     for i in range(0, pairs, PAIRS):
         o_pair = i + tl.arange(0, PAIRS)
         m_pair = o_pair < pairs
-        b_chosen = tl.load(counts + o_pair, mask=m_pair, other=0, cache_modifier=".cg")
-        b_rejected = tl.load(counts + pairs + o_pair, mask=m_pair, other=0, cache_modifier=".cg")
-        m_valid = (b_chosen > 0) & (b_rejected > 0)
-        b_losses += tl.load(pair_terms_f64 + o_pair, mask=m_pair, other=0, cache_modifier=".cg")
-        b_nlls += tl.load(pair_terms_f64 + 2 * pairs + o_pair, mask=m_pair, other=0, cache_modifier=".cg")
+        b_count_c = tl.load(counts + o_pair, mask=m_pair, other=0, cache_modifier=".cg")
+        b_count_r = tl.load(counts + pairs + o_pair, mask=m_pair, other=0, cache_modifier=".cg")
+        b_chosen, b_rejected, b_sum_c = difference_of_means(
+            sums, b_count_c, b_count_r, o_pair, m_pair, pairs, LENGTH_NORMALIZED
+        )
+        b_margin = b_chosen - b_rejected
+        if GIVEN:
+            b_anchor = tl.load(given_margin + o_pair, mask=m_pair, other=0).to(tl.float64)
+        elif ANCHOR:
+            b_anchor_c, b_anchor_r, _ = difference_of_means(
+                sums + 2 * pairs, b_count_c, b_count_r, o_pair, m_pair, pairs, LENGTH_NORMALIZED
+            )
+            b_anchor = b_anchor_c - b_anchor_r
+        else:
+            b_anchor = tl.zeros([PAIRS], tl.float64)
+        b_gap = b_margin - b_anchor
+        m_valid = (b_count_c > 0) & (b_count_r > 0)
+        b_loss, b_weight = pair_terms(b_gap, beta, gamma, label_smoothing, HINGE)
+        b_loss = tl.where(m_valid, b_loss, 0.0)
+        b_nll = tl.where(m_valid, -b_sum_c, 0.0)
+        tl.store(chosen_logps + o_pair, b_chosen, mask=m_pair)
+        tl.store(rejected_logps + o_pair, b_rejected, mask=m_pair)
+        tl.store(margin + o_pair, b_margin, mask=m_pair)
+        tl.store(anchor_margin + o_pair, b_anchor, mask=m_pair)
+        tl.store(gap + o_pair, b_gap, mask=m_pair)
+        b_weight = tl.where(m_valid, b_weight, 0.0)
+        tl.store(weight + o_pair, b_weight, mask=m_pair)
+        tl.store(valid + o_pair, m_valid, mask=m_pair)
+        tl.store(pair_terms_f64 + o_pair, b_loss, mask=m_pair)
+        tl.store(pair_terms_f64 + pairs + o_pair, b_weight, mask=m_pair)
+        tl.store(pair_terms_f64 + 2 * pairs + o_pair, b_nll, mask=m_pair)
+        b_losses += b_loss
+        b_nlls += b_nll
         b_valids += m_valid.to(tl.int64)
-        b_tokens += tl.where(m_valid, b_chosen, 0)
+        b_tokens += tl.where(m_valid, b_count_c, 0)
     n_valid = tl.maximum(tl.sum(b_valids, 0), 1).to(tl.float64)
     n_tokens = tl.maximum(tl.sum(b_tokens, 0), 1).to(tl.float64)
     nll = tl.sum(b_nlls, 0) / n_tokens
@@ -317,6 +333,7 @@ def finish_batch(
     tl.store(sft_loss, tl.where(use_sft, nll, 0.0))
     if MEAN:
         tl.store(loss, tl.sum(b_losses, 0) / n_valid + tl.where(use_sft, sft_weight * nll, 0.0))
+    tl.debug_barrier()  # a pair's terms may have been stored by another thread than the one that loads them
     for i in range(0, pairs, PAIRS):
         o_pair = i + tl.arange(0, PAIRS)
         m_pair = o_pair < pairs
@@ -418,7 +435,8 @@ def loss_forward(
     )
     row_max, row_sum = _row_statistics(part_max, cu_seqlens)
     anchor = logits if anchor_logits is None else anchor_logits
-    pairs_kernel[(pairs,)](
+    planes = 1 if anchor_logits is None else 2
+    pairs_kernel[(planes * sequences,)](
         logits,
         anchor,
         results.margin if anchor_margin is None else anchor_margin.contiguous(),
@@ -427,6 +445,7 @@ def loss_forward(
         part_max,
         part_sum,
         ticket,
+        new(planes, sequences, dtype=torch.float64),
         new(3, pairs, dtype=torch.float64),
         new(2 * pairs, dtype=torch.int64),
         *results,

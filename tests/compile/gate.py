@@ -66,7 +66,7 @@ REGISTERS = {
     "exchange_kernel": {"REG": 144, "vgpr_count": 128},
     "restore_kernel": {"REG": 96, "vgpr_count": 64},
     "noise_kernel": {"REG": 144, "vgpr_count": 128},
-    "pairs_kernel": {"REG": 96, "vgpr_count": 128},
+    "pairs_kernel": {"REG": 104, "vgpr_count": 128},
     "logps_kernel": {"REG": 96, "vgpr_count": 128},
 }
 # Instructions for each element in the hot loop. config.TABLE has what they are; bandwidth leaves room for twice as many and
@@ -82,8 +82,8 @@ STAGED_REGISTERS, STAGED_INSTRUCTIONS = {"REG": 96, "vgpr_count": 128}, 24
 # By target and a logit's bytes. float32 takes 100 on sm_120: two programs of 8 warps run side by side up to 128.
 STAGED_MORE = {("sm_120", 4): {"REG": 104}}
 # Bytes that a thread may put on the stack where nothing is asked of the speed. The perturbation of unaligned weights has an
-# address for each access, of which Triton 3.6 spills two; float64, for gradcheck, has 16 (sm_80, sm_120) and 36 (AMD) in the loss.
-UNALIGNED_SPILLS, FLOAT64_SPILLS = 16, 48
+# address for each access, of which Triton 3.6 spills two; float64, for gradcheck, has 24 (sm_120) in the loss.
+UNALIGNED_SPILLS, FLOAT64_SPILLS = 16, 32
 
 
 class Stream(NamedTuple):

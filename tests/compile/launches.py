@@ -89,6 +89,7 @@ LOSS_CASES = {
     ORDINARY: dict(),
     UNALIGNED: dict(offset=3),
     "beyond 2 GiB": dict(large=True, inplace=True),
+    "packed": dict(packed=True),
     "packed, hinge, summed, given margin": dict(packed=True, others=True),
 }
 # Sizes that the JIT could make constants of, or take for divisible by 16. They must compile to the first case's binaries.
@@ -187,7 +188,7 @@ GROUPS = {
 }
 JOBS = [
     *(Job("loss", target, what) for target in artefacts.TARGETS for what in DTYPES),
-    *(Job("linear", target, what) for target in artefacts.TARGETS for what in ("bfloat16", "float32")),
+    *(Job("linear", target, what) for target in artefacts.TARGETS for what in ("bfloat16", "float16", "float32")),
     *(Job("perturbation", target, what) for target in artefacts.TARGETS for what in PERTURBATION_CASES),
     *(Job("perturbation", target, what) for target in artefacts.TARGETS for what in PERTURBATION_OTHERS),
     *(Job("candidates", target, "bfloat16") for target in EXHAUSTIVE),

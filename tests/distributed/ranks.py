@@ -224,6 +224,22 @@ def originals(rank, kind, model, **options):
     return found, all(torch.equal(full(p.detach()), b) for p, b in zip(anchor.params, before))
 
 
+def autocast_gaps(rank, kind):
+    """Gaps of a radius of 0 and of one that is none, under autocast in the forward, with float32 masters."""
+    model = tiny_models.build("llama", torch.float32)
+    model = nn.parallel.DistributedDataParallel(model) if kind == "ddp" else _shard(model)
+    logps, gaps = logps_of(model, rank), []
+
+    def under_autocast():
+        with torch.autocast("cpu", torch.bfloat16):
+            return logps()
+
+    for rho in (0.0, 3.0):
+        anchor = GeometricAnchor.from_model(model, rho=rho, scope="all", compute_dtype=torch.bfloat16)
+        gaps.append(gapo_step(under_autocast, anchor).gap)
+    return gaps
+
+
 def uneven(rank, kind="one process", **options):
     """The gaps of the pairs that count, one of them on the first rank and the others on the second, or all on one process,
     and the norm of the probe's gradient."""

@@ -125,6 +125,12 @@ def test_fsdp2_rounds_to_the_right_gaps_in_the_mean(on_two_ranks):
     assert (nearest - exact).norm() > 4 * error.norm()
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_what_autocast_leaves_alone_makes_no_gap(on_two_ranks, kind):
+    for none, some in on_two_ranks("autocast_gaps", kind=kind):
+        assert not none.any() and some.all()
+
+
 @pytest.mark.parametrize("name", tiny_models.NAMES)
 @pytest.mark.parametrize("kind", ["ddp", "given", "fsdp"])
 def test_no_third_copy_of_the_weights(on_two_ranks, kind, name):
