@@ -275,3 +275,12 @@ def test_numbers():
     assert [tables.significant(x) for x in (0.084, 2.04, 12.4, 574.2)] == ["0.084", "2.0", "12", "574"]
     assert [tables.milliseconds(x) for x in (0.3551, 13, 9999, 14321)] == ["0.355 ms", "13.0 ms", "9999 ms", "14.3 s"]
     assert tables.spread([0.01, 0.02, 0.03]) == "2.0 % (1.0 to 3.0)" and tables.power(1.56e-4) == "1.6e-4"
+
+
+@pytest.mark.parametrize("error, comparable", [(0.2, True), (0.9, False)])
+def test_a_goal_of_the_step_stands_beside_the_gaps_errors(error, comparable):
+    name = "authors-float32"
+    case = {"name": "a step", "goals": {name: 4}, "ratios": {name: {"median": 5.0}}, "ratio_spread": {name: 0.01}}
+    said = tables.goals_of(case | {"gap_errors": {name: 0.0, "ours": error}})
+    assert f"5.00x of 4x (moved by 1.0 %; gaps off by 0 %, ours by {100 * error:.0f} %" in said
+    assert ("not comparable" not in said) is comparable
