@@ -247,8 +247,8 @@ def pairs_kernel(
 
 
 @triton.jit
-def difference_of_means(sums, b_count_c, b_count_r, o_pair, m_pair, pairs, LENGTH_NORMALIZED: tl.constexpr):
-    """Chosen and rejected log-probs of pairs, and the former's sums, from the sums of sequences."""
+def means_of_pairs(sums, b_count_c, b_count_r, o_pair, m_pair, pairs, LENGTH_NORMALIZED: tl.constexpr):
+    """Log-probs of chosen and of rejected sequences, and the former's sums."""
     b_sum_c = tl.load(sums + o_pair, mask=m_pair, other=0, cache_modifier=".cg")
     b_sum_r = tl.load(sums + pairs + o_pair, mask=m_pair, other=0, cache_modifier=".cg")
     b_chosen = sequence_mean(b_sum_c, b_count_c, LENGTH_NORMALIZED)
@@ -293,14 +293,14 @@ def finish_batch(
         m_pair = o_pair < pairs
         b_count_c = tl.load(counts + o_pair, mask=m_pair, other=0, cache_modifier=".cg")
         b_count_r = tl.load(counts + pairs + o_pair, mask=m_pair, other=0, cache_modifier=".cg")
-        b_chosen, b_rejected, b_sum_c = difference_of_means(
+        b_chosen, b_rejected, b_sum_c = means_of_pairs(
             sums, b_count_c, b_count_r, o_pair, m_pair, pairs, LENGTH_NORMALIZED
         )
         b_margin = b_chosen - b_rejected
         if GIVEN:
             b_anchor = tl.load(given_margin + o_pair, mask=m_pair, other=0).to(tl.float64)
         elif ANCHOR:
-            b_anchor_c, b_anchor_r, _ = difference_of_means(
+            b_anchor_c, b_anchor_r, _ = means_of_pairs(
                 sums + 2 * pairs, b_count_c, b_count_r, o_pair, m_pair, pairs, LENGTH_NORMALIZED
             )
             b_anchor = b_anchor_c - b_anchor_r
