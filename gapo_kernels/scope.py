@@ -20,7 +20,10 @@ PLAIN_DECODERS = "bloom cohere falcon gemma2 gemma3_text gpt2 gpt_neox llama mis
 UNCAST_BY_PEFT = ("ia3_l", "vera_lambda_b", "vera_lambda_d")
 
 # Autograd's names of what neither casts nor computes.
-VIEWS = frozenset("T Transpose Permute View UnsafeView ReshapeAlias Slice Select Unsqueeze Squeeze Alias Expand AsStrided".split())
+VIEWS = frozenset(
+    "Alias AsStrided Clone Expand Permute ReshapeAlias Select Slice Split SplitWithSizes Squeeze T Transpose Unbind "
+    "UnsafeView Unsqueeze View".split()
+)
 
 DATA_PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 NamedParameters = list[tuple[str, nn.Parameter]]

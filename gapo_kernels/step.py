@@ -128,7 +128,7 @@ def gapo_step(
             if kept and objective is not None:
                 _check_buffers_are_kept(margin)
             # In here, too: a backward of dynamic shapes is compiled when it first runs.
-            graph = margin.sum() if objective is None else objective  # which shows what autocast leaves alone
+            graph = margin if objective is None else objective  # which shows what autocast leaves alone
             with buffers(), recorded, anchor.perturbed(graph, retain_graph=kept), torch.no_grad():
                 if sharing is not None and not sharing.tells_apart(valid):
                     sharing, again = None, not kept

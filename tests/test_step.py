@@ -464,7 +464,16 @@ class HeadInAllButName(nn.Module):
 
 
 @pytest.mark.parametrize("direction", ["pessimistic", "gaussian"])
-@pytest.mark.parametrize("view", [torch.t, lambda weight: weight[:VOCABULARY].transpose(0, 1)], ids=["t", "some rows"])
+@pytest.mark.parametrize(
+    "view",
+    [
+        torch.t,
+        lambda weight: weight[:VOCABULARY].transpose(0, 1),
+        lambda weight: weight.t().contiguous(),
+        lambda weight: weight.split([VOCABULARY])[0].T,
+    ],
+    ids=["t", "some rows", "copied", "split"],
+)
 @pytest.mark.parametrize("where", ["around the step", "inside of logps_fn"])
 def test_a_weight_that_autocast_casts_is_on_the_grid_whatever_module_has_it(where, view, direction):
     ids, labels = tiny_models.preference_batch()
