@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import made_up_pairs, tiny_model
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, PromptTuningConfig, VeraConfig, get_peft_model
-from test_trainer import make_trainer, other_model
+from test_trainer import assert_a_radius_of_zero_leaves_no_gap, make_trainer, other_model
 
 from gapo_trainer.adapters import check_targets
 from gapo_trainer.config import GAPOConfig
@@ -59,11 +59,7 @@ def test_what_autocast_leaves_alone_of_adapters_leaves_no_gap(tokenizer, tmp_pat
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="autocast computes with")
         trainer.train()
-    batch = next(iter(trainer.get_train_dataloader()))
-    for rho, moved in ((0.0, False), (1.0, True)):
-        trainer.anchor.rho = rho
-        _, out = trainer.compute_loss(trainer.model, batch, return_outputs=True)
-        assert bool(out.gap.any()) is moved
+    assert_a_radius_of_zero_leaves_no_gap(trainer)
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["peft_config", "PeftModel"])

@@ -696,16 +696,20 @@ def test_packed_rows_that_the_model_does_not_keep_apart_are_refused(tokenizer, t
         make_trainer(tokenizer, tmp_path, other_model("Bloom", n_head=2, initializer_range=0.3), padding_free=True)
 
 
-def test_under_autocast_a_radius_of_zero_leaves_no_gap(tokenizer, tmp_path):
-    """The anchor is that of the values which the forward computes with: norms and embeddings stay in float32."""
-    model = tiny_model(torch.float32, tie_word_embeddings=False)
-    trainer = make_trainer(tokenizer, tmp_path, model, bf16=True, max_steps=1)
-    trainer.train()
+def assert_a_radius_of_zero_leaves_no_gap(trainer):
     batch = next(iter(trainer.get_train_dataloader()))
     for rho, moved in ((0.0, False), (1.0, True)):
         trainer.anchor.rho = rho
         _, out = trainer.compute_loss(trainer.model, batch, return_outputs=True)
         assert bool(out.gap.any()) is moved
+
+
+def test_under_autocast_a_radius_of_zero_leaves_no_gap(tokenizer, tmp_path):
+    """The anchor is that of the values which the forward computes with: norms and embeddings stay in float32."""
+    model = tiny_model(torch.float32, tie_word_embeddings=False)
+    trainer = make_trainer(tokenizer, tmp_path, model, bf16=True, max_steps=1)
+    trainer.train()
+    assert_a_radius_of_zero_leaves_no_gap(trainer)
 
 
 def test_mixed_precision_set_by_accelerate_reaches_the_anchor(tokenizer, tmp_path, monkeypatch):
