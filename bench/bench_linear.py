@@ -64,8 +64,12 @@ class Case:
         if self.data != "random":
             return f"{self.data}, {self.pairs} pairs, {str(self.dtype)[6:]}"
         shape = [2 * self.pairs, self.length, self.width, self.vocabulary]
-        budget = "" if self.budget is None else f", {self.budget / 2**30:g} GiB of logits"
-        return f"{shape} {str(self.dtype)[6:]} {self.ignored:.0%} ignored{budget}"
+        held = "" if self.budget is None else f", {self.held} of logits"
+        return f"{shape} {str(self.dtype)[6:]} {self.ignored:.0%} ignored{held}"
+
+    @property
+    def held(self) -> str:
+        return f"{self.budget / 2**30:g} GiB"
 
 
 class Batch(NamedTuple):
@@ -277,7 +281,7 @@ def measure(
             "dtype": str(case.dtype)[6:],
             "ignored": (targets == -100).float().mean().item() if case.ignored is None else case.ignored,
             "data": case.data,
-            **({} if case.budget is None else {"budget": f"{case.budget / 2**30:g} GiB"}),
+            **({} if case.budget is None else {"budget": case.held}),
         },
         times,
         {"gemms": None},
