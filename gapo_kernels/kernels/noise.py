@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gapo_kernels import philox
 from gapo_kernels.kernels import config
-from gapo_kernels.kernels.primitives import TYPES, int32, on_device, round_to_nearest
+from gapo_kernels.kernels.primitives import TYPES, int32, joined, on_device, round_to_nearest
 
 COUNTERS = tl.constexpr(1024)
 ELEMENTS = tl.constexpr(4096)
@@ -69,7 +69,7 @@ def noise_kernel(
     row = table + tl.load(parameter_of_tile + i_tile) * COLUMNS
     i_own = i_tile - tl.load(row + FIRST_TILE)
     first = tl.load(row + FIRST)
-    seed = (seed_high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | seed_low.to(tl.uint32, bitcast=True)
+    seed = joined(seed_low, seed_high)
     b_counter = (first // 4 + i_own * COUNTERS).to(tl.int32) + tl.arange(0, COUNTERS)
     stream, number = tl.load(row + STREAM).to(tl.int32), tl.load(row + NUMBER).to(tl.int32)
     b_word, b_word1, b_word2, b_word3 = tl.philox(seed, b_counter, stream, number, step)

@@ -178,7 +178,7 @@ def pairs_kernel(
     part_sum,
     ticket,  # (1,) int32, 0
     sums,  # (planes, 2B) float64 scratch: the log-probs' of each sequence
-    pair_terms_f64,  # (3, B) float64 scratch: loss, weight, NLL of each pair
+    pair_terms_f64,  # (2, B) float64 scratch: loss and weight of each pair
     counts,  # (2B,) int64 scratch
     loss,  # () or (B,)
     chosen_logps,  # (B,), like all up to weight
@@ -310,7 +310,6 @@ def finish_batch(
         m_valid = (b_count_c > 0) & (b_count_r > 0)
         b_loss, b_weight = pair_terms(b_gap, beta, gamma, label_smoothing, HINGE)
         b_loss = tl.where(m_valid, b_loss, 0.0)
-        b_nll = tl.where(m_valid, -b_sum_c, 0.0)
         tl.store(chosen_logps + o_pair, b_chosen, mask=m_pair)
         tl.store(rejected_logps + o_pair, b_rejected, mask=m_pair)
         tl.store(margin + o_pair, b_margin, mask=m_pair)
@@ -321,9 +320,8 @@ def finish_batch(
         tl.store(valid + o_pair, m_valid, mask=m_pair)
         tl.store(pair_terms_f64 + o_pair, b_loss, mask=m_pair)
         tl.store(pair_terms_f64 + pairs + o_pair, b_weight, mask=m_pair)
-        tl.store(pair_terms_f64 + 2 * pairs + o_pair, b_nll, mask=m_pair)
         b_losses += b_loss
-        b_nlls += b_nll
+        b_nlls += tl.where(m_valid, -b_sum_c, 0.0)
         b_valids += m_valid.to(tl.int64)
         b_tokens += tl.where(m_valid, b_count_c, 0)
     n_valid = tl.maximum(tl.sum(b_valids, 0), 1).to(tl.float64)
@@ -347,7 +345,7 @@ def finish_batch(
         else:
             b_sft = b_sft * n_valid
             b_loss = tl.load(pair_terms_f64 + o_pair, mask=m_pair, other=0, cache_modifier=".cg")
-            b_nll = tl.load(pair_terms_f64 + 2 * pairs + o_pair, mask=m_pair, other=0, cache_modifier=".cg")
+            b_nll = tl.where(m_valid, -tl.load(sums + o_pair, mask=m_pair, other=0, cache_modifier=".cg"), 0.0)
             tl.store(loss + o_pair, b_loss + tl.where(use_sft, b_sft * b_nll, 0.0), mask=m_pair)
         tl.store(coefficients + o_pair, sequence_mean(b_share, b_chosen, LENGTH_NORMALIZED) + b_sft, mask=m_pair)
         tl.store(coefficients + pairs + o_pair, -sequence_mean(b_share, b_rejected, LENGTH_NORMALIZED), mask=m_pair)
@@ -446,7 +444,7 @@ def loss_forward(
         part_sum,
         ticket,
         new(planes, sequences, dtype=torch.float64),
-        new(3, pairs, dtype=torch.float64),
+        new(2, pairs, dtype=torch.float64),
         new(2 * pairs, dtype=torch.int64),
         *results,
         row_max,

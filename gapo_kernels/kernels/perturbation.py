@@ -23,7 +23,7 @@ from torch import Tensor
 from gapo_kernels import philox
 from gapo_kernels.kernels import config
 from gapo_kernels.kernels.noise import fill_with_noise
-from gapo_kernels.kernels.primitives import TYPES, int32, on_device, round_to_nearest
+from gapo_kernels.kernels.primitives import TYPES, int32, joined, on_device, round_to_nearest
 from gapo_kernels.perturbation import Move, accumulation_dtype
 
 GROUP = tl.constexpr(philox.LANES)
@@ -103,7 +103,7 @@ def words_of_tile(row, i_own, seed_low, seed_high, step, b_load):
     b_zero = widen(b_load, tl.float32).to(tl.uint32, bitcast=True).to(tl.uint64) >> 32
     LANES: tl.constexpr = b_load.shape[0]
     b_lane = vector_offsets(LANES * b_load.shape[1], b_load.shape[1])
-    seed = (seed_high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | seed_low.to(tl.uint32, bitcast=True)
+    seed = joined(seed_low, seed_high)
     stream = (2 * tl.load(row + SHARD) + ROUNDING).to(tl.int32)
     number = tl.load(row + NUMBER).to(tl.int32)
     return tl.philox(seed, (i_own * GROUP).to(tl.int32) + b_lane + b_zero.to(tl.int32), stream, number, step)

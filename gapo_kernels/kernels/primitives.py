@@ -100,6 +100,12 @@ def float_from_bits(bits):
 
 
 @triton.jit
+def joined(low, high):
+    """Two halves from `int32` as an unsigned 64-bit number."""
+    return (high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | low.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
 def round_to_nearest(b_x, DTYPE: tl.constexpr):
     """To DTYPE. To 16 bits by way of float32, as torch does it; to bfloat16 by bits: the interpreter's cast truncates."""
     if DTYPE == tl.bfloat16:
