@@ -40,3 +40,28 @@ def sequence_of_rows(targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 def sequence_count(labels: Tensor, cu_seqlens: Tensor | None) -> int:
     return labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def rows_are_apart(logits: Tensor) -> bool:
+    """Whether no two of the logits (S, T, V) or (N, V) share memory; the last stride is 1."""
+    *leading, vocabulary = logits.shape
+    (outer, inner), strides = leading if len(leading) == 2 else (1, *leading), logits.stride()[:-1]
+    outer_stride, inner_stride = strides if len(strides) == 2 else (0, *strides)
+
+    def apart(rows: int, stride: int, groups: int, group_stride: int) -> bool:
+        """Rows do not overlap within a group, nor the groups each other."""
+        return (rows <= 1 or stride >= vocabulary) and (
+            groups <= 1 or group_stride >= (vocabulary if rows <= 1 else stride * (rows - 1) + vocabulary)
+        )
+
+    # Written out for two dimensions in either order, not sorted: strides may be symbolic under torch.compile.
+    return apart(inner, inner_stride, outer, outer_stride) or apart(outer, outer_stride, inner, inner_stride)
+
+
+def like_rows(logits: Tensor) -> Tensor:
+    """Memory for the logits' gradient on a GPU. Of a view that leaves out little, a padded vocabulary or the last rows, say,
+    it has the strides: each row of both then begins at the same place in 16 bytes, and is accessed so whatever V is."""
+    extent = sum((n - 1) * stride for n, stride in zip(logits.shape, logits.stride())) + 1
+    if not logits.is_contiguous() and 10 * extent <= 11 * logits.numel() and rows_are_apart(logits):
+        return logits.new_empty_strided(logits.shape, logits.stride())
+    return logits.new_empty(logits.shape)

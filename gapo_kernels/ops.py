@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gapo_kernels import cpu, validation
-from gapo_kernels.layout import sequence_count
+from gapo_kernels.layout import like_rows, sequence_count
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
@@ -149,7 +149,7 @@ def logps_backward(
     ignore_index: int,
     backend: str,
 ) -> Tensor:
-    """d logits, contiguous: scale[sequence] * (softmax - onehot) on predicting rows, zero elsewhere."""
+    """d logits: scale[sequence] * (softmax - onehot) on predicting rows, zero elsewhere."""
     back_end = launchers(backend, logits.device)
     arguments = (scale, logits, labels, cu_seqlens, row_shift, row_total, shift, ignore_index)
     with on(logits.device):
@@ -157,8 +157,8 @@ def logps_backward(
 
 
 @logps_backward.register_fake
-def _(scale, logits, *options):
-    return logits.new_empty(logits.shape)
+def _(scale, logits, labels, cu_seqlens, row_shift, row_total, shift, ignore_index, backend):
+    return like_rows(logits) if backend == "triton" else logits.new_empty(logits.shape)
 
 
 def _once_differentiable(*_):

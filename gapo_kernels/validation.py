@@ -9,7 +9,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from gapo_kernels.layout import align_targets
+from gapo_kernels.layout import align_targets, rows_are_apart
 
 FLOAT_MAX = sys.float_info.max
 LOSS_TYPES = ("sigmoid", "hinge")
@@ -294,18 +294,7 @@ def check_anchor(
 
 def check_inplace(logits: Tensor) -> None:
     """The gradient may replace the logits only where every element has memory of its own."""
-    *leading, vocabulary = logits.shape
-    (outer, inner), strides = leading if len(leading) == 2 else (1, *leading), logits.stride()[:-1]
-    outer_stride, inner_stride = strides if len(strides) == 2 else (0, *strides)
-
-    def apart(rows: int, stride: int, groups: int, group_stride: int) -> bool:
-        """Rows do not overlap within a group, nor the groups each other."""
-        return (rows <= 1 or stride >= vocabulary) and (
-            groups <= 1 or group_stride >= (vocabulary if rows <= 1 else stride * (rows - 1) + vocabulary)
-        )
-
-    # Written out for two dimensions in either order, not sorted: strides may be symbolic under torch.compile.
-    if not (apart(inner, inner_stride, outer, outer_stride) or apart(outer, outer_stride, inner, inner_stride)):
+    if not rows_are_apart(logits):
         raise ValueError(
             "inplace_backward=True writes the gradient over the logits, so no two logits may share memory; got shape "
             f"{tuple(logits.shape)} with strides {tuple(logits.stride())}"

@@ -22,6 +22,7 @@ from gapo_kernels.kernels.primitives import (
     sequence_of_row,
 )
 from gapo_kernels.kernels.statistics import row_layout, row_strides, starts_of
+from gapo_kernels.layout import like_rows
 
 
 @triton.jit
@@ -128,7 +129,7 @@ def logps_backward(
     inplace: bool,
 ) -> torch.Tensor:
     """The gradient, zero on rows that predict nothing; over the logits' storage with `inplace`."""
-    gradient = logits if inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    gradient = logits if inplace else like_rows(logits)
     rows, vocabulary = labels.numel(), logits.shape[-1]
     if rows == 0:
         return gradient

@@ -20,14 +20,14 @@ Launch = Callable[[], object]
 
 
 def loss_path(
-    dtype, pairs=2, length=3, vocabulary=50257, offset=0, large=False, inplace=False, packed=False, others=False, more=0
+    dtype, pairs=2, length=3, vocabulary=50257, offset=0, large=False, inplace=False, packed=False, others=False, more=0, padding=0
 ) -> Launch:
-    """`large`: logits in more than 2 GiB of storage. `others`: the other branch of everything that is compiled in. `more`:
-    rows of each sequence that a view of it leaves out."""
-    sequences = 2 * pairs
-    rows, size = sequences * length, sequences * (length + more) * vocabulary
+    """`large`: logits in more than 2 GiB of storage. `others`: the other branch of everything that is compiled in. `more` and
+    `padding`: rows of each sequence, and columns, that a view of it leaves out."""
+    sequences, width = 2 * pairs, vocabulary + padding
+    rows, size = sequences * length, sequences * (length + more) * width
     storage = torch.empty(2**31 // dtype.itemsize + 1 if large else offset + size, dtype=dtype)
-    logits = storage[offset : offset + size].view(sequences, length + more, vocabulary)[:, :length]
+    logits = storage[offset : offset + size].view(sequences, length + more, width)[:, :length, :vocabulary]
     labels = torch.zeros(sequences, length, dtype=torch.int64)
     cu_seqlens = None
     if packed:
@@ -97,8 +97,10 @@ LOSS_SIZES = {
     "B = 1, T = 1": dict(pairs=1, length=1),
     "V = 128256": dict(pairs=8, length=16, vocabulary=128256),
     "V = 1": dict(vocabulary=1),
+    "all rows but the last": dict(length=16, more=1),
+    "all rows but the last, V = 128256": dict(length=16, vocabulary=128256, more=1),
     "the first rows of more": dict(more=8),
-    "the first rows of more, V = 128256": dict(vocabulary=128256, more=1),
+    "the first columns of more": dict(padding=47),
 }
 
 # (theta, direction, grid), options.
