@@ -11,7 +11,7 @@ Contenders, on the same tokens and weights and in turns:
     ours-shared, ours-shared-eager-head  the same two with share_backward: two forwards and one and a half backwards
 
 `gap_errors` are || gaps - truth || / || truth || over the pairs, the truth computed in float32: what a recipe's speed
-costs; ours must stay below 100 %, which an anchor that does not move has. `of_authors` is a recipe's time over the
+costs; an anchor that does not move has 100 %, more than ours may have. `of_authors` is a recipe's time over the
 authors', round by round.
 """
 
@@ -34,9 +34,9 @@ from gapo_kernels import GeometricAnchor, gapo_step, linear_sequence_logps, sequ
 SUITE = "step"
 ROUNDS = 9
 GAMMA, RHO = 0.5, 0.05
-# How far a recipe's loss, gradient and gaps may be off, relatively, before it is not the same work. What the authors' own
-# in 16 bits, and an eager head's log-probs, make of the gaps weighs the pairs otherwise: gap_errors says how much.
-LIMITS, LIMITS_OF_16_BITS, EAGER_LIMITS = (1e-5, 1e-3, 1e-2), (0.1, 0.9, 1.0), (0.3, float("inf"), float("inf"))
+# How far a recipe's loss, whole gradient and gaps may be off, relatively, before it is not the same work. What the authors'
+# own in 16 bits, and an eager head's log-probs, make of the gaps weighs the pairs otherwise: gap_errors says how much.
+LIMITS, LIMITS_OF_16_BITS, EAGER_LIMITS = (1e-5, 1e-3, 1e-2), (0.1, 0.5, 0.75), (0.3, 0.5, float("inf"))
 SMOLLM2 = "SmolLM2-135M"
 # Random weights in the shape of Llama-3.2-1B, and in none at all.
 LLAMAS = {
@@ -176,9 +176,8 @@ class Recipe:
     def zero_grad(self, _=None) -> None:
         self.model.zero_grad()
 
-    def gradients(self) -> torch.Tensor:
-        """A sample."""
-        return torch.cat([p.grad.flatten()[:100].float() for p in self.model.parameters()])
+    def gradients(self) -> list[torch.Tensor]:
+        return [p.grad for p in self.model.parameters()]
 
     @contextmanager
     def passes_timed(self):
@@ -209,6 +208,15 @@ class Recipe:
             del anchor.perturbed, anchor._gradients
 
 
+def distance(tensors: list[torch.Tensor], others: list[torch.Tensor]) -> float:
+    """|| a - b || / || b || over all of them."""
+    off, size = (
+        torch.stack([torch.linalg.vector_norm(t, dtype=torch.float64) for t in each]).norm()
+        for each in ((a.float() - b.float() for a, b in zip(tensors, others, strict=True)), others)
+    )
+    return (off / size).item()
+
+
 def measure(
     case: Case,
     rounds: int = ROUNDS,
@@ -237,14 +245,15 @@ def measure(
         if where.type == "cuda":
             steps["authors-tf32"] = (exact, in_tf32(exact.authors))
     loss, truth = exact.ours(exact.eager_logps)
-    truth, gradient = truth.double(), exact.gradients()
+    truth, gradients = truth.double(), exact.gradients()
     exact.zero_grad()
 
     # The same work first: a loss or gradient that differs is not measured. What cannot be had here, of the authors' in
     # float32 the memory, say, leaves the others.
-    judge = "authors" if recipe is exact else "authors-float32"
-    losses, gradients, errors, peaks, absent = {}, {}, {}, {}, {}
-    for name, (owner, step) in list(steps.items()):
+    judge, first = ("authors" if recipe is exact else "authors-float32"), "ours, eager head in float32"
+    errors, peaks, absent = {}, {}, {}
+    for name in sorted(steps, key=lambda name: name != judge):
+        owner, step = steps[name]
         results = []
         try:
             if "shared" in name:  # whose first step is compared with a real backward
@@ -258,21 +267,23 @@ def measure(
             absent[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             del steps[name]
             continue
-        losses[name], gaps = results[0]
-        errors[name] = (torch.linalg.vector_norm(gaps.double() - truth) / torch.linalg.vector_norm(truth)).item()
-        gradients[name] = owner.gradients()
+        found, gaps = results[0]
+        limits = LIMITS
+        if recipe is not exact and name != judge:
+            limits = EAGER_LIMITS if "authors" in name or "eager" in name else LIMITS_OF_16_BITS
+        off = {
+            "loss": abs(found.item() / loss.item() - 1),
+            "gradient": distance(owner.gradients(), gradients),
+            "gaps": distance([gaps.double()], [truth]),
+        }
+        errors[name] = off["gaps"]
+        if not all(value <= limit for value, limit in zip(off.values(), limits, strict=True)):
+            differs = ", ".join(f"{what} by {value:.2g}" for what, value in off.items())
+            raise AssertionError(f"{name} differs from {first}: {differs}")
+        if name == judge:
+            first, loss, gradients = judge, found, owner.gradients()
         owner.zero_grad()
-    loss, gradient = losses.get(judge, loss), gradients.get(judge, gradient)
-    for name in steps:
-        loss_limit, gradient_limit, gap_limit = LIMITS
-        if recipe is not exact:
-            eager = "authors" in name or "eager" in name
-            loss_limit, gradient_limit, gap_limit = EAGER_LIMITS if eager else LIMITS_OF_16_BITS
-        off = abs(losses[name].item() / loss.item() - 1)
-        worst = ((gradients[name] - gradient).norm() / gradient.norm()).item()
-        if not (off <= loss_limit and worst <= gradient_limit and errors[name] < gap_limit):
-            differs = f"loss by {off:.2g}, gradient by {worst:.2g}, gaps by {errors[name]:.2g}"
-            raise AssertionError(f"{name} differs from {judge}: {differs}")
+    del gradients
 
     contenders = {
         name: harness.Contender(lambda _, step=step: step(), restore=owner.zero_grad)

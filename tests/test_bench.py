@@ -533,17 +533,44 @@ def test_a_peer_in_16_bits_may_round_but_not_leave_out(monkeypatch):
     assert "eager-view" in result["times"] and "its gradient by 0.4" in result["absent"]["eager"]
 
 
-def test_an_anchor_that_does_not_move_is_no_step(monkeypatch):
-    ours = bench_step.Recipe.ours
+def rest(recipe, step):
+    recipe.anchor.rho = 0.0
+    return step()
 
-    def unmoved(self, logps, **options):
-        if self.model.dtype == torch.bfloat16:
-            self.anchor.rho = 0.0
-        return ours(self, logps, **options)
 
-    monkeypatch.setattr(bench_step.Recipe, "ours", unmoved)
-    case = next(case for case in bench_step.cases(CPU, True) if case.dtype == torch.bfloat16)
-    with pytest.raises(AssertionError, match="ours differs from authors-float32: .* gaps by"):
+def fade(recipe, step):
+    result = step()
+    for param in recipe.model.parameters():
+        param.grad *= 0.3
+    return result
+
+
+def forget_the_last(recipe, step):
+    result = step()
+    for param in recipe.model.parameters():
+        param.grad.view(-1)[100:] = 0
+    return result
+
+
+@pytest.mark.parametrize(
+    "dtype, who, wrong, differs",
+    [
+        (torch.bfloat16, "ours", rest, "ours differs from authors-float32: .*gaps by 1"),
+        (torch.bfloat16, "ours", fade, "ours differs from authors-float32: .*gradient by 0.7"),
+        (torch.bfloat16, "authors", fade, "authors differs from authors-float32: .*gradient by 0.7"),
+        (torch.float32, "authors", forget_the_last, "authors differs from ours, eager head in float32: .*gradient by 0"),
+    ],
+)
+def test_a_wrong_step_is_not_measured(monkeypatch, dtype, who, wrong, differs):
+    right = getattr(bench_step.Recipe, who)
+
+    def mutated(self, *args, **options):
+        step = lambda: right(self, *args, **options)
+        return wrong(self, step) if self.model.dtype == dtype else step()
+
+    monkeypatch.setattr(bench_step.Recipe, who, mutated)
+    case = next(case for case in bench_step.cases(CPU, True) if case.dtype == dtype)
+    with pytest.raises(AssertionError, match=differs):
         bench_step.measure(case, 3, CPU, seconds=1, quick=True)
 
 
