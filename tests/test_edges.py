@@ -185,7 +185,7 @@ def test_alignment_is_as_said(backend, device, interpreted, vocabulary, scale, i
     monkeypatch.setattr(TensorHandle, "set_attr", lambda handle, name, values: said.append((name, handle.data, values)))
     batch = make_batch(8, 1, 45, dtype=torch.float16, device=device)
     batch = batch._replace(logits=batch.logits[..., :vocabulary], labels=torch.arange(8, device=device)[:, None])
-    run_logps(batch, backend, torch.full((8,), scale), shift=False, inplace_backward=inplace)
+    run_logps(batch, backend, torch.full((8,), scale, device=device), shift=False, inplace_backward=inplace)
     divisible = [(data % values == 0).all() for name, data, values in said if name == "tt.divisibility"]
     assert len(divisible) >= 4 * 8 and all(divisible)
 
