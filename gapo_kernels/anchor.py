@@ -23,13 +23,12 @@ from torch import Tensor, nn
 from gapo_kernels import displacement, distributed, validation
 from gapo_kernels.interrupts import interrupt_held
 from gapo_kernels.scope import find as find_scope
-from gapo_kernels.scope import spared_by_autocast, spared_in, without_autocast
+from gapo_kernels.scope import HALF, spared_by_autocast, spared_in, without_autocast
 
 GEOMETRIES = ("asam", "sam")
 DIRECTIONS = ("pessimistic", "gaussian")
 ROUNDINGS = ("stochastic", "nearest")
 EPSILON = 1e-12
-HALF = (torch.float16, torch.bfloat16)
 
 
 class _Claim:
@@ -138,8 +137,7 @@ class GeometricAnchor:
         self.compute_dtype, self.process_group = compute_dtype, process_group
         self.names, self.params = _collect(params)
         self._sharded: distributed.ShardedModel | None = None
-        self._gathered_dtypes: dict[int, torch.dtype | None] = {}
-        self._spared_by_autocast: set[int] = set()
+        self._spared_by_autocast: list[nn.Parameter] = []
         if not isinstance(params, _OfShardedModel):
             for name, param in zip(self.names, self.params):
                 if distributed.is_sharded(param):
@@ -150,6 +148,7 @@ class GeometricAnchor:
         self._grids()  # raises where a grid does not fit
         self._step = 0
         self._warned = False
+        self._by_lot = False  # whether the last use rounded so
 
     @classmethod
     def from_model(cls, model: nn.Module, *, scope: str | int = "backbone", **kwargs) -> GeometricAnchor:
@@ -219,7 +218,7 @@ class GeometricAnchor:
         claim = _Claim(self.params)
         claim.check()  # before the probe's backward, and once more after it
         grids = self._grids(objective)
-        self._warn_of_autocast(grids)
+        self._warn_of_autocast(grids, objective)
         directions, ours = self._directions(objective, grads, retain_graph)
         for number, param in enumerate(self.params):
             if not param.requires_grad:  # frozen since
@@ -240,6 +239,7 @@ class GeometricAnchor:
                     stochastic=self.rounding == "stochastic",
                 )
                 norm = self._finite_norm(move)
+                self._by_lot = self.rounding == "stochastic" and any(grid in HALF for grid in grids)
                 squares = move.exchange(self.rho / (norm + EPSILON), self.seed % 2**64, self._step)
                 self.stats = AnchorStats(norm, squares, elements)
                 self._warn_at_once(squares)
@@ -255,11 +255,11 @@ class GeometricAnchor:
         self._step += 1  # only now: a use that failed is repeated with the same noise
 
     def _shard(self, sharded: distributed.ShardedModel) -> None:
-        self._sharded, self._gathered_dtypes = sharded, sharded.compute_dtypes()
+        self._sharded, managed = sharded, sharded.compute_dtypes()
         for name, param in zip(self.names, self.params):
             if distributed.is_sharded(param):
                 distributed.shard_dimension(param)  # raises where it is split over several
-                if id(param) not in self._gathered_dtypes:
+                if id(param) not in managed:
                     raise NotImplementedError(
                         f"{name} is a DTensor that fully_shard does not manage; the anchor supports FSDP2's parameters only"
                     )
@@ -267,7 +267,8 @@ class GeometricAnchor:
     def _grids(self, objective: Tensor | None = None) -> list[torch.dtype]:
         """The grid of each parameter's anchor: that of the dtype which the forward computes with, or the parameter's own
         if that is coarser. Asked anew each time: model.to(dtype) keeps its Parameter objects."""
-        grids, spared = [], self._spared_by_autocast
+        grids, spared = [], set(map(id, self._spared_by_autocast))
+        gathered_dtypes = {} if self._sharded is None else self._sharded.compute_dtypes()
         if spared and self.compute_dtype in HALF and self.params[0].dtype not in HALF:
             around = torch.is_autocast_enabled(self.params[0].device.type)
             if isinstance(objective, Tensor):
@@ -278,7 +279,7 @@ class GeometricAnchor:
         for name, param in zip(self.names, self.params):
             distributed.check_whole(name, param)
             said = None if id(param) in spared else self.compute_dtype
-            wanted = said or self._gathered_dtypes.get(id(param)) or param.dtype
+            wanted = said or gathered_dtypes.get(id(param)) or param.dtype
             if {wanted, param.dtype} == set(HALF):
                 raise ValueError(
                     f"{name} is {param.dtype} and cannot hold the values of compute_dtype {wanted}; expected the same "
@@ -361,8 +362,9 @@ class GeometricAnchor:
         return norm
 
     def _warn_of_loss(self, squares: Sequence[float]) -> None:
-        """Once, when rounding to nearest has taken more than half of the perturbation. `squares`: AnchorStats', or nothing."""
-        if self._warned or self.rounding != "nearest" or not squares or squares[1] >= 0.25 * squares[0]:
+        """Once, when rounding to nearest has taken more than half of the perturbation, be it to 32 bits, as rounding by lot
+        does, too. `squares`: AnchorStats', or nothing."""
+        if self._warned or self._by_lot or not squares or squares[1] >= 0.25 * squares[0]:
             return
         self._warned = True
         warnings.warn(
@@ -383,13 +385,22 @@ class GeometricAnchor:
         if self._sharded is not None:
             self._sharded.reshard()
 
-    def _warn_of_autocast(self, grids: list[torch.dtype]) -> None:
+    def _warn_of_autocast(self, grids: list[torch.dtype], objective: Tensor | None) -> None:
         device = self.params[0].device.type
-        if torch.is_autocast_enabled(device) and self.compute_dtype not in HALF and not any(grid in HALF for grid in grids):
+        around, coarse = torch.is_autocast_enabled(device), any(grid in HALF for grid in grids)
+        if around and self.compute_dtype not in HALF and not coarse:
             dtype = torch.get_autocast_dtype(device)
             warnings.warn(
                 f"autocast computes with {dtype} while the anchor moves the parameters in {grids[0]}: the gap is mostly "
                 f"the casts' rounding. Pass compute_dtype={dtype} to the anchor, or train without autocast",
+                stacklevel=1,
+            )
+        sees_graph = self._spared_by_autocast and isinstance(objective, Tensor) and self.params[0].dtype not in HALF
+        if sees_graph and not around and self.compute_dtype in HALF and any(distributed.compiled(objective)):
+            warnings.warn(
+                f"what compiled code casts to {self.compute_dtype} is not seen, so the anchor puts all parameters on that "
+                "grid. If autocast, which leaves norms and embeddings alone, is entered inside of the model, enter it "
+                "around the step as well",
                 stacklevel=1,
             )
 

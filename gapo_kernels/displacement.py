@@ -41,6 +41,7 @@ class Displacement:
     ) -> None:
         self._staged: list[tuple[Tensor, Tensor]] = []  # (parameter, its contiguous stand-in)
         tensors = [distributed.local(param) for param in params]
+        self._memory = list(zip(params, tensors))
         _check_apart(tensors)
         dense = [torch.empty_like(tensor, device="meta").stride() == tensor.stride() for tensor in tensors]
         groups: dict[tuple, list[perturbation.Move]] = {}
@@ -78,7 +79,8 @@ class Displacement:
     def restore(self) -> None:
         """Puts everything back, and only then lets through what was raised meanwhile."""
         failure = None
-        for work in (*(part.restore for part, _ in self._parts), *(_Copy(*pair) for pair in self._staged)):
+        copies = self._staged + self._replaced()
+        for work in (*(part.restore for part, _ in self._parts), *(_Copy(*pair) for pair in copies)):
             for _ in range(RESTORE_ATTEMPTS):
                 try:
                     work()
@@ -87,8 +89,14 @@ class Displacement:
                     failure = error
         self._parts.clear()  # a traceback may keep this object for long
         self._staged.clear()
+        self._memory.clear()
         if failure is not None:
             raise failure
+
+    def _replaced(self) -> list[tuple[Tensor, Tensor]]:
+        """(new memory, old memory) of parameters whose `.data` somebody has set since."""
+        now = [(distributed.local(param), before) for param, before in self._memory]
+        return [(tensor, before) for tensor, before in now if tensor.data_ptr() != before.data_ptr()]
 
     def _stage(self, tensor: Tensor) -> Tensor:
         stand_in = tensor.contiguous() if not tensor.is_contiguous() else tensor.clone()

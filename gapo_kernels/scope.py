@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
 
 from gapo_kernels import distributed
 from gapo_kernels.interrupts import interrupt_held
@@ -25,6 +26,7 @@ VIEWS = frozenset(
     "UnsafeView Unsqueeze View".split()
 )
 
+HALF = (torch.float16, torch.bfloat16)
 DATA_PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 NamedParameters = list[tuple[str, nn.Parameter]]
 
@@ -54,33 +56,36 @@ def find(model: nn.Module, scope: str | int) -> Scope:
     return _upper(model, backbone, scope)
 
 
-def spared_by_autocast(model: nn.Module) -> set[int]:
-    """ids of the parameters that autocast leaves in their own dtype: those of embeddings and norms, and of
-    PEFT's adapters such as DoRA's magnitudes, unless another module has them, too, as a tied head does."""
-    spared: dict[int, bool] = {}
+def spared_by_autocast(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that autocast leaves in their own dtype: those of embeddings and norms, and of PEFT's adapters such as
+    DoRA's magnitudes, unless another module has them, too, as a tied head does."""
+    spared: dict[nn.Parameter, bool] = {}
     for name, module in model.named_modules():
         kind = type(module).__name__
         spares = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or kind.endswith("Norm")
         spares = spares or kind.startswith("Dora") or name.rpartition(".")[2] in UNCAST_BY_PEFT
         for param in module.parameters(recurse=False):
-            spared[id(param)] = spares and spared.get(id(param), True)
-    return {key for key, spares in spared.items() if spares}
+            spared[param] = spares and spared.get(param, True)
+    return [param for param, spares in spared.items() if spares]
 
 
 def spared_in(objective: Tensor, spared: set[int], around: bool, gathered: Mapping[int, int]) -> set[int]:
-    """Those of them that autocast has left alone in the objective's graph: it casts other parameters there, and not these.
-    around: it was on around all of the graph, also of compiled code, whose casts are not seen. gathered: what the graph has
-    in the place of sharded parameters, by id."""
-    cast, used = set(), set()
+    """Those of them that autocast has left alone in the objective's graph: it casts other tensors to 16 bits there, and not
+    these. around: it was on around all of the graph, also of compiled code, whose casts are not seen. gathered: what the
+    graph has in the place of sharded parameters, by id."""
+    cast, used, casts = set(), set(), around
     for node in distributed.nodes(objective):
         if _is_view(node):  # what it gives is cast, or used, further up
             continue
         leaves = {id(leaf) for child, _ in node.next_functions if (leaf := _leaf(child)) is not None}
         leaves = {gathered.get(leaf, leaf) for leaf in leaves}
-        (cast if node.name() == "ToCopyBackward0" else used).update(leaves)
+        is_cast = node.name() == "ToCopyBackward0"
+        (cast if is_cast else used).update(leaves)
+        # Of activations, too: no weight's is there to be seen if all matrices are frozen.
+        casts = casts or is_cast and node._input_metadata[0].dtype in HALF
     if around:
         return spared - cast
-    return spared & used - cast if cast else set()
+    return spared & used - cast if casts else set()
 
 
 def _is_view(node: torch.autograd.graph.Node | None) -> bool:
@@ -153,8 +158,11 @@ class UnmovedLayers:
     """
 
     def __init__(self, layers: list[nn.Module]) -> None:
-        # Somebody's hooks on a layer may do anything, and would be applied again to what is replayed: then it runs again.
-        hooked = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+        # Somebody's hooks may do anything. Those on a layer would be applied again to what is replayed, those within it
+        # would not see the anchor's forward: then it runs again.
+        hooked = bool(module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks) or any(
+            module._forward_hooks or module._forward_pre_hooks for layer in layers for module in layer.modules()
+        )
         self._layers = [] if hooked else layers
         self._inputs: list[object] = []  # of the first layer: hidden states
         self._outputs: list[list[object]] = [[] for _ in self._layers]

@@ -434,6 +434,19 @@ def test_an_exception_inside_finds_the_weights_back(params, anchor, thrown):
     assert_usable(anchor)
 
 
+def test_new_memory_that_the_body_gave_parameters_holds_the_weights():
+    """As model.to() does, or an optimizer that keeps all parameters in one buffer."""
+    anchor = GeometricAnchor([*make_params(), nn.Parameter(torch.randn(6, 5, dtype=torch.float64).t())], rho=0.1)
+    params, moved = anchor.params, [0, 2, -1]
+    before = bits(params)
+    with anchor.perturbed(grads=make_grads(params)):
+        for number in moved:
+            params[number].data = params[number].data.clone()
+        memory = [param.data_ptr() for param in params]
+    assert same(params, before) and memory == [param.data_ptr() for param in params]
+    assert_usable(anchor)
+
+
 class FailingWrites:
     """Breaks some of the writes to the parameters, or of all writes, after half of the tensor has been written."""
 

@@ -120,6 +120,9 @@ def test_the_loss_of_the_perturbation_is_warned_of_once():
         nothing = GeometricAnchor(params, rho=1e-9)  # too little for any weight to change, whatever the rounding
         with nothing.perturbed(grads=gradients(params)):
             assert nothing.stats.applied_norm < 0.5 * nothing.stats.intended_norm
+    params = make(F32)  # which lots are not drawn for
+    with pytest.warns(UserWarning, match="mostly lost"), GeometricAnchor(params, rho=1e-9).perturbed(grads=gradients(params)):
+        pass
 
 
 @pytest.mark.parametrize("share, warned", [(0.01, True), (0.49, True), (0.51, False), (0.99, False)])
