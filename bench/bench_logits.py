@@ -9,7 +9,7 @@ Contenders, on the same tensors and in turns:
     liger       Liger's cross-entropy kernel without reduction (GPU only)
 
 Floors: the bytes that must move (policy and anchor read once forward, the policy once more backward, of the kept rows; the
-gradient of all rows written) at the bandwidth of a copy, and on a CPU three passes of the exponential over the kept
+gradient written, of all rows on a GPU, on a CPU, whose system hands out zeros, of the kept ones) at the bandwidth of a copy, and on a CPU three passes of the exponential over the kept
 logits, in cache and on all threads: policy, anchor, gradient.
 """
 
@@ -66,7 +66,7 @@ def cases(where: torch.device, quick: bool = False) -> list[Case]:
         tiny = Case(1, 8, 211, F32, 0.5)
         return [tiny, replace(tiny, dtype=BF16), Case(1, None, 49152, F32, None, "smollm2", SELECTIVE)]
     if where.type == "cpu":
-        base = Case(2, 128, 32000, F32, 0.5, peers=SELECTIVE, importance=2, seconds=3)
+        base = Case(2, 128, 32000, F32, 0.5, importance=2, seconds=3)
         wanted = [
             Case(2, 256, 32000, F32, 0.0, seconds=180, goals={"eager": 4}),
             Case(2, 256, 32000, F32, 0.5, seconds=180, goals={"eager": 6.5}),
@@ -205,6 +205,7 @@ def measure(
     everything = batch.logits.numel() * batch.logits.element_size()
     kept = int((batch.labels[:, 1:] != -100).sum())
     kept_bytes = kept * batch.logits.shape[-1] * batch.logits.element_size()
+    written = kept_bytes if where.type == "cpu" else everything
     passes = {}
     if where.type == "cpu":
         passes = {"three exponentials": exponentials(3 * kept * batch.logits.shape[-1], where)}
@@ -214,9 +215,9 @@ def measure(
     half_times = harness.interleaved(halves, inputs, where, rounds, seconds=seconds / 4)
     if also is not None:
         also(contenders["ours"], batch)
-    floors = {"copy": (3 * kept_bytes + everything) / bandwidth, **dict.fromkeys(passes)}
+    floors = {"copy": (3 * kept_bytes + written) / bandwidth, **dict.fromkeys(passes)}
     share = {"forward": 2 / 3, "backward": 1 / 3}
-    half_bytes = {"forward": 2 * kept_bytes, "backward": kept_bytes + everything}
+    half_bytes = {"forward": 2 * kept_bytes, "backward": kept_bytes + written}
     parts = {
         name: {
             **harness.summary(spent),

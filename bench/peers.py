@@ -216,6 +216,16 @@ def of_kept_rows(row_logps: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Ten
     return token_logps
 
 
+def of_all_rows(row_logps: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """The same where no label is ignored."""
+
+    def token_logps(hidden, labels):
+        targets = labels[:, 1:]
+        return row_logps(hidden[:, :-1].flatten(0, 1), targets.flatten()).view(targets.shape)
+
+    return token_logps
+
+
 def eager_from_hidden(gamma: float) -> Loss:
     def loss(batch):
         def token_logps(hidden, labels):
@@ -244,10 +254,11 @@ def liger_from_hidden(gamma: float, compiled: bool) -> Loss:
     return loss
 
 
+Pick = Callable[[Callable[[Tensor, Tensor], Tensor]], Callable[[Tensor, Tensor], Tensor]]  # of_kept_rows, of_all_rows
 TRL_VOCABULARY_CHUNK = 32768  # what its trainers use
 
 
-def trl_from_hidden(gamma: float) -> Loss:
+def trl_from_hidden(gamma: float, pick: Pick = of_kept_rows) -> Loss:
     from trl.kernels import ChunkedLogProbFunction
 
     def loss(batch):
@@ -256,12 +267,14 @@ def trl_from_hidden(gamma: float) -> Loss:
             options = (1.0, TRL_VOCABULARY_CHUNK, None, 1.0, ())
             return ChunkedLogProbFunction.apply(hidden, batch.weight, None, targets, *options)[0]
 
-        return formula(of_kept_rows(row_logps), batch, gamma)
+        return formula(pick(row_logps), batch, gamma)
 
     return loss
 
 
-def linear_cross_entropy(gamma: float, budget: int | None = None, chunked: bool = True) -> Loss:
+def linear_cross_entropy(
+    gamma: float, pick: Pick = of_kept_rows, budget: int | None = None, chunked: bool = True
+) -> Loss:
     """PyTorch's, in chunks of its own choice or of `budget` bytes of logits, or not chunked, which is its default."""
 
     def loss(batch):
@@ -271,12 +284,12 @@ def linear_cross_entropy(gamma: float, budget: int | None = None, chunked: bool 
         def row_logps(hidden, targets):
             return -F.linear_cross_entropy(hidden, batch.weight, targets, reduction="none", options=chunks)
 
-        return formula(of_kept_rows(row_logps), batch, gamma)
+        return formula(pick(row_logps), batch, gamma)
 
     return loss
 
 
-def cut_cross_entropy(gamma: float) -> Loss:
+def cut_cross_entropy(gamma: float, pick: Pick = of_kept_rows) -> Loss:
     """apple/ml-cross-entropy, which never writes logits; its own default drops gradients too small for their dtype."""
     from cut_cross_entropy import linear_cross_entropy
 
@@ -284,6 +297,6 @@ def cut_cross_entropy(gamma: float) -> Loss:
         def row_logps(hidden, targets):
             return -linear_cross_entropy(hidden, batch.weight, targets, reduction="none")
 
-        return formula(of_kept_rows(row_logps), batch, gamma)
+        return formula(pick(row_logps), batch, gamma)
 
     return loss

@@ -45,9 +45,13 @@ class Run(NamedTuple):
         return star if len(star) >= LEAST_SWEEP else []
 
     def headline(self) -> list[Case]:
-        """The cases outside of the sweep, and those of it that have more contenders than its base; at least one."""
+        """The cases outside of the sweep, and those of it that have goals or more contenders than its base; at least one."""
         sweep = self.sweep()
-        found = [case for case in self.cases if case not in sweep or len(case["times"]) > len(sweep[0]["times"])]
+
+        def counts(case: Case) -> bool:
+            return case not in sweep or bool(case.get("goals")) or len(case["times"]) > len(sweep[0]["times"])
+
+        found = [case for case in self.cases if counts(case)]
         return found or sweep[:1]
 
 
