@@ -54,7 +54,8 @@ def find_rows(labels: Tensor, cu_seqlens: Tensor | None, shift: bool, ignore_ind
     sequence = sequence_of_rows(targets, cu_seqlens)
     targets = targets.flatten()
     index = ((targets != ignore_index) & (sequence < sequences)).nonzero().flatten()
-    counts = torch.bincount(sequence[index], minlength=sequences)
+    # In order as they are; to count them one by one, as bincount does, a GPU would be waited for.
+    counts = torch.searchsorted(sequence[index], torch.arange(sequences + 1, device=labels.device)).diff()
     order = torch.arange(sequences, device=labels.device)
     if in_pairs:
         order = order.view(2, -1).t().flatten()  # chosen, rejected, chosen, ...

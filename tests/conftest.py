@@ -1,7 +1,8 @@
 """What can run in this process, and the fixtures that choose it.
 
 The same test files run in three settings: a plain process (the CPU path), a process with TRITON_INTERPRET=1 (the Triton
-kernels on CPU tensors, small vocabularies only), and a process on a machine with a GPU (both, the kernels compiled).
+kernels, small vocabularies only, on a pretend GPU where one can be had and else on CPU tensors), and a process on a machine
+with a GPU (both, the kernels compiled).
 `pytest -m kernels` selects the tests that depend on the back end: the ones worth running under the interpreter.
 """
 
@@ -12,7 +13,13 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
-import torch
+
+import pretend_gpu
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+PRETEND = INTERPRETED and pretend_gpu.install()  # before torch is there
+
+import torch  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 if str(ROOT) not in sys.path:  # the source tree, also when it is not installed
@@ -20,8 +27,7 @@ if str(ROOT) not in sys.path:  # the source tree, also when it is not installed
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # where there is no network, each look at the hub takes most of a minute
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-GPU = not INTERPRETED and torch.cuda.is_available()
+GPU = torch.cuda.is_available() and (PRETEND or not INTERPRETED)
 if INTERPRETED:
     BACKENDS = ["triton-small-tiles"]
 elif GPU:
@@ -71,8 +77,34 @@ def hasten_the_interpreter():
         interpreter._get_np_dtype = lambda of: (dtype_of if of.scalar.is_ptr() else of_scalar)(of.scalar)
 
 
+def round_to_nearest():
+    """As a GPU does where it stores float32 as bfloat16: Triton's interpreter cuts the digits off."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def rounds(source, target):
+        return source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16
+
+    def rounded(source):
+        values = np.ascontiguousarray(source.data, dtype=np.float32)
+        bits = torch.from_numpy(values.reshape(-1)).bfloat16().view(torch.int16).numpy().view(np.uint16)
+        return TensorHandle(bits.reshape(values.shape), tl.bfloat16)
+
+    def patched(cast):
+        return lambda builder, source, target, *mode: (
+            rounded(source) if rounds(source, target) else cast(builder, source, target, *mode)
+        )
+
+    for name in ("create_fp_trunc", "create_fp_to_fp"):
+        setattr(InterpreterBuilder, name, patched(getattr(InterpreterBuilder, name)))
+
+
 if INTERPRETED:
     hasten_the_interpreter()
+    round_to_nearest()
+if PRETEND:
+    pretend_gpu.let_the_interpreter_in()
 
 
 def pytest_addoption(parser):
@@ -125,7 +157,7 @@ def device(backend):
 
 @pytest.fixture
 def interpreted(backend):
-    """Whether the kernels run in Triton's interpreter, whose stores to bfloat16 truncate."""
+    """Whether the kernels run in Triton's interpreter, which is slow."""
     return INTERPRETED
 
 

@@ -1,6 +1,10 @@
-"""What only a GPU can show: no host sync, CUDA graphs, labels out of range without a stop, sizes with real memory."""
+"""What only a GPU can show: no host sync, CUDA graphs, labels out of range without a stop, sizes with real memory.
+
+Under Triton's interpreter much of it shows on a pretend GPU as well (pretend_gpu/).
+"""
 
 import os
+import warnings
 
 import pytest
 import torch
@@ -17,10 +21,12 @@ from gapo_kernels import (
     sequence_logps,
 )
 
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("the interpreter runs on CPU tensors", allow_module_level=True)
 if not torch.cuda.is_available():
     pytest.skip("no GPU in this machine", allow_module_level=True)
+
+pytestmark = pytest.mark.kernels
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+needs_a_real_one = pytest.mark.skipif(INTERPRETED, reason="needs a real GPU")
 
 
 @pytest.fixture
@@ -59,6 +65,7 @@ def test_no_host_sync(packed):
     assert logits.grad.abs().max() > 0
 
 
+@needs_a_real_one
 def test_cuda_graph(batch):
     """Captured once, replayed on other numbers and other labels."""
     logits = batch.logits.clone().requires_grad_()
@@ -111,8 +118,9 @@ def test_label_out_of_range(batch, monkeypatch):
 @pytest.mark.parametrize("budget", [2**20, 2**30])
 def test_d_weight_of_a_bfloat16_head_is_as_close_as_an_eager_path(budget):
     torch.manual_seed(0)
-    hidden, anchor = (torch.randn(8, 65, 64, device="cuda").bfloat16() for _ in range(2))
-    weight, labels = torch.randn(5003, 64, device="cuda").bfloat16() * 0.3, torch.randint(5003, (8, 65), device="cuda")
+    rows = (4, 9) if INTERPRETED else (8, 65)
+    hidden, anchor = (torch.randn(*rows, 64, device="cuda").bfloat16() for _ in range(2))
+    weight, labels = torch.randn(5003, 64, device="cuda").bfloat16() * 0.3, torch.randint(5003, rows, device="cuda")
 
     def d_weight(function, dtype, **options):
         leaf = weight.to(dtype).requires_grad_()
@@ -132,12 +140,13 @@ def test_label_out_of_range_of_a_head():
     hidden, weight = torch.randn(4, 5, 16, device="cuda"), torch.randn(37, 16, device="cuda")
     labels = torch.randint(37, (4, 5), device="cuda")
     labels[1, 2] = 37
-    for budget in (4, 2**30):  # one logit
+    for budget in (40 if INTERPRETED else 4, 2**30):  # ten logits, or one
         out = fused_linear_gapo_loss(hidden, weight, labels, reduction="none", max_logits_bytes=budget)
         logps = linear_sequence_logps(hidden, weight, labels, max_logits_bytes=budget)
         assert out.loss.isnan().tolist() == [False, True] and logps.isnan().tolist() == [False, True, False, False]
 
 
+@needs_a_real_one
 @pytest.mark.parametrize("inplace", [False, True])
 def test_offsets_past_2_to_the_31(inplace):
     """2^31 logits and more, in memory: the last sequence is what it is alone."""
@@ -162,6 +171,7 @@ def test_offsets_past_2_to_the_31(inplace):
     assert (gradient[3, 1::512] == 0).all() and expected.gradient.abs().max() > 0.01
 
 
+@needs_a_real_one
 def test_same_bits_beside_other_work(batch):
     """Programs end in another order on a busy GPU; the last one out adds up in the same one."""
     big = make_batch(64, 17, 5003, dtype=torch.float32, device="cuda")
@@ -171,6 +181,57 @@ def test_same_bits_beside_other_work(batch):
         with torch.cuda.stream(other):
             torch.randn(2048, 2048, device="cuda") @ torch.randn(2048, 2048, device="cuda")
         assert_same(run_loss(big, "triton", anchor_logits=big.anchor_logits), first, tolerance=0)
+
+
+def waits(run):
+    """How often the host waits for the GPU."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return [str(warning.message) for warning in caught if "called a synchronizing CUDA operation" in str(warning.message)]
+
+
+@pytest.mark.parametrize("options", [{}, {"direction": "gaussian"}, {"rounding": "nearest"}], ids=str)
+def test_a_step_waits_once(options):
+    """For the norm of the probe's gradient, without which no weight is moved; the statistics wait until they are read."""
+    torch.manual_seed(0)
+    embed, head = torch.nn.Embedding(37, 16).cuda(), torch.nn.Linear(16, 37).cuda()
+    ids = torch.randint(37, (4, 6), device="cuda")
+    anchor = GeometricAnchor([*embed.parameters(), *head.parameters()], rho=0.3, compute_dtype=torch.bfloat16, **options)
+
+    def step():
+        out = gapo_step(lambda: sequence_logps(head(embed(ids)), ids), anchor)
+        out.loss.backward()
+
+    step()  # compiles
+    assert len(found := waits(step)) == 1, found
+    assert len(waits(lambda: anchor.stats.changed_fraction)) == 1 and anchor.stats.changed_fraction > 0
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_linear_path_waits_for_the_kept_rows_alone(packed):
+    """However many there are, twice: for which rows are kept, and where each sequence's end."""
+    weight, found = torch.randn(37, 16, device="cuda"), []
+    for sequences, length in ((4, 6), (8, 17)):
+        hidden = torch.randn(sequences, length, 16, device="cuda")
+        labels = torch.randint(37, (sequences, length), device="cuda")
+        cu_seqlens = None
+        if packed:
+            hidden, labels = hidden.flatten(0, 1), labels.flatten()
+            cu_seqlens = torch.arange(0, sequences * length + 1, length, device="cuda")
+
+        def run():
+            leaf, anchor = hidden.clone().requires_grad_(), hidden + 0.1
+            fused_linear_gapo_loss(leaf, weight, labels, anchor_hidden=anchor, cu_seqlens=cu_seqlens).loss.backward()
+            return leaf.grad
+
+        assert run().abs().max() > 1e-4  # and compiles
+        found.append(len(waits(run)))
+    assert found == [2, 2]
 
 
 def step_on(device, name, dtype, **options):
@@ -219,6 +280,7 @@ def test_a_bfloat16_step_draws_the_bits_of_a_cpu():
     assert (moved["cuda"] != moved["cpu"]).float().mean() < 1e-3
 
 
+@needs_a_real_one
 def test_compiled_code_that_runs_as_cuda_graphs_is_refused():
     model = tiny_models.build("llama", torch.float32).cuda()
     ids, labels = (tensor.cuda() for tensor in tiny_models.preference_batch())
@@ -231,6 +293,7 @@ def test_compiled_code_that_runs_as_cuda_graphs_is_refused():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@needs_a_real_one
 def test_out_of_memory_at_the_anchor_brings_the_weights_back():
     params = [torch.nn.Parameter(torch.randn(3000, 70, device="cuda", dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)]
     anchor, before, hoard = GeometricAnchor(params, rho=3.0), [p.detach().clone() for p in params], []
@@ -252,6 +315,7 @@ def test_out_of_memory_at_the_anchor_brings_the_weights_back():
     assert all(map(torch.equal, params, before))
 
 
+@needs_a_real_one
 def test_autotuning(batch, tmp_path, monkeypatch):
     """Measured once; the results are those of the choice, with the same bits; CUDA's random numbers stay as they are."""
     from gapo_kernels.kernels import config, tuning

@@ -107,7 +107,7 @@ def joined(low, high):
 
 @triton.jit
 def round_to_nearest(b_x, DTYPE: tl.constexpr):
-    """To DTYPE. To 16 bits by way of float32, as torch does it; to bfloat16 by bits: the interpreter's cast truncates."""
+    """To DTYPE. To 16 bits by way of float32, as torch does it; to bfloat16 by bits: the interpreter's own cast truncates."""
     if DTYPE == tl.bfloat16:
         b_x = b_x.to(tl.float32)
         b_bits = b_x.to(tl.int32, bitcast=True)

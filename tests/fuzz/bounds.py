@@ -70,10 +70,8 @@ def assert_close_to_truth(
     truth: Tensor,
     eager: Tensor,
     size: float | Tensor,
-    truncated: bool = False,
 ) -> None:
-    """`size`: of what the result was made of, for all or each of its elements. `truncated`: stores truncate instead of rounding, in the interpreter to
-    bfloat16, which doubles the error of a rounding."""
+    """`size`: of what the result was made of, for all or each of its elements."""
     expected = truth.to(found.dtype)
     special = ~expected.isfinite()  # also what overflows the result's dtype
     torch.testing.assert_close(
@@ -94,10 +92,9 @@ def assert_close_to_truth(
         allowed = (ROUNDINGS * 2.0**-53 * size).clamp(min=1e-10) + 1e-10 * exact.abs()
         assert (error.abs() <= allowed).all(), f"{name}: off by {error.abs().max():.2e}: {found}, not {truth}"
         return
-    doubled = 2 if truncated else 1
-    floor = doubled * _rounding_error(exact, found.dtype) + ROUNDINGS * 2.0**-24 * _rms(size)
+    floor = _rounding_error(exact, found.dtype) + ROUNDINGS * 2.0**-24 * _rms(size)
     of_eager = (eager.double() - truth)[~special].nan_to_num(0, 0, 0)
-    allowed = max((2.5 if truncated else 1.5) * _rms(of_eager), floor)
+    allowed = max(1.5 * _rms(of_eager), floor)
     assert _rms(error) <= allowed, (
         f"{name}: error {_rms(error):.2e}, eager {_rms(of_eager):.2e}, correctly rounded {floor:.2e}: {found}, not {truth}"
     )
