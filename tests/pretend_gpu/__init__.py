@@ -127,7 +127,8 @@ def _dress_torch(device: ctypes.CDLL) -> None:
         "manual_seed": lambda _: None,
         "manual_seed_all": lambda _: None,
         "_sleep": lambda _: None,
-        **dict.fromkeys(("device", "device_of", "stream", "Stream", "Event", "current_stream", "default_stream"), _Nothing),
+        **{name: type(name, (_Nothing,), {}) for name in ("device", "device_of", "stream", "Stream", "Event")},
+        **dict.fromkeys(("current_stream", "default_stream"), _Nothing),
     }
     for name, stand_in in stand_ins.items():
         setattr(torch.cuda, name, stand_in)
