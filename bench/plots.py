@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from bench.results import AXES, Case, Results, Run, kept_logits, rows
-from bench.tables import CONTENDERS, EXPONENTIALS, PARAMETERS, milliseconds, peaks_of
+from bench.tables import CONTENDERS, EXPONENTIALS, PARAMETERS, STEP_FLOORS, milliseconds, peaks_of
 
 DPI = 110
 COLOURS_IN_FILE = 96  # enough for antialiased lines, and a third of the size
@@ -86,7 +86,7 @@ def pictures(results: Results) -> dict[str, Picture]:
                 alt = f"{title}: time, memory and share of the floor on {device}"
                 found[f"{suite}-{slug}.png"] = Picture(alt, data, _draw_sweep)
         if steps := [run for run in runs if run.suite == "step"]:
-            found[f"step-{slug}.png"] = Picture(f"Time of a whole step on {device}", _bars(steps), _draw_bars)
+            found[f"step-{slug}.png"] = Picture(f"Time and memory of a whole step on {device}", _bars(steps), _draw_bars)
         if first["logits"] and first["linear"]:
             found[f"roofline-{slug}.png"] = Picture(f"Roofline of {device}", _roofline(**first), _draw_roofline)
     return found
@@ -246,7 +246,10 @@ def _bars(runs: Sequence[Run]) -> dict:
                 for name, time in case["times"].items()
             ]
             for bar in bars:
-                bar["share"] = case["of_authors"].get(bar["name"], {}).get("median")
+                name, authors = bar["name"], case["times"]["authors"]["median_ms"]
+                bar["share"] = case["of_authors"].get(name, {}).get("median")
+                bar["floor"] = STEP_FLOORS[name] * authors if name in STEP_FLOORS else None
+                bar["memory"] = peaks_of(case).get(name)
             bars.sort(key=lambda bar: STEP_ORDER.index(bar["name"]))
             allocator = ", allocator told to keep freed memory" if run.tuned else ""
             groups.append({"title": f"{case['name']}{allocator}", "bars": bars})
@@ -258,19 +261,26 @@ def _draw_bars(data: dict):
 
     groups = data["groups"]
     sizes = [len(group["bars"]) for group in groups]
-    figure = Figure(figsize=(8, 0.75 + 0.55 * len(groups) + 0.3 * sum(sizes)), layout="constrained")
+    figure = Figure(figsize=(10.5, 0.75 + 0.55 * len(groups) + 0.3 * sum(sizes)), layout="constrained")
     longest = max(bar["to"] for group in groups for bar in group["bars"])
     unit, divisor = ("s", 1e3) if longest >= 1e4 else ("ms", 1)
     longest /= divisor
+    most = max((bar["memory"] or 0 for group in groups for bar in group["bars"]), default=0)
     # One scale for all groups: their bars can be compared with each other.
-    grid = figure.subplots(len(groups), 1, squeeze=False, sharex=True, gridspec_kw={"height_ratios": sizes})[:, 0]
-    for axes, group in zip(grid, groups):
+    ratios = {"height_ratios": sizes, "width_ratios": [2.4, 1]}
+    grid = figure.subplots(len(groups), 2, squeeze=False, sharex="col", sharey="row", gridspec_kw=ratios)
+    for (axes, beside), group in zip(grid, groups):
         bars = group["bars"]
         for place, bar in enumerate(bars):
             colour = STYLES.get(bar["name"], OTHER)[0]
             middle, low, high = (bar[key] / divisor for key in ("ms", "from", "to"))
             axes.barh(place, middle, color=colour, height=0.7, alpha=0.85)
             axes.errorbar(middle, place, xerr=[[middle - low], [high - middle]], color="#7F7F7F", capsize=3)
+            if bar["floor"] is not None:
+                axes.plot([bar["floor"] / divisor] * 2, [place - 0.35, place + 0.35], color="#000000", lw=1.5)
+            if bar["memory"] is not None:
+                beside.barh(place, bar["memory"], color=colour, height=0.7, alpha=0.85)
+                beside.text(bar["memory"] + 0.02 * most, place, f"{bar['memory']:.0f}", va="center")
             share = "" if bar["share"] is None else f", {bar['share']:.2f} of the authors'"
             axes.text(high + 0.012 * longest, place, f"{milliseconds(bar['ms'])}{share}", va="center")
         names = [CONTENDERS.get(bar["name"], bar["name"]).replace("`", "") for bar in bars]
@@ -278,8 +288,11 @@ def _draw_bars(data: dict):
         axes.invert_yaxis()
         axes.set_xlim(0, 1.4 * longest)
         axes.set_title(group["title"], fontsize=10, loc="left")
-        axes.grid(axis="x", alpha=0.3)
-    grid[-1].set_xlabel(f"time of a step, {unit}; whiskers: quartiles")
+        beside.set_xlim(0, 1.25 * max(most, 1))
+        for each in (axes, beside):
+            each.grid(axis="x", alpha=0.3)
+    grid[-1, 0].set_xlabel(f"time of a step, {unit}; whiskers: quartiles; line: floor with the same head")
+    grid[-1, 1].set_xlabel("peak memory, MiB")
     figure.suptitle(data["title"], fontsize=11)
     return figure
 

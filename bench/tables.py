@@ -34,6 +34,9 @@ CONTENDERS = {
 # The gaps' error up to which a step in 16 bits may be measured by one in float32: what rounding activations takes
 # (docs/anchor.md), with some room. To nearest, the weights' rounding takes more.
 COMPARABLE = 0.4
+STEADY = 0.15  # how far a ratio with a goal may move between the thirds of a run
+# Of the authors' time, with the same head: forwards' worth of work.
+STEP_FLOORS = {"ours-eager-head": 6 / 7, "ours-shared-eager-head": 5 / 7}
 EXPONENTIALS = "three exponentials"  # the floor's name in the logits path's times
 FLOORS = {"copy": "memory traffic", EXPONENTIALS: "exponentials", "gemms": "four GEMMs"}
 PARAMETERS = {
@@ -318,15 +321,17 @@ def goals_of(case: Case) -> str:
     for name, least in case["goals"].items():
         moved = case["ratio_spread"].get(name)
         if moved is not None:
-            reached = f"{significant(case['ratios'][name]['median'], 3)}x of {least}x"
+            ratio = case["ratios"][name]["median"]
+            reached = f"{significant(ratio, 3)}x of {least}x" + (", missed" if ratio < least else "")
             errors, gaps = case.get("gap_errors", {}), ""
             if name in errors:
                 gaps = f"; gaps off by {percent(errors[name])}, ours by {percent(errors['ours'])}"
                 gaps += ": not comparable" if errors["ours"] > max(errors[name], COMPARABLE) else ""
-            found.append(f"{CONTENDERS.get(name, name)} {reached} (moved by {percent(moved)}{gaps})")
+            found.append(f"{CONTENDERS.get(name, name)} {reached} (moved by {percent(moved)}{', unsteady' if moved > STEADY else ''}{gaps})")
     for part, least in case.get("floor_goals", {}).items():
         floor = case["floor"] if part == "whole" else case["parts"][part]["floor"]
-        found.append(f"{part} {floor['fraction']:.0%} of the floor's {least:.0%}")
+        missed = ", missed" if floor["fraction"] < least else ""
+        found.append(f"{part} {floor['fraction']:.0%} of the floor's {least:.0%}{missed}")
     return f"{case['name']}: {', '.join(found) or 'not measured'}"
 
 
@@ -376,7 +381,7 @@ def _step_floor(run: Run) -> str:
     """What doing six or five forwards' worth of work instead of seven would give, and gave, with the same eager head."""
     rows = []
     for case in run.cases:
-        for name, bound in (("ours-eager-head", 6 / 7), ("ours-shared-eager-head", 5 / 7)):
+        for name, bound in STEP_FLOORS.items():
             if name in case["of_authors"]:
                 share = case["of_authors"][name]["median"]
                 row = [case["name"], CONTENDERS[name], f"{bound:.3f}", f"{share:.3f}", f"{100 * bound / share:.0f} %"]

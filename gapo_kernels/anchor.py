@@ -218,7 +218,7 @@ class GeometricAnchor:
         claim = _Claim(self.params)
         claim.check()  # before the probe's backward, and once more after it
         grids = self._grids(objective)
-        self._warn_of_autocast(grids, objective)
+        self._warn_of_autocast(grids)
         directions, ours = self._directions(objective, grads, retain_graph)
         for number, param in enumerate(self.params):
             if not param.requires_grad:  # frozen since
@@ -269,11 +269,18 @@ class GeometricAnchor:
         if that is coarser. Asked anew each time: model.to(dtype) keeps its Parameter objects."""
         grids, spared = [], set(map(id, self._spared_by_autocast))
         gathered_dtypes = {} if self._sharded is None else self._sharded.compute_dtypes()
-        if spared and self.compute_dtype in HALF and self.params[0].dtype not in HALF:
+        if spared and self._has_masters():
             around = torch.is_autocast_enabled(self.params[0].device.type)
             if isinstance(objective, Tensor):
                 gathered = {} if self._sharded is None else self._sharded.gathered()
                 spared = spared_in(objective, spared, around, gathered)
+                if not spared and not around and any(distributed.compiled(objective)):
+                    warnings.warn(
+                        f"what compiled code casts to {self.compute_dtype} is not seen, so the anchor puts all parameters "
+                        "on that grid. If autocast, which leaves norms and embeddings alone, is entered inside of the "
+                        "model, enter it around the step as well",
+                        stacklevel=1,
+                    )
             elif not around:
                 spared = set()
         for name, param in zip(self.names, self.params):
@@ -288,6 +295,10 @@ class GeometricAnchor:
             finer = torch.promote_types(wanted, param.dtype) == wanted
             grids.append(param.dtype if finer else wanted)
         return grids
+
+    def _has_masters(self) -> bool:
+        """Whether the forward computes in 16 bits with parameters that are finer."""
+        return self.compute_dtype in HALF and any(param.dtype not in HALF for param in self.params)
 
     def _directions(
         self, objective: Tensor | None, grads: Sequence[Tensor | None] | None, retain_graph: bool
@@ -385,22 +396,13 @@ class GeometricAnchor:
         if self._sharded is not None:
             self._sharded.reshard()
 
-    def _warn_of_autocast(self, grids: list[torch.dtype], objective: Tensor | None) -> None:
+    def _warn_of_autocast(self, grids: list[torch.dtype]) -> None:
         device = self.params[0].device.type
-        around, coarse = torch.is_autocast_enabled(device), any(grid in HALF for grid in grids)
-        if around and self.compute_dtype not in HALF and not coarse:
+        if torch.is_autocast_enabled(device) and self.compute_dtype not in HALF and not any(grid in HALF for grid in grids):
             dtype = torch.get_autocast_dtype(device)
             warnings.warn(
                 f"autocast computes with {dtype} while the anchor moves the parameters in {grids[0]}: the gap is mostly "
                 f"the casts' rounding. Pass compute_dtype={dtype} to the anchor, or train without autocast",
-                stacklevel=1,
-            )
-        sees_graph = self._spared_by_autocast and isinstance(objective, Tensor) and self.params[0].dtype not in HALF
-        if sees_graph and not around and self.compute_dtype in HALF and any(distributed.compiled(objective)):
-            warnings.warn(
-                f"what compiled code casts to {self.compute_dtype} is not seen, so the anchor puts all parameters on that "
-                "grid. If autocast, which leaves norms and embeddings alone, is entered inside of the model, enter it "
-                "around the step as well",
                 stacklevel=1,
             )
 

@@ -79,8 +79,9 @@ class Displacement:
     def restore(self) -> None:
         """Puts everything back, and only then lets through what was raised meanwhile."""
         failure = None
-        copies = self._staged + self._replaced()
-        for work in (*(part.restore for part, _ in self._parts), *(_Copy(*pair) for pair in copies)):
+        staged = (_Copy(*pair) for pair in self._staged)
+        memory = (_Memory(*pair) for pair in self._memory)
+        for work in (*(part.restore for part, _ in self._parts), *staged, *memory):
             for _ in range(RESTORE_ATTEMPTS):
                 try:
                     work()
@@ -92,11 +93,6 @@ class Displacement:
         self._memory.clear()
         if failure is not None:
             raise failure
-
-    def _replaced(self) -> list[tuple[Tensor, Tensor]]:
-        """(new memory, old memory) of parameters whose `.data` somebody has set since."""
-        now = [(distributed.local(param), before) for param, before in self._memory]
-        return [(tensor, before) for tensor, before in now if tensor.data_ptr() != before.data_ptr()]
 
     def _stage(self, tensor: Tensor) -> Tensor:
         stand_in = tensor.contiguous() if not tensor.is_contiguous() else tensor.clone()
@@ -115,6 +111,17 @@ class _Copy:
 
     def __call__(self) -> None:
         self._target.copy_(self._source)
+
+
+class _Memory:
+    """A parameter's own: where somebody has set its `.data` since, that is undone."""
+
+    def __init__(self, param: nn.Parameter, tensor: Tensor) -> None:
+        self._param, self._tensor = param, tensor
+
+    def __call__(self) -> None:
+        if not distributed.is_sharded(self._param) and self._param.data_ptr() != self._tensor.data_ptr():
+            self._param.data = self._tensor
 
 
 def noise(params: Sequence[nn.Parameter], step: int, seed: int) -> list[Tensor]:

@@ -60,7 +60,8 @@ def rows_are_apart(logits: Tensor) -> bool:
 
 def like_rows(logits: Tensor) -> Tensor:
     """Memory for the logits' gradient on a GPU. Of a view that leaves out little, a padded vocabulary or the last rows, say,
-    it has the strides: each row of both then begins at the same place in 16 bytes, and is accessed so whatever V is."""
+    it has the strides. If the first logit lies at a multiple of 16 bytes, each row of both then begins at the same place in
+    16 bytes, and is accessed so whatever V is."""
     extent = sum((n - 1) * stride for n, stride in zip(logits.shape, logits.stride())) + 1
     if not logits.is_contiguous() and 10 * extent <= 11 * logits.numel() and rows_are_apart(logits):
         return logits.new_empty_strided(logits.shape, logits.stride())

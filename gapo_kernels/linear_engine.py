@@ -53,9 +53,9 @@ def find_rows(labels: Tensor, cu_seqlens: Tensor | None, shift: bool, ignore_ind
     targets = align_targets(labels, cu_seqlens, shift, ignore_index)
     sequence = sequence_of_rows(targets, cu_seqlens)
     targets = targets.flatten()
-    index = ((targets != ignore_index) & (sequence < sequences)).nonzero().flatten()
-    # In order as they are; to count them one by one, as bincount does, a GPU would be waited for.
-    counts = torch.searchsorted(sequence[index], torch.arange(sequences + 1, device=labels.device)).diff()
+    index = ((targets != ignore_index) & (sequence >= 0) & (sequence < sequences)).nonzero().flatten()
+    counts = torch.zeros(sequences, dtype=torch.int64, device=labels.device)
+    counts.scatter_add_(0, sequence[index], torch.ones_like(index))  # for bincount a GPU would be waited for
     order = torch.arange(sequences, device=labels.device)
     if in_pairs:
         order = order.view(2, -1).t().flatten()  # chosen, rejected, chosen, ...

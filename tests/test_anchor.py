@@ -434,16 +434,15 @@ def test_an_exception_inside_finds_the_weights_back(params, anchor, thrown):
     assert_usable(anchor)
 
 
-def test_new_memory_that_the_body_gave_parameters_holds_the_weights():
-    """As model.to() does, or an optimizer that keeps all parameters in one buffer."""
+def test_new_memory_that_the_body_gave_parameters_is_taken_from_them_again():
+    """As model.to() does; nothing is written to it, which may be somebody's average of the weights."""
     anchor = GeometricAnchor([*make_params(), nn.Parameter(torch.randn(6, 5, dtype=torch.float64).t())], rho=0.1)
-    params, moved = anchor.params, [0, 2, -1]
-    before = bits(params)
+    params, before = anchor.params, bits(anchor.params)
+    memory = [param.data_ptr() for param in params]
     with anchor.perturbed(grads=make_grads(params)):
-        for number in moved:
-            params[number].data = params[number].data.clone()
-        memory = [param.data_ptr() for param in params]
-    assert same(params, before) and memory == [param.data_ptr() for param in params]
+        params[0].data = params[-1].data = average = torch.zeros(5, 6, dtype=torch.float64)
+        params[1].data = torch.empty(0, dtype=params[1].dtype)
+    assert same(params, before) and memory == [param.data_ptr() for param in params] and not average.any()
     assert_usable(anchor)
 
 

@@ -284,3 +284,13 @@ def test_a_goal_of_the_step_stands_beside_the_gaps_errors(error, comparable):
     said = tables.goals_of(case | {"gap_errors": {name: 0.0, "ours": error}})
     assert f"5.00x of 4x (moved by 1.0 %; gaps off by 0 %, ours by {100 * error:.0f} %" in said
     assert ("not comparable" not in said) is comparable
+
+
+def test_a_goal_that_is_missed_or_unsteady_says_so():
+    case = {"name": "a case", "goals": {"eager": 4}, "floor_goals": {"whole": 0.87}}
+    for ratio, moved, fraction, said in (
+        (4.0, 0.15, 0.87, "a case: eager 4.00x of 4x (moved by 15 %), whole 87% of the floor's 87%"),
+        (3.9, 0.16, 0.86, "a case: eager 3.90x of 4x, missed (moved by 16 %, unsteady), whole 86% of the floor's 87%, missed"),
+    ):
+        found = {"ratios": {"eager": {"median": ratio}}, "ratio_spread": {"eager": moved}, "floor": {"fraction": fraction}}
+        assert tables.goals_of(case | found) == said

@@ -6,6 +6,7 @@ Under Triton's interpreter much of it shows on a pretend GPU as well (pretend_gp
 import os
 import warnings
 
+import pretend_gpu
 import pytest
 import torch
 
@@ -21,11 +22,13 @@ from gapo_kernels import (
     sequence_logps,
 )
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED and not pretend_gpu.INSTALLED:
+    pytest.skip("there is no pretend GPU for the interpreter", allow_module_level=True)
 if not torch.cuda.is_available():
     pytest.skip("no GPU in this machine", allow_module_level=True)
 
 pytestmark = pytest.mark.kernels
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 needs_a_real_one = pytest.mark.skipif(INTERPRETED, reason="needs a real GPU")
 
 
@@ -232,6 +235,29 @@ def test_the_linear_path_waits_for_the_kept_rows_alone(packed):
         assert run().abs().max() > 1e-4  # and compiles
         found.append(len(waits(run)))
     assert found == [2, 2]
+
+
+@pytest.mark.parametrize("path", ["logits", "linear"])
+def test_rows_outside_of_cu_seqlens_are_no_sequences(path):
+    """A GPU is not waited for to see that there are none: they count as ignored."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(20, 16, device="cuda"), torch.randn(37, 16, device="cuda")
+    labels = torch.randint(37, (20,), device="cuda")
+    cu_seqlens = torch.tensor([2, 8, 12, 16, 18], device="cuda")
+
+    def run(rows, cu_seqlens):
+        leaf = hidden[rows].clone().requires_grad_()
+        if path == "linear":
+            out = fused_linear_gapo_loss(leaf, weight, labels[rows], anchor_hidden=leaf.detach() + 0.1, cu_seqlens=cu_seqlens)
+        else:
+            logits = leaf @ weight.t()
+            out = fused_gapo_loss(logits, labels[rows], anchor_logits=logits.detach() * 0.9, cu_seqlens=cu_seqlens)
+        return out.loss.detach(), torch.autograd.grad(out.loss, leaf)[0]
+
+    (loss, gradient), (expected, inside) = run(slice(0, 20), cu_seqlens), run(slice(2, 18), cu_seqlens - 2)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient[2:18], inside)
+    assert (gradient[[0, 1, 18, 19]] == 0).all() and inside.abs().max() > 1e-3
 
 
 def step_on(device, name, dtype, **options):

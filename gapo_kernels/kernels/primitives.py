@@ -19,7 +19,7 @@ TYPES = {
 
 @triton.jit
 def sequence_of_row(i_row, cu_seqlens, sequences, length, PACKED: tl.constexpr):
-    """The sequence that a row belongs to, and the first row after that sequence (beyond the last: no sequence)."""
+    """The sequence that a row belongs to, and the first row after that sequence; of a row that belongs to none, 0."""
     if PACKED:
         # The last s with cu_seqlens[s] <= row: a few loads that all programs share in the L2 cache.
         low = i_row * 0
@@ -31,7 +31,8 @@ def sequence_of_row(i_row, cu_seqlens, sequences, length, PACKED: tl.constexpr):
             else:
                 high = middle - 1
         i_sequence = low
-        end = tl.load(cu_seqlens + i_sequence + 1, mask=i_sequence < sequences, other=0).to(tl.int64)
+        within = (i_sequence < sequences) & (tl.load(cu_seqlens).to(tl.int64) <= i_row)
+        end = tl.load(cu_seqlens + i_sequence + 1, mask=within, other=0).to(tl.int64)
     else:
         i_sequence = i_row // length
         end = (i_sequence + 1) * length

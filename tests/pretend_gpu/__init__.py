@@ -1,11 +1,11 @@
 """A GPU for machines that have none: torch's "cuda", computed on the CPU, with kernels in Triton's interpreter.
 
 What a GPU is asked for happens, on real tensors of its own device: dispatch by device, operands on different devices,
-backwards on a thread of the engine, streams and pinned memory, and whatever makes the host wait
-(`torch.cuda.set_sync_debug_mode`). Nothing runs side by side, and no time says anything.
+backwards on a thread of the engine, and whatever makes the host wait (`torch.cuda.set_sync_debug_mode`). Nothing runs side
+by side, so that streams and events are nothing, and no time says anything.
 
 Only where torch was built without CUDA, and before torch is imported: `install()`. It compiles device.cpp, with a C++
-compiler, into build/.
+compiler, into build/. Where there is none, or it fails, there is no such GPU.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from types import SimpleNamespace
 SOURCE = Path(__file__).with_name("device.cpp")
 BUILD = Path(__file__).parents[2] / "build" / "pretend_gpu"
 MODES = ("default", "warn", "error")
+INSTALLED = False
 PROPERTIES = SimpleNamespace(
     name="Pretend H100",
     major=9,
@@ -38,6 +39,12 @@ PROPERTIES = SimpleNamespace(
 
 def install() -> bool:
     """Whether there is a pretend GPU from now on."""
+    global INSTALLED
+    INSTALLED = _install()
+    return INSTALLED
+
+
+def _install() -> bool:
     compiler = shutil.which("g++") or shutil.which("clang++")
     spec = importlib.util.find_spec("torch")
     if compiler is None or spec is None or sys.platform != "linux" or "torch" in sys.modules:
@@ -46,7 +53,11 @@ def install() -> bool:
     build = runpy.run_path(str(folder / "version.py"))
     if build.get("cuda") or build.get("hip"):
         return False
-    library = _compiled(compiler, folder, build["__version__"])
+    try:
+        library = _compiled(compiler, folder, build["__version__"])
+    except subprocess.CalledProcessError as error:
+        warnings.warn(f"no pretend GPU: {error}", stacklevel=3)
+        return False
     for dependency in ("libgomp.so.1", "libc10.so", "libtorch_cpu.so", "libtorch.so"):
         if (folder / "lib" / dependency).exists():
             ctypes.CDLL(str(folder / "lib" / dependency), ctypes.RTLD_GLOBAL)
@@ -135,7 +146,11 @@ def _dress_torch(device: ctypes.CDLL) -> None:
     torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
     generator = torch.Generator
 
-    class Generator(generator):
+    class Kind(type(generator)):
+        def __instancecheck__(cls, instance):
+            return isinstance(instance, generator)
+
+    class Generator(generator, metaclass=Kind):
         def __new__(cls, device="cpu"):
             return generator.__new__(generator)
 
@@ -157,11 +172,12 @@ def let_the_interpreter_in() -> None:
     from triton.runtime.interpreter import GridExecutor
 
     def alias(argument):
-        if isinstance(argument, tuple):
-            return type(argument)(map(alias, argument))
         return torch.ops.pretend_gpu.on_cpu(argument) if isinstance(argument, torch.Tensor) else argument
 
     def arguments(_, args, kwargs):
+        tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)]
+        if len(devices := {tensor.device for tensor in tensors}) > 1:
+            raise RuntimeError(f"expected all of a kernel's tensors on the same device, got {sorted(map(str, devices))}")
         return [alias(one) for one in args], {name: alias(one) for name, one in kwargs.items()}
 
     GridExecutor._init_args_hst = arguments
