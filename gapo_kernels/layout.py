@@ -24,8 +24,10 @@ def align_targets(
     targets[..., :-1] = labels[..., 1:]
     if cu_seqlens is not None:
         # The last row of a sequence predicts nothing; without this it would predict its neighbour's first token.
-        following = torch.arange(1, labels.shape[0] + 1, device=labels.device)
-        targets = targets.masked_fill(torch.isin(following, cu_seqlens), ignore_index)
+        # Looked up in order: isin would have a GPU sort, and be waited for.
+        following, ends = torch.arange(1, labels.shape[0] + 1, device=labels.device), cu_seqlens.long()
+        place = torch.searchsorted(ends, following).clamp(max=ends.shape[0] - 1)
+        targets = targets.masked_fill(ends[place] == following, ignore_index)
     return targets
 
 

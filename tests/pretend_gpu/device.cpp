@@ -81,7 +81,7 @@ void waits_for(const std::string& what) {
 const std::set<std::string> WAITS{
     "aten::_local_scalar_dense", "aten::bincount",       "aten::equal",           "aten::masked_select",
     "aten::nonzero",             "aten::nonzero.out",    "aten::unique_dim",      "aten::_unique2",
-    "aten::unique_consecutive",
+    "aten::unique_consecutive",  "aten::isin.Tensor_Tensor", "aten::isin.Tensor_Tensor_out",
 };
 
 // ---- operators ----
