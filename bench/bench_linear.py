@@ -18,8 +18,8 @@ On real pairs also the head's part of a whole step, one forward and two backward
 and the weight (as with a tied embedding): with d log-prob / d hidden made once and scaled by each backward, as
 linear_sequence_logps does, and with d hidden made anew in each.
 
-gamma is 0: liger's loss has none. trl, lce and cce are given the kept rows only, on every device, and where all are kept nothing
-is picked; eager and liger take whole sequences.
+gamma is 0: liger's loss has none. trl, lce and cce are given the kept rows only, on every device, and where all are
+kept nothing is picked; eager and liger take whole sequences.
 """
 
 from __future__ import annotations

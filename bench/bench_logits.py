@@ -9,8 +9,9 @@ Contenders, on the same tensors and in turns:
     liger       Liger's cross-entropy kernel without reduction (GPU only)
 
 Floors: the bytes that must move (policy and anchor read once forward, the policy once more backward, of the kept rows; the
-gradient written, of all rows on a GPU, on a CPU, whose system hands out zeros, of the kept ones) at the bandwidth of a copy, and on a CPU three passes of the exponential over the kept
-logits, in cache and on all threads: policy, anchor, gradient.
+gradient written, of all rows on a GPU, on a CPU, whose system hands out zeros, of the kept ones) at the bandwidth of a
+copy, and on a CPU three passes of the exponential over the kept logits, in cache and on all threads: policy, anchor,
+gradient.
 """
 
 from __future__ import annotations

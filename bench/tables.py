@@ -323,11 +323,12 @@ def goals_of(case: Case) -> str:
         if moved is not None:
             ratio = case["ratios"][name]["median"]
             reached = f"{significant(ratio, 3)}x of {least}x" + (", missed" if ratio < least else "")
+            steady = f"moved by {percent(moved)}" + (", unsteady" if moved > STEADY else "")
             errors, gaps = case.get("gap_errors", {}), ""
             if name in errors:
                 gaps = f"; gaps off by {percent(errors[name])}, ours by {percent(errors['ours'])}"
                 gaps += ": not comparable" if errors["ours"] > max(errors[name], COMPARABLE) else ""
-            found.append(f"{CONTENDERS.get(name, name)} {reached} (moved by {percent(moved)}{', unsteady' if moved > STEADY else ''}{gaps})")
+            found.append(f"{CONTENDERS.get(name, name)} {reached} ({steady}{gaps})")
     for part, least in case.get("floor_goals", {}).items():
         floor = case["floor"] if part == "whole" else case["parts"][part]["floor"]
         missed = ", missed" if floor["fraction"] < least else ""

@@ -575,6 +575,22 @@ def test_a_wrong_step_is_not_measured(monkeypatch, dtype, who, wrong, differs):
         bench_step.measure(case, 3, CPU, seconds=1, quick=True)
 
 
+def test_a_wrong_recipe_besides_ours_and_the_authors_leaves_the_others(monkeypatch):
+    right = bench_step.Recipe.ours
+
+    def mutated(self, *args, **options):
+        step = partial(right, self, *args, **options)
+        return fade(self, step, share=0.0) if options.get("share_backward") else step()
+
+    monkeypatch.setattr(bench_step.Recipe, "ours", mutated)
+    case = next(case for case in bench_step.cases(CPU, True) if case.dtype == torch.float32)
+    result = bench_step.measure(case, 3, CPU, seconds=1, quick=True)
+    assert result["absent"].keys() == {"ours-shared", "ours-shared-eager-head"}
+    assert all(why.startswith("differs from authors: ") and "gradient by 1" in why for why in result["absent"].values())
+    left = {"authors", "ours", "ours-logits", "ours-eager-head"}
+    assert result["times"].keys() == result["gap_errors"].keys() == result["peak_beyond_weights_mib"].keys() == left
+
+
 def test_a_peer_may_take_long_and_is_then_absent_but_not_longer_than_the_case(monkeypatch):
     batch = logits_batch()
     right = peers.eager_from_logits(bench_logits.GAMMA, sliced=False)
