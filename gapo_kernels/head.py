@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from gapo_kernels import cpu, host_memory
+from gapo_kernels.validation import HALF
 
 CAST_BYTES = 16 * 2**20  # of the weight, or of the logits' gradient, cast at a time
 BIAS_ROWS = 16  # of the logits' gradient, summed at a time in its dtype
 SOFTCAP_BYTES = 8 * 2**20  # of the logits, kept at a time for softcap's derivative
-HALF = (torch.float16, torch.bfloat16)
 
 
 class Statistics(NamedTuple):

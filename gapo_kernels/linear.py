@@ -575,7 +575,7 @@ def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     if first is None or not torch.is_autocast_enabled(first.device.type):
         return list(tensors)
     dtype = torch.get_autocast_dtype(first.device.type)
-    eligible = (torch.float16, torch.bfloat16, torch.float32)
+    eligible = (*validation.HALF, torch.float32)
     return [t.to(dtype) if isinstance(t, Tensor) and t.dtype in eligible else t for t in tensors]
 
 

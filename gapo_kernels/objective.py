@@ -70,7 +70,7 @@ def gapo_objective(
     """
     validation.check_hyperparameters(beta, gamma, label_smoothing, loss_type, reduction)
     validation.check_margin(margin, "margin")
-    if margin.dtype in (torch.float16, torch.bfloat16):
+    if margin.dtype in validation.HALF:
         margin = margin.float()
     gap = margin
     if anchor_margin is not None:

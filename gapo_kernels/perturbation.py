@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from gapo_kernels import philox, threads
+from gapo_kernels.validation import HALF
 
 # Elements. Two of these, in float32, fit the L2 cache; drawing random numbers takes so many calls that larger ones pay.
 CHUNK, ROUNDED_CHUNK = 24 * philox.TILE, 48 * philox.TILE
 SQUARED_TOGETHER = 4 * philox.TILE
-HALF = (torch.float16, torch.bfloat16)
 # float16: the least normal number, 2^-14, and below the leading bit ten more.
 _FLOAT16_LEAST_NORMAL, _FLOAT16_LARGEST_POWER, _FLOAT16_DIGITS = 2.0**-14, 2.0**15, 2.0**10
 

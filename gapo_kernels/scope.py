@@ -12,6 +12,7 @@ from torch.nn.modules import module as module_hooks
 
 from gapo_kernels import distributed
 from gapo_kernels.interrupts import interrupt_held
+from gapo_kernels.validation import HALF
 
 # transformers' decoders whose layers pass on their output and nothing else: no keys and values shared between layers
 # (gemma3n), no router's logits (mixtral). Replaying layers was compared with running them on each of these.
@@ -26,7 +27,6 @@ VIEWS = frozenset(
     "UnsafeView Unsqueeze View".split()
 )
 
-HALF = (torch.float16, torch.bfloat16)
 DATA_PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 NamedParameters = list[tuple[str, nn.Parameter]]
 

@@ -208,7 +208,7 @@ def _margin(result: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Ten
         raise TypeError(f"logps_fn must return counts as a tensor, got {validation.describe(counts)}")
     if counts is not None and counts.shape != logps.shape:
         raise ValueError(f"counts must have the log-probs' shape, {tuple(logps.shape)}, got {tuple(counts.shape)}")
-    if logps.dtype in (torch.float16, torch.bfloat16):
+    if logps.dtype in validation.HALF:
         logps = logps.float()
     chosen, rejected = logps.chunk(2)
     return chosen - rejected, logps, counts

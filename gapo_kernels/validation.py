@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gapo_kernels.layout import align_targets, rows_are_apart
 
+HALF = (torch.float16, torch.bfloat16)
 FLOAT_MAX = sys.float_info.max
 LOSS_TYPES = ("sigmoid", "hinge")
 REDUCTIONS = ("mean", "none")
@@ -207,7 +208,7 @@ def _check_rows_and_labels(
 ) -> None:
     if not isinstance(rows, Tensor) or not rows.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {describe(rows)}")
-    if rows.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    if rows.dtype not in (*HALF, torch.float32, torch.float64):
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {rows.dtype}")
     if not isinstance(labels, Tensor) or labels.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64):
         raise TypeError(f"labels must be an integer tensor (int64), got {describe(labels)}")
