@@ -17,6 +17,7 @@ from torch import Tensor
 
 GROUPS, LANES = 8, 1024
 TILE = GROUPS * LANES
+NOISE_TILE = 4 * LANES
 
 _LOW = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -91,12 +92,15 @@ def bits16(
 def normal(start: int, count: int, number: int, shard: int, step: int, seed: int, device: torch.device) -> Tensor:
     """(count,) float32, standard normal, for the elements [start, start + count) of a parameter.
 
-    Box-Muller: counter c serves the elements 4 c .. 4 c + 3, two from each pair of words.
+    Box-Muller: counter number 1024 * tile + lane serves the 4 elements at that lane of the tile's groups of 1024, two from
+    each pair of words.
     """
-    c0 = torch.arange(start // 4, -(-(start + count) // 4), device=device)
+    first, last = start // NOISE_TILE, -(-(start + count) // NOISE_TILE)
+    c0 = torch.arange(first * LANES, last * LANES, device=device).view(-1, LANES)
     uniform = [((word.float() + 0.5) * 2.0**-32) for word in philox(c0, 2 * shard + NOISE, number, step, seed)]
     values = []
     for u, v in (uniform[:2], uniform[2:]):
         radius, angle = u.double().log_().mul_(-2).sqrt_(), v.double().mul_(2 * math.pi)
         values += [radius * angle.cos(), radius * angle.sin()]
-    return torch.stack(values, 1).view(-1)[start % 4 : start % 4 + count].float()
+    begin = start - first * NOISE_TILE
+    return torch.stack(values, 1).view(-1)[begin : begin + count].float()

@@ -149,25 +149,27 @@ def test_parts_draw_what_the_whole_draws():
 
 
 def test_noise_by_hand(perturbation, device):
-    """Box-Muller: counter c serves the elements 4 c .. 4 c + 3, two from each pair of words."""
-    for counter in (0, 3, 2**32 - 1):
+    """Box-Muller: a counter serves the elements at its lane of a tile's four groups, two from each pair of words."""
+    for counter in (0, 1027, 2**32 - 1):
         words = philox.philox(torch.tensor([counter]), 2 * 5 + 1, 7, 2, seed=11)
         a, b, c, d = ((word.item() + 0.5) / 2**32 for word in words)
         expected = []
         for u, v in ((a, b), (c, d)):
             radius = math.sqrt(-2 * math.log(u))
             expected += [radius * math.cos(2 * math.pi * v), radius * math.sin(2 * math.pi * v)]
-        values = torch.empty(4, device=device)
-        perturbation.fill_with_noise([values], [(4 * counter, 7, 5)], 2, 11)
-        torch.testing.assert_close(values.cpu(), torch.tensor(expected), atol=2e-6, rtol=0)
+        tile, lane = divmod(counter, 1024)
+        values = torch.empty(4096 - lane, device=device)
+        perturbation.fill_with_noise([values], [(4096 * tile + lane, 7, 5)], 2, 11)
+        torch.testing.assert_close(values[::1024].cpu(), torch.tensor(expected), atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16])
 def test_noise_of_parts_is_that_of_the_whole(perturbation, device, dtype):
     """Whatever part of a parameter this is; what lies around the parts stays as it was."""
-    parts = [(1, 0, 0, 0), (5, 1, 3, 0), (4096, 4098, 2**32 - 1, 5), (4097, 6, 1, 2**31 - 1), (9000, 2**34 - 9001, 0, 0), (0, 0, 2, 0)]
+    parts = [(1, 0, 0, 0), (5, 1, 3, 0), (4096, 4098, 2**32 - 1, 5), (4097, 6, 1, 2**31 - 1)]
+    parts += [(9000, 2**34 - 9001, 0, 0), (12_300, 4094, 4, 0), (0, 0, 2, 0)]
     step, seed = 2**31, 2**63 + 2**32 + 1
-    storage, values, end = torch.full((20_000,), 7.0, dtype=dtype, device=device), [], 1
+    storage, values, end = torch.full((30_000,), 7.0, dtype=dtype, device=device), [], 1
     for size, *_ in parts:
         values.append(storage[end : end + size])
         end += size + 1

@@ -1,6 +1,6 @@
-"""Standard normal noise for parameters, one launch over all of the same dtype: the values of `philox.normal`.
+"""Standard normal noise for parameters, one launch over all of the same dtype and alignment: the values of `philox.normal`.
 
-Floor: the noise is written, once. A counter serves four elements in two pairs; a program writes those of its 1024.
+Floor: the noise is written, once. A program writes a tile: four groups of the lanes that its counters serve.
 """
 
 from __future__ import annotations
@@ -14,10 +14,18 @@ from torch import Tensor
 
 from gapo_kernels import philox
 from gapo_kernels.kernels import config
-from gapo_kernels.kernels.primitives import TYPES, int32, joined, on_device, round_to_nearest
+from gapo_kernels.kernels.primitives import (
+    TYPES,
+    int32,
+    joined,
+    lanes_beside,
+    on_device,
+    round_to_nearest,
+    vector_offsets,
+)
 
-COUNTERS = tl.constexpr(1024)
-ELEMENTS = tl.constexpr(4096)
+LANES = tl.constexpr(philox.LANES)
+TILE = tl.constexpr(philox.NOISE_TILE)
 
 # The table's columns, int64, a row for each parameter.
 COLUMNS = tl.constexpr(6)
@@ -64,49 +72,64 @@ def noise_kernel(
     seed_high,
     step,
     DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,  # whole tiles begin at multiples of 16 bytes
+    VEC: tl.constexpr,
 ):
     i_tile = tl.program_id(0).to(tl.int64)
     row = table + tl.load(parameter_of_tile + i_tile) * COLUMNS
-    i_own = i_tile - tl.load(row + FIRST_TILE)
-    first = tl.load(row + FIRST)
+    first, numel = tl.load(row + FIRST), tl.load(row + NUMEL)
+    i_own = i_tile - tl.load(row + FIRST_TILE) + first // TILE
+    o_tile = i_own * TILE - first  # below 0 where the parameter's part begins within the tile
+    # The address is complete before it is a pointer: see primitives.row_address.
+    target = (tl.load(row + ADDRESS) + o_tile * (DTYPE.primitive_bitwidth // 8)).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        target = tl.multiple_of(target, 16)
+    o_lane = vector_offsets(LANES, VEC)
+    b_lane = lanes_beside(tl.load(target + o_lane, mask=(o_tile + o_lane >= 0) & (o_tile + o_lane < numel)))
     seed = joined(seed_low, seed_high)
-    b_counter = (first // 4 + i_own * COUNTERS).to(tl.int32) + tl.arange(0, COUNTERS)
     stream, number = tl.load(row + STREAM).to(tl.int32), tl.load(row + NUMBER).to(tl.int32)
-    b_word, b_word1, b_word2, b_word3 = tl.philox(seed, b_counter, stream, number, step)
+    b_word, b_word1, b_word2, b_word3 = tl.philox(seed, (i_own * LANES).to(tl.int32) + b_lane, stream, number, step)
     b_0, b_1 = box_muller(b_word, b_word1)
     b_2, b_3 = box_muller(b_word2, b_word3)
-    b_noise = tl.interleave(tl.interleave(b_0, b_2), tl.interleave(b_1, b_3))
-    o_element = i_own * ELEMENTS - first % 4 + tl.arange(0, ELEMENTS)
-    target = tl.load(row + ADDRESS).to(tl.pointer_type(DTYPE))
-    m_element = (o_element >= 0) & (o_element < tl.load(row + NUMEL))
-    tl.store(target + o_element, round_to_nearest(b_noise, DTYPE), mask=m_element)
+    b_groups = (b_0, b_1, b_2, b_3)
+    whole = (o_tile >= 0) & (o_tile + TILE <= numel)
+    for k in tl.static_range(4):
+        b_noise = round_to_nearest(b_groups[k], DTYPE)
+        o_group = k * LANES + o_lane
+        if whole:
+            tl.store(target + o_group, b_noise)
+        else:
+            m_group = (o_tile + o_group >= 0) & (o_tile + o_group < numel)
+            tl.store(target + o_group, b_noise, mask=m_group)
 
 
 def fill_with_noise(values: Sequence[Tensor], places: Sequence[tuple[int, int, int]], step: int, seed: int) -> None:
     """perturbation.Perturbation's."""
-    groups: dict[torch.dtype, list[tuple[int, ...]]] = {}
-    tiles: dict[torch.dtype, int] = {}
+    groups: dict[tuple[torch.dtype, bool], list[tuple[int, ...]]] = {}
+    tiles: dict[tuple[torch.dtype, bool], int] = {}
     for flat, (first, number, shard) in zip(values, places):
         if flat.numel():
-            before = tiles.get(flat.dtype, 0)
+            group = flat.dtype, (flat.data_ptr() - first * flat.itemsize) % 16 == 0
+            before = tiles.get(group, 0)
             row = (flat.data_ptr(), flat.numel(), first, number, 2 * shard + philox.NOISE, before)
-            groups.setdefault(flat.dtype, []).append(row)
-            counters = -(-(first + flat.numel()) // 4) - first // 4
-            tiles[flat.dtype] = before + triton.cdiv(counters, COUNTERS.value)
+            groups.setdefault(group, []).append(row)
+            tiles[group] = before + triton.cdiv(first + flat.numel(), philox.NOISE_TILE) - first // philox.NOISE_TILE
     device = values[0].device
-    for dtype, rows in groups.items():
+    for group, rows in groups.items():
+        dtype, aligned = group
         table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type != "cpu").to(device, non_blocking=True)
-        starts = [row[FIRST_TILE.value] for row in rows] + [tiles[dtype]]
+        starts = [row[FIRST_TILE.value] for row in rows] + [tiles[group]]
         own = torch.tensor(starts, dtype=torch.int32, pin_memory=device.type != "cpu").to(device, non_blocking=True).diff()
-        parameter_of_tile = torch.repeat_interleave(own, output_size=tiles[dtype])
+        parameter_of_tile = torch.repeat_interleave(own, output_size=tiles[group])
         with on_device(device):
-            noise_kernel[(tiles[dtype],)](
+            noise_kernel[(tiles[group],)](
                 table,
                 parameter_of_tile,
                 int32(seed),
                 int32(seed >> 32),
                 int32(step),
                 DTYPE=TYPES[dtype],
-                num_warps=4,
-                **config.OPTIONS,
+                ALIGNED=aligned,
+                VEC=16 // dtype.itemsize,
+                **config.launch("perturbation", device, dtype),
             )

@@ -23,7 +23,16 @@ from torch import Tensor
 from gapo_kernels import philox
 from gapo_kernels.kernels import config
 from gapo_kernels.kernels.noise import fill_with_noise
-from gapo_kernels.kernels.primitives import TYPES, int32, joined, on_device, round_to_nearest
+from gapo_kernels.kernels.primitives import (
+    TYPES,
+    int32,
+    joined,
+    lanes_beside,
+    on_device,
+    round_to_nearest,
+    vector_offsets,
+    widen,
+)
 from gapo_kernels.perturbation import Move, accumulation_dtype
 
 GROUP = tl.constexpr(philox.LANES)
@@ -61,20 +70,6 @@ def tile_pointer(row, COLUMN: tl.constexpr, i_own, DTYPE: tl.constexpr, ALIGNED:
 
 
 @triton.jit
-def vector_offsets(ELEMENTS: tl.constexpr, VEC: tl.constexpr):
-    """(ELEMENTS / VEC, VEC): a row is a thread's 16 bytes, so that sums over axis 1 take no step across threads."""
-    return (tl.arange(0, ELEMENTS // VEC) * VEC)[:, None] + tl.arange(0, VEC)[None, :]
-
-
-@triton.jit
-def widen(b_x, DTYPE: tl.constexpr):
-    """Exact. By bits from bfloat16: the interpreter's cast loses subnormal numbers."""
-    if b_x.dtype == tl.bfloat16:
-        b_x = (b_x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    return b_x.to(DTYPE)
-
-
-@triton.jit
 def round_stochastically(b_x, b_random, GRID: tl.constexpr):
     """float32 to one of its two neighbours on a 16-bit grid, in float32; b_random in [0, 2^16)."""
     b_bits = b_x.to(tl.int32, bitcast=True)
@@ -95,18 +90,12 @@ def round_stochastically(b_x, b_random, GRID: tl.constexpr):
 
 @triton.jit
 def words_of_tile(row, i_own, seed_low, seed_high, step, b_load):
-    """Four words for each lane of a group, in the registers of the thread that holds the elements of `b_load` (a load).
-
-    Computed from the offsets alone they would be laid out otherwise and, at each use, go through shared memory. So they
-    take in a zero made of the load, which only the compiler's last stage knows to be one: it drops the load.
-    """
-    b_zero = widen(b_load, tl.float32).to(tl.uint32, bitcast=True).to(tl.uint64) >> 32
-    LANES: tl.constexpr = b_load.shape[0]
-    b_lane = vector_offsets(LANES * b_load.shape[1], b_load.shape[1])
+    """Four words for each lane of a group, in the registers of the thread that holds the elements of `b_load` (a load)."""
+    b_lane = lanes_beside(b_load)
     seed = joined(seed_low, seed_high)
     stream = (2 * tl.load(row + SHARD) + ROUNDING).to(tl.int32)
     number = tl.load(row + NUMBER).to(tl.int32)
-    return tl.philox(seed, (i_own * GROUP).to(tl.int32) + b_lane + b_zero.to(tl.int32), stream, number, step)
+    return tl.philox(seed, (i_own * GROUP).to(tl.int32) + b_lane, stream, number, step)
 
 
 @triton.jit

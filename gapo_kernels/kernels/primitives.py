@@ -121,6 +121,31 @@ def round_to_nearest(b_x, DTYPE: tl.constexpr):
         return b_x.to(DTYPE)
 
 
+@triton.jit
+def vector_offsets(ELEMENTS: tl.constexpr, VEC: tl.constexpr):
+    """(ELEMENTS / VEC, VEC): a row is a thread's 16 bytes, so that sums over axis 1 take no step across threads."""
+    return (tl.arange(0, ELEMENTS // VEC) * VEC)[:, None] + tl.arange(0, VEC)[None, :]
+
+
+@triton.jit
+def widen(b_x, DTYPE: tl.constexpr):
+    """Exact. By bits from bfloat16: the interpreter's cast loses subnormal numbers."""
+    if b_x.dtype == tl.bfloat16:
+        b_x = (b_x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return b_x.to(DTYPE)
+
+
+@triton.jit
+def lanes_beside(b_load):
+    """Offsets of `b_load`, a load at `vector_offsets`, in the registers of the threads that hold it.
+
+    Computed from the offsets alone, what follows from them would be laid out otherwise and, at each use, go through shared
+    memory. So they take in a zero made of the load, which only the compiler's last stage knows to be one: it drops the load.
+    """
+    b_zero = widen(b_load, tl.float32).to(tl.uint32, bitcast=True).to(tl.uint64) >> 32
+    return vector_offsets(b_load.shape[0] * b_load.shape[1], b_load.shape[1]) + b_zero.to(tl.int32)
+
+
 def int32(value: int) -> int:
     """The lowest 32 bits as a signed number: unsigned ones would be compiled anew from 2^31 on."""
     return (value + 2**31) % 2**32 - 2**31

@@ -95,23 +95,56 @@ class Stream(NamedTuple):
     exponentials: int
     ceiling: float  # instructions for each element
     zeros: int = 0  # stores of 16 bytes that zero a tile, in a loop of their own, which the compiler may unroll
+    narrow_loads: int = 0  # of fewer bytes: a direction's that is narrower than theta
 
 
-def stream(name: str, artefact: Artefact, target: str, itemsize: int, block: int, staged: bool = False) -> Stream | None:
-    """Of a kernel of the library. `block`: elements of a row in flight per program."""
+class Weights(NamedTuple):
+    """What the passes over the weights are compiled for, beside theta's bytes."""
+
+    direction: int  # bytes of an element
+    asam: bool = True
+
+
+def stream(
+    name: str,
+    artefact: Artefact,
+    target: str,
+    itemsize: int,
+    block: int | None,
+    staged: bool = False,
+    weights: Weights | None = None,
+) -> Stream | None:
+    """Of a kernel of the library. `itemsize`: of a logit or of theta. `block`: elements of a row in flight per program."""
     ceiling = STAGED_INSTRUCTIONS if staged else INSTRUCTIONS.get(name)
     if ceiling is None:
         return None
     threads = dialect(target).threads * artefact.num_warps
-    if name in ("norm_kernel", "exchange_kernel"):  # of theta and the direction; asam
+    if name in ("norm_kernel", "exchange_kernel"):
+        weights = weights or Weights(itemsize)
         elements = 2 * philox.LANES // threads
-        accesses = 2 * elements * itemsize // 16
-        return Stream(elements, accesses, accesses if name == "exchange_kernel" else 0, 0, ceiling)
+        of_theta = elements * itemsize // 16
+        of_direction = elements * max(weights.direction, itemsize) // 16
+        exchanges, narrow = name == "exchange_kernel", weights.direction < itemsize
+        loads = of_theta * (exchanges or weights.asam) + of_direction * (not narrow)
+        return Stream(elements, loads, 2 * of_theta * exchanges, 0, ceiling, narrow_loads=of_direction * narrow)
     elements = block // threads
     accesses = elements * itemsize // 16
     if name == "statistics_kernel":
         return Stream(elements, accesses, 0, elements, ceiling)
     return Stream(elements, accesses, None if staged else accesses, elements, ceiling, zeros=accesses)
+
+
+def unrolled(artefact: Artefact, target: str, expected: Stream) -> Stream:
+    """`expected` of a loop that only loads, which the compiler may unroll."""
+    loads = expected.loads + expected.narrow_loads
+    if not loads or expected.stores != 0 or expected.exponentials:
+        return expected
+    times, rest = divmod(count(artefact.hot_loop, dialect(target).load), loads)
+    if rest or not times:
+        return expected
+    return expected._replace(
+        elements=times * expected.elements, loads=times * expected.loads, narrow_loads=times * expected.narrow_loads
+    )
 
 
 def instructions_per_element(artefact: Artefact, expected: Stream) -> float:
@@ -127,12 +160,13 @@ def loop_problems(artefact: Artefact, target: str, expected: Stream) -> list[str
     """What is wrong with the hot loop."""
     code, loop = dialect(target), artefact.hot_loop
     problems = []
-    accesses = [("loads", code.load, code.wide_load, expected.loads)]
+    expected = unrolled(artefact, target, expected)
+    accesses = [("loads", code.load, code.wide_load, expected.loads, expected.narrow_loads)]
     if expected.stores is not None:
-        accesses.append(("stores", code.store, code.wide_store, expected.stores))
-    for what, any_width, wide, wanted in accesses:
+        accesses.append(("stores", code.store, code.wide_store, expected.stores, 0))
+    for what, any_width, wide, wanted, narrow in accesses:
         found, found_wide = count(loop, any_width), count(loop, wide)
-        if not found == found_wide == wanted:
+        if not (found_wide == wanted and found == wanted + narrow):
             problems.append(f"{found} {what} in the hot loop, {found_wide} of them 16 bytes, {wanted} expected")
     unwanted = code.spill if expected.stores is None else f"{code.spill}|{code.across}"
     problems += unwanted_problems(loop, unwanted, "the hot loop")
@@ -167,10 +201,14 @@ def other_loop_problems(artefact: Artefact, target: str, expected: Stream) -> li
     return problems
 
 
-def whole_tile_problems(artefact: Artefact, target: str, itemsize: int) -> list[str]:
-    """restore_kernel has its whole tile in hand at once."""
-    code = dialect(target)
-    wanted = philox.TILE * itemsize // (16 * code.threads * artefact.num_warps)
+def whole_tile_problems(name: str, artefact: Artefact, target: str, itemsize: int) -> list[str]:
+    """restore_kernel and noise_kernel have their whole tile in hand at once."""
+    code, restores = dialect(target), name == "restore_kernel"
+    wanted = (philox.TILE if restores else philox.NOISE_TILE) * itemsize // (16 * code.threads * artefact.num_warps)
+    if not restores:  # whose branch around whole tiles is made of predicates
+        stores = count(artefact.instructions, code.wide_store)
+        problems = [f"{stores} stores of 16 bytes, {wanted} expected"] if stores != wanted else []
+        return problems + unwanted_problems(artefact.instructions, code.across, "the kernel")
     unmasked = [instruction for instruction in artefact.instructions if not instruction.startswith("@")]
     found = {"loads": count(unmasked, code.wide_load), "stores": count(unmasked, code.wide_store)}
     return [f"{n} {what} of 16 bytes, {wanted} expected" for what, n in found.items() if n < wanted]
@@ -191,14 +229,20 @@ def register_problems(artefact: Artefact, target: str, ceilings: dict[str, int])
 
 
 def problems(
-    name: str, artefact: Artefact, target: str, itemsize: int, block: int | None = None, staged: bool = False
+    name: str,
+    artefact: Artefact,
+    target: str,
+    itemsize: int,
+    block: int | None = None,
+    staged: bool = False,
+    weights: Weights | None = None,
 ) -> list[str]:
     """All that is wrong with a kernel of the library on memory of its dtype's alignment."""
     found = spill_problems(artefact, target)
     ceilings = STAGED_MORE.get((target, itemsize), STAGED_REGISTERS) if staged else REGISTERS[name]
     found += register_problems(artefact, target, ceilings)
-    if expected := stream(name, artefact, target, itemsize, block, staged):
+    if expected := stream(name, artefact, target, itemsize, block, staged, weights):
         found += loop_problems(artefact, target, expected)
-    if name == "restore_kernel":
-        found += whole_tile_problems(artefact, target, itemsize)
+    if name in ("restore_kernel", "noise_kernel"):
+        found += whole_tile_problems(name, artefact, target, itemsize)
     return found

@@ -109,16 +109,16 @@ PERTURBATION_CASES = {
     "bfloat16": ((BF16, BF16, BF16), dict()),
     "float16": ((F16, F16, F16), dict()),
     "float32 on bfloat16": ((F32, F32, BF16), dict()),
-}
-# Held only to what no kernel may do.
-PERTURBATION_OTHERS = {
-    "float64": ((F64, F64, F64), dict()),
     "float32 on float16": ((F32, F32, F16), dict()),
     "float32 gradients": ((BF16, F32, BF16), dict()),
     "bfloat16 gradients": ((F32, BF16, BF16), dict()),
     "wider grid": ((BF16, BF16, F32), dict()),
     "sam": ((BF16, BF16, BF16), dict(geometry="sam")),
     "nearest": ((BF16, BF16, BF16), dict(stochastic=False)),
+}
+# Held only to what no kernel may do.
+PERTURBATION_OTHERS = {
+    "float64": ((F64, F64, F64), dict()),
     "unaligned": ((BF16, BF16, BF16), dict(offset=1)),
 }
 # A new seed, step, number or size of parameters must not compile again.
@@ -196,7 +196,7 @@ JOBS = [
     *(Job("candidates", target, "bfloat16") for target in EXHAUSTIVE),
 ]
 # Whose instructions are looked at. The second launch of the forward reads some bytes a row.
-STREAMING = {"statistics_kernel", "gradient_kernel", "norm_kernel", "exchange_kernel", "restore_kernel"}
+STREAMING = {"statistics_kernel", "gradient_kernel", "norm_kernel", "exchange_kernel", "restore_kernel", "noise_kernel"}
 
 
 def compile_job(job: Job) -> dict[str, dict[str, artefacts.Artefact]]:

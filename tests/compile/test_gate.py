@@ -122,9 +122,12 @@ def test_perturbation_kernels(job, compiled):
         if case in PERTURBATION_SIZES:  # a new seed, step, number or size of parameters
             found += compiled_anew(job, case, compiled)
             continue
-        (theta, *_), _ = PERTURBATION_CASES[job.what]
+        (theta, direction, _), options = PERTURBATION_CASES[job.what]
+        weights = gate.Weights(direction.itemsize, options.get("geometry") != "sam")
         for name, artefact in kernels.items():
-            found += complain(job, case, name, gate.problems(name, artefact, job.target, theta.itemsize))
+            itemsize = direction.itemsize if name == "noise_kernel" else theta.itemsize
+            problems = gate.problems(name, artefact, job.target, itemsize, weights=weights)
+            found += complain(job, case, name, problems)
     assert not found, "\n".join(found)
 
 
@@ -169,7 +172,7 @@ def test_candidates_of_tuning(job, compiled):
     assert not found, "\n".join(found)
 
 
-@jobs("perturbation", what=[*PERTURBATION_CASES, "unaligned"])
+@jobs("perturbation", what=[*PERTURBATION_CASES, *PERTURBATION_OTHERS])
 def test_a_thread_stores_what_it_loaded(job, compiled):
     """`original` may lie over `direction`: no thread may store there what another has still to load."""
     ir = compiled[ORDINARY]["exchange_kernel"].ttgir
