@@ -85,7 +85,7 @@ bench: $(PEERS)
 	set -e; for suite in bench/bench_*.py; do $(BIN)/python -m pytest -q $$suite --save-results $(BENCH); done
 	$(BIN)/python bench/anchor_rounding.py $(BENCH)
 	@if $(BIN)/python -c "import torch; exit(torch.cuda.is_available())"; then \
-		set -ex; for suite in logits linear step; do \
+		set -ex; for suite in logits step linear; do \
 			$(KEEP_MEMORY) $(BIN)/python -m pytest -q bench/bench_$$suite.py --save-results $(BENCH); \
 		done; \
 	fi
