@@ -83,12 +83,12 @@ $(PEERS): $(READY) constraints.txt
 # contender's large tensors cost, fresh pages or kept ones. So there a second run keeps all freed memory.
 bench: $(PEERS)
 	set -e; for suite in bench/bench_*.py; do $(BIN)/python -m pytest -q $$suite --save-results $(BENCH); done
-	$(BIN)/python bench/anchor_rounding.py $(BENCH)
 	@if $(BIN)/python -c "import torch; exit(torch.cuda.is_available())"; then \
 		set -ex; for suite in logits step linear; do \
 			$(KEEP_MEMORY) $(BIN)/python -m pytest -q bench/bench_$$suite.py --save-results $(BENCH); \
 		done; \
 	fi
+	$(BIN)/python bench/anchor_rounding.py $(if $(findstring --quick,$(BENCH)),--quick)
 	$(BIN)/python -m bench.report
 
 # The tables in README.md and docs/ and the plots in docs/plots/, from bench/results/.

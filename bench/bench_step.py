@@ -104,6 +104,13 @@ def load(case: Case, where: torch.device) -> tuple[torch.nn.Module, data.Tokens]
     return model, tokens
 
 
+def in_dtype(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """Its parameters alone, as from_pretrained has it: rotary frequencies in 16 bits would make another model of it."""
+    for param in model.parameters():
+        param.data = param.data.to(dtype)
+    return model
+
+
 def in_tf32(step: Callable[[], object]) -> Callable[[], object]:
     def run():
         before = torch.get_float32_matmul_precision()
@@ -231,7 +238,7 @@ def measure(
     where = where or harness.device()
     model, tokens = load(case, where)
     exact = Recipe(model, tokens)
-    recipe = exact if case.dtype == F32 else Recipe(deepcopy(model).to(case.dtype), tokens)
+    recipe = exact if case.dtype == F32 else Recipe(in_dtype(deepcopy(model), case.dtype), tokens)
     steps = {
         "authors": (recipe, recipe.authors),
         "ours": (recipe, lambda: recipe.ours(recipe.linear_logps)),

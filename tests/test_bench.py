@@ -478,8 +478,7 @@ def logits_batch():
 
 
 def check(own, others, batch):
-    expected = peers.Expected(*bench_logits.reference_of(batch), 1e-5, 1e-5)
-    return peers.checked(own, others, batch, [batch.logits], expected, CPU)
+    return peers.checked(own, others, batch, [batch.logits], bench_logits.expected(batch), CPU)
 
 
 def test_a_peer_that_computes_something_else_is_not_measured():
@@ -505,6 +504,45 @@ def test_a_peer_that_computes_something_else_is_not_measured():
     assert batch.logits.grad is None
     with pytest.raises(AssertionError, match="its loss is off by"):
         check({"ours": others["wrong-loss"]()}, {}, batch)
+
+
+def logits_case(dtype):
+    case = bench_logits.Case(2, 20, 50_000, dtype, 0.5)
+    return bench_logits.make_batch(case, CPU, quick=True), lambda batch: [batch.logits], bench_logits
+
+
+def linear_case(dtype):
+    case = bench_linear.Case(2, 20, 64, 5_000, dtype, 0.5)
+    return bench_linear.make_batch(case, CPU, quick=True), lambda batch: [batch.hidden, batch.weight], bench_linear
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [logits_case, linear_case])
+def test_neither_anchor_nor_softmax_may_be_left_out(make, dtype):
+    """Of a vocabulary so large that a label's entry outweighs all others."""
+    batch, leaves_of, module = make(dtype)
+    leaves, right = leaves_of(batch), module.ours() if module is bench_linear else module.ours
+    right(batch).backward()
+    found = [leaf.grad for leaf in leaves]
+    expected = module.expected(batch)
+    assert max(expected.errors(right(batch).item(), found).values()) <= expected.tolerance
+
+    fields = batch._asdict()
+    policy = next(name for name in fields if "anchor_" + name in fields)
+    without_anchor = batch._replace(**{"anchor_" + policy: fields[policy].detach()})
+    assert expected.errors(right(without_anchor).item(), found)["loss"] > expected.loose
+
+    labels = batch.labels[batch.labels >= 0].unique()
+    kept = found[-1].new_zeros(found[-1].shape)
+    if module is bench_linear:  # d weight of labels alone
+        kept[labels] = found[-1][labels]
+    else:  # what the labels' one-hot makes of the gradient
+        at_labels = peers.shifted(batch.labels).clamp(min=0).unsqueeze(-1)
+        kept.scatter_(-1, at_labels, found[-1].gather(-1, at_labels))
+    assert expected.errors(right(batch).item(), [*found[:-1], kept])["gradient"] > 0.9
+    kept = found[-1].clone()
+    kept.view(-1)[-1] = torch.nan
+    assert not expected.errors(right(batch).item(), [*found[:-1], kept])["gradient"] <= 1
 
 
 def test_the_plain_llama_is_transformers():
