@@ -33,15 +33,18 @@ EPSILON = 1e-12
 
 
 class _Claim:
-    """A use's parameters, while they are moved: anchors in other threads, or inside of this use, may share them."""
+    """A use's parameters and their memory, while they are moved: anchors in other threads, or inside of this use, may share
+    them."""
 
     current: list[_Claim] = []  # appending and removing are each one step, which nothing interrupts
 
     def __init__(self, params: Sequence[Tensor]) -> None:
-        self._ids = frozenset(map(id, params))
+        addresses = [local.data_ptr() for param in params if (local := distributed.local(param)).numel()]
+        self._ids = frozenset(map(id, params)), frozenset(addresses)
 
     def check(self) -> None:
-        if any(other is not self and not other._ids.isdisjoint(self._ids) for other in tuple(self.current)):
+        others = [other for other in tuple(self.current) if other is not self]
+        if any(own & those for other in others for own, those in zip(self._ids, other._ids)):
             raise RuntimeError("perturbed() inside perturbed(): the weights are at an anchor already")
 
     def take(self) -> None:
@@ -97,8 +100,9 @@ class GeometricAnchor:
             bfloat16 value, kept as float32, but for embeddings and norms of `from_model`'s model where autocast is on
             around the step or seen in the objective's graph, for it leaves them as they are; no other weight may be
             used uncast.
-        process_group: the data-parallel ranks over which the probe's gradient is averaged; default: all ranks, if
-            torch.distributed runs. A group of one rank alone averages nothing.
+        process_group: the data-parallel ranks over which the probe's gradient is averaged; default: those of the
+            DistributedDataParallel that `from_model` is given, or all ranks, if torch.distributed runs. A group of one
+            rank alone averages nothing.
         seed: of the random numbers (stochastic rounding, gaussian direction), together with the step counter; the
             same on every rank.
 
@@ -128,6 +132,7 @@ class GeometricAnchor:
         validation.check_choice(geometry, GEOMETRIES, "geometry")
         validation.check_choice(direction, DIRECTIONS, "direction")
         validation.check_choice(rounding, ROUNDINGS, "rounding")
+        validation.check_group(process_group, "process_group")
         if not _is_int(seed):
             raise TypeError(f"seed must be an int, got {type(seed).__name__}")
         if not isinstance(compute_dtype, (torch.dtype, type(None))):
@@ -165,6 +170,8 @@ class GeometricAnchor:
         distributed.check_model(model)
         sharded = distributed.ShardedModel(model) if distributed.is_sharded_model(model) else None
         found = find_scope(model, scope)
+        if kwargs.get("process_group") is None:
+            kwargs["process_group"] = distributed.own_group(model)
         anchor = cls(found.named if sharded is None else _OfShardedModel(found.named), **kwargs)
         anchor.unmoved_layers = found.unmoved
         anchor._spared_by_autocast = spared_by_autocast(model)
@@ -246,6 +253,10 @@ class GeometricAnchor:
                 self._warn_at_once(squares)
                 self._drop_copies()
                 yield self
+            except BaseException:
+                if self._sharded is not None:
+                    self._sharded.leave_forward()
+                raise
             finally:
                 try:
                     if move is not None:
@@ -257,6 +268,7 @@ class GeometricAnchor:
 
     def _shard(self, sharded: distributed.ShardedModel) -> None:
         self._sharded, managed = sharded, sharded.compute_dtypes()
+        meshes, whole = set(), []
         for name, param in zip(self.names, self.params):
             if distributed.is_sharded(param):
                 distributed.shard_dimension(param)  # raises where it is split over several
@@ -264,6 +276,15 @@ class GeometricAnchor:
                     raise NotImplementedError(
                         f"{name} is a DTensor that fully_shard does not manage; the anchor supports FSDP2's parameters only"
                     )
+                meshes.add(param.device_mesh)
+            else:
+                whole.append(name)
+        everyone = distributed.ranks(None)
+        if whole and self.process_group is None and any(mesh.size() < everyone for mesh in meshes):
+            raise ValueError(
+                f"{whole[0]} is not sharded, and the model's other parameters are over {min(mesh.size() for mesh in meshes)} "
+                f"of {everyone} ranks: expected process_group=, the ranks that average its gradient, got None"
+            )
 
     def _grids(self, objective: Tensor | None = None) -> list[torch.dtype]:
         """The grid of each parameter's anchor: that of the dtype which the forward computes with, or the parameter's own
@@ -306,8 +327,12 @@ class GeometricAnchor:
     ) -> tuple[list[Tensor | None], bool]:
         """g for every parameter, or its shard, averaged over the ranks; and whether its memory may be written."""
         if self._sharded is not None:
-            self._sharded.check_no_backward_was_cut_off()
+            self._sharded.check_nothing_was_cut_off()
+        if not isinstance(objective, (Tensor, type(None))):
+            raise TypeError(f"the objective must be a tensor, got {type(objective).__name__}")
         if self.direction == "gaussian":
+            if grads is not None:
+                raise ValueError("direction='gaussian' draws its own: expected no grads, got some")
             return displacement.noise(self.params, self._step, self.seed % 2**64), True
         if (objective is None) == (grads is None):
             raise ValueError(f"expected an objective or its grads, got {'neither' if grads is None else 'both'}")
@@ -338,8 +363,6 @@ class GeometricAnchor:
         return directions, ours or made and len(whole) == len(self.params)
 
     def _gradients(self, objective: Tensor, retain_graph: bool) -> list[Tensor | None]:
-        if not isinstance(objective, Tensor):
-            raise TypeError(f"the objective must be a tensor, got {type(objective).__name__}")
         if objective.dim() != 0:
             raise ValueError(f"the objective must be a scalar, got shape {tuple(objective.shape)}")
         if not objective.requires_grad:

@@ -170,6 +170,8 @@ def _share_bytes(one: Tensor, other: Tensor) -> bool:
     """Of two tensors whose memory overlaps from end to end: columns of one matrix, say, lie between one another."""
     if all(_extent(tensor) == tensor.numel() * tensor.element_size() for tensor in (one, other)):
         return True
+    if _columns_apart(one, other):
+        return False
     first = min(one.data_ptr(), other.data_ptr())
     last = max(tensor.data_ptr() + _extent(tensor) for tensor in (one, other))
     taken = torch.zeros(last - first, dtype=torch.bool, device="cpu")
@@ -181,6 +183,18 @@ def _share_bytes(one: Tensor, other: Tensor) -> bool:
 
     its(one).fill_(True)
     return bool(its(other).any())
+
+
+def _columns_apart(one: Tensor, other: Tensor) -> bool:
+    """Whether they are columns of one matrix that lie beside each other, as those of a fused projection do."""
+    rows = {tensor.stride(0) * tensor.element_size() for tensor in (one, other) if tensor.dim() > 1}
+    if len(rows) != 1 or one.dim() < 2 or other.dim() < 2 or 0 in rows:
+        return False
+    (row,) = rows
+    spans = sorted((tensor.data_ptr() % row, _extent(tensor[0])) for tensor in (one, other))
+    (start, size), (following, last) = spans
+    # Within a row, and where the second ends in the next one, before the first begins there.
+    return start + size <= following and following + last <= start + row
 
 
 def _extent(tensor: Tensor) -> int:

@@ -98,6 +98,14 @@ def ranks(group: torch.distributed.ProcessGroup | None) -> int:
     return torch.distributed.get_world_size(group)
 
 
+def own_group(model: nn.Module) -> torch.distributed.ProcessGroup | None:
+    """That of a DistributedDataParallel around the model, compiled or not; None for all ranks, or without one."""
+    ddp = getattr(model, "_orig_mod", model)
+    if not isinstance(ddp, nn.parallel.DistributedDataParallel) or ddp.process_group is torch.distributed.group.WORLD:
+        return None
+    return ddp.process_group
+
+
 def weight_of_rank(
     valid: Tensor, params: Sequence[Tensor], group: torch.distributed.ProcessGroup | None
 ) -> Tensor | None:
@@ -228,6 +236,7 @@ class ShardedModel:
         from torch.distributed.fsdp import FSDPModule
 
         self._modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self._cut_off = False
         self.reshard()
         self._params = list(model.parameters())  # those that are frozen now may not be so later
 
@@ -258,10 +267,22 @@ class ShardedModel:
         params = [param for group in self._groups() for param in group.fsdp_params]
         return {id(p._unsharded_param): id(p.sharded_param) for p in params if hasattr(p, "_unsharded_param")}
 
-    def check_no_backward_was_cut_off(self) -> None:
-        if any(context.post_backward_final_callback_queued for context in self._contexts()):
+    def leave_forward(self) -> None:
+        """After an exception: FSDP2 would take the next forward for the rest of one that was cut off, with its collectives
+        out of step with the other ranks'."""
+        states = [module._get_fsdp_state() for module in self._modules]
+        if any(state._training_state.name == "FORWARD" for state in states):
+            for module, state in zip(self._modules, states):
+                if state._is_root:
+                    if not hasattr(module, "reset_iter_state"):
+                        self._cut_off = True
+                        return
+                    module.reset_iter_state()
+
+    def check_nothing_was_cut_off(self) -> None:
+        if self._cut_off or any(context.post_backward_final_callback_queued for context in self._contexts()):
             raise RuntimeError(
-                "an exception cut off an earlier backward of this model, which leaves FSDP2 in its middle: the next one "
+                "an exception cut off an earlier pass of this model, which leaves FSDP2 in its middle: the next one "
                 "would miss gradients. Call model.reset_iter_state() before the next step, or build the model anew where "
                 "torch does not have it"
             )

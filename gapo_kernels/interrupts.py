@@ -29,12 +29,14 @@ class _Holding:
         handlers = {signum: _in_use(signal.getsignal(signum), signum) for signum in _SIGNALS}
         self.previous = {signum: handler for signum, handler in handlers.items() if callable(handler)}
         self.held: list[int] = []
+        self.frame: FrameType | None = None  # of the last that was held
         self.is_left, self._in_body = False, in_body
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         first = self._in_body and signum == signal.SIGINT and signum not in self.held
         if not self.is_left and (first or _entering_or_leaving(frame)):
             self.held.append(signum)
+            self.frame = frame
         else:
             self.previous[signum](signum, frame)
 
@@ -81,7 +83,7 @@ def _put_back(holding: _Holding) -> None:
             holding.is_left = True  # blocks that are not left in reverse order may put this handler back in place
             while held:
                 signum = held.pop(0)
-                previous[signum](signum, None)
+                previous[signum](signum, holding.frame)
             break
         except BaseException as error:
             if failure is None or isinstance(failure, Exception):  # of several a KeyboardInterrupt rather than a timeout
@@ -90,6 +92,7 @@ def _put_back(holding: _Holding) -> None:
         if failure is not None:
             raise failure
     finally:
+        holding.frame = None
         del failure  # its traceback holds the frames of a whole step
 
 

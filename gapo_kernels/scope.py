@@ -153,8 +153,8 @@ def _first_module(parent: nn.Module, names: tuple[str, ...]) -> nn.Module | None
 class UnmovedLayers:
     """Layers that compute the same at the anchor as before: recorded in the clean forward, replayed in the anchor's.
 
-    The outputs, and what enters the first of them, are those that the kept graph holds anyway. The same inputs must come in
-    the same order.
+    The outputs, and what enters the first of them, are held in between; the kept graph of trained float32 layers holds them
+    anyway. The same inputs must come in the same order.
     """
 
     def __init__(self, layers: list[nn.Module]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -86,7 +86,7 @@ def gapo_step(
         raise TypeError(f"logps_fn must be a function without arguments, got {type(logps_fn).__name__}")
     if not isinstance(anchor, (GeometricAnchor, type(None))):
         raise TypeError(f"anchor must be a GeometricAnchor or None, got {type(anchor).__name__}")
-    randomness = None if anchor is None else _Randomness({param.device for param in anchor.params})
+    randomness = None if anchor is None else _Randomness(_devices(anchor.params))
     unmoved = UnmovedLayers([] if anchor is None else anchor.unmoved_layers)
     walked_twice = anchor is not None and anchor.direction != "gaussian"
     buffers = _kept_buffers if walked_twice else nullcontext
@@ -214,8 +214,18 @@ def _margin(result: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Ten
     return chosen - rejected, logps, counts
 
 
+def _devices(params: Sequence[Tensor]) -> set[torch.device]:
+    """Those that a forward may draw on: offloaded weights are elsewhere than what computes with them."""
+    found = {param.device for param in params}
+    for module in (torch.cuda, torch.xpu):
+        if module.is_initialized():
+            kind = module.__name__.rpartition(".")[2]
+            found |= {torch.device(kind, number) for number in range(module.device_count())}
+    return found
+
+
 class _Randomness:
-    """Torch's random states on the CPU and on the devices of the weights, as they were when this was made."""
+    """Torch's random states on the CPU and on other devices, as they were when this was made."""
 
     def __init__(self, devices: set[torch.device]) -> None:
         self._devices = [(torch.get_device_module(device), device) for device in devices if device.type != "cpu"]

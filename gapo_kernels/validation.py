@@ -133,16 +133,14 @@ def check_plain(**tensors: Tensor | None) -> None:
             raise TypeError(f"{name} must be a plain tensor, got a DTensor; pass {name}.full_tensor()")
 
 
-def check_group(group: object) -> None:
+def check_group(group: object, name: str = "vocab_parallel_group") -> None:
     if group is None or isinstance(group, torch.distributed.ProcessGroup):
         return
     non_member = torch.distributed.GroupMember.NON_GROUP_MEMBER
     if type(group) is type(non_member) and group == non_member:
-        raise TypeError("vocab_parallel_group is GroupMember.NON_GROUP_MEMBER: this rank is none of the group's")
+        raise TypeError(f"{name} is GroupMember.NON_GROUP_MEMBER: this rank is none of the group's")
     remedy = "; pass mesh.get_group()" if hasattr(group, "get_group") else ""
-    raise TypeError(
-        f"vocab_parallel_group must be a torch.distributed process group, got {type(group).__name__}{remedy}"
-    )
+    raise TypeError(f"{name} must be a torch.distributed process group, got {type(group).__name__}{remedy}")
 
 
 def check_head(weight: Tensor, hidden: Tensor, name: str) -> None:

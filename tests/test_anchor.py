@@ -3,6 +3,7 @@
 import gc
 import math
 import os
+import random
 import signal
 import threading
 import weakref
@@ -206,6 +207,21 @@ def test_two_parameters_in_the_same_memory_are_refused():
     apart = [nn.Parameter(part) for part in (matrix[:, :3], matrix[:, 3:6], matrix[1, 6:], matrix[2, 6:7])]
     with GeometricAnchor(apart, rho=0.5).perturbed(grads=[torch.ones_like(p) for p in apart]):
         pass
+    wide = torch.randn(5, 4, 16, dtype=torch.float64)
+    for seed in range(200):  # against every byte's own
+        choose = random.Random(seed)
+        one, other = (
+            wide[choose.randrange(3) :, slice(*sorted(choose.sample(range(5), 2))), slice(*sorted(choose.sample(range(17), 2)))]
+            for _ in range(2)
+        )
+        if choose.random() < 0.5:
+            one, other = one[:, 0], other[:, -1]
+        if displacement._columns_apart(one, other):
+            mark = torch.zeros_like(wide)
+            mark.as_strided(one.shape, one.stride(), one.storage_offset()).fill_(1)
+            assert not mark.as_strided(other.shape, other.stride(), other.storage_offset()).any()
+    assert displacement._columns_apart(matrix[:, :3], matrix[:2, 3:])
+    assert displacement._columns_apart(matrix[1:, 6:], matrix[:, 1:6])
     apart = [nn.Parameter(storage[:3]), nn.Parameter(storage[3:])]
     with GeometricAnchor(apart, rho=0.5).perturbed(grads=[torch.ones_like(p) for p in apart]):
         assert (storage != before).all()
@@ -587,6 +603,15 @@ def test_perturbed_inside_perturbed(params, anchor):
     assert_usable(anchor)
 
 
+def test_perturbed_inside_that_of_other_parameters_in_the_same_memory(params, anchor):
+    before, others = bits(params), [nn.Parameter(param.data) for param in params]
+    with anchor.perturbed(grads=make_grads(params)):
+        with pytest.raises(RuntimeError, match="the weights are at an anchor"):
+            with GeometricAnchor(others, rho=0.3).perturbed(grads=make_grads(params, seed=2)):
+                pytest.fail("entered")
+    assert same(params, before)
+
+
 def test_perturbed_inside_that_of_another_anchor(params, anchor):
     before, other = bits(params), GeometricAnchor(params[:1], rho=0.3)
     with anchor.perturbed(grads=make_grads(params)):
@@ -679,6 +704,18 @@ def test_a_ctrl_c_inside_waits_until_the_weights_are_back(params, anchor):
         pytest.fail("the interrupt was swallowed")
     assert signal.getsignal(signal.SIGINT) is handler
     assert_usable(anchor)
+
+
+def test_a_handler_is_told_where_the_signal_came(params, anchor):
+    told = []
+    before = signal.signal(signal.SIGINT, lambda signum, frame: told.append(frame.f_code.co_name))
+    try:
+        with anchor.perturbed(grads=make_grads(params)):
+            signal.raise_signal(signal.SIGINT)
+            assert not told
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert told == ["test_a_handler_is_told_where_the_signal_came"]
 
 
 def test_a_second_ctrl_c_does_not_wait(params, anchor):
@@ -993,6 +1030,13 @@ def test_arguments_of_a_step_that_are_refused(params, anchor):
         gapo_step(anchor, lambda: params[0].sum(0))
     with pytest.raises(TypeError, match="anchor must be a GeometricAnchor or None, got Linear"):
         gapo_step(lambda: params[0].sum(0), nn.Linear(2, 2))
+
+
+def test_probes_of_noise_that_are_refused(params):
+    with pytest.raises(TypeError, match="the objective must be a tensor, got float"), gaussian(params).perturbed(3.0):
+        pytest.fail("entered")
+    with pytest.raises(ValueError, match="expected no grads"), gaussian(params).perturbed(grads=make_grads(params)):
+        pytest.fail("entered")
 
 
 def test_probes_that_are_refused(params, anchor):

@@ -47,6 +47,15 @@ def test_torch_back_end_on_a_gpu(batch):
     assert_same(found, in_float64(run_loss, batch, anchor_logits=batch.anchor_logits), tolerance=1e-5)
 
 
+def test_dropout_on_the_gpu_of_weights_that_are_not_is_refused():
+    weight = torch.nn.Parameter(torch.randn(4, 3))
+    x = torch.randn(3, device="cuda")
+    before = weight.detach().clone()
+    with pytest.raises(RuntimeError, match="drew random numbers"):
+        gapo_step(lambda: torch.dropout(weight.to("cuda") @ x, 0.5, train=True), GeometricAnchor([weight]))
+    assert torch.equal(weight, before)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_no_host_sync(packed):
     batch = make_batch(4, 5, 5003, dtype=torch.bfloat16, packed=packed, device="cuda")

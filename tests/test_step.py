@@ -1170,6 +1170,18 @@ def test_dropout_is_refused(dropout_model):
     gapo_step(logps, anchor)
 
 
+def test_devices_without_weights_may_draw_numbers_too(dropout_model, monkeypatch):
+    """Offloaded weights lie elsewhere than what computes with them."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: asked.append(str(device)) or torch.zeros(len(asked)))
+    anchor = GeometricAnchor(dropout_model.eval().parameters(), rho=RHO)
+    with pytest.raises(RuntimeError, match="drew random numbers"):  # so says the second state, which is another
+        gapo_step(logps_fn(dropout_model, *batch(), plain_logps), anchor)
+    assert sorted(set(asked)) == ["cuda:0", "cuda:1"]
+
+
 def test_allowed_dropout_draws_the_same_masks_again(dropout_model):
     """With rho = 0 nothing moves: then the gap is the difference between the masks."""
     logps = logps_fn(dropout_model, *batch(), plain_logps)

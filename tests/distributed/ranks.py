@@ -310,13 +310,76 @@ def fsdp_fails_inside(rank, where):
         error = None
     except Exception as raised:
         error = type(raised).__name__
+    step = _next_step(model, anchor, rank)
     restored = all(torch.equal(p.detach().to_local(), b) for p, b in zip(anchor.params, before))
-    gradients = all(p.grad is None for p in model.parameters())
     ids, _ = batch(rank)
     with torch.no_grad():
         logits = model(input_ids=ids).logits
         expected = tiny_models.build("llama")(input_ids=ids).logits
-    return error, restored, gradients, torch.equal(logits, expected)
+    return error, restored, torch.equal(logits, expected), step
+
+
+def _next_step(model, anchor, rank):
+    """How far gaps and gradients of a step are off those of one process. No .grad may be there before."""
+    assert all(param.grad is None for param in model.parameters())
+    out = gapo_step(logps_of(model, rank), anchor)
+    out.loss.backward()
+    whole = tiny_models.build("llama")
+    ((gap, _, gradients, _),) = one_process(whole, GeometricAnchor.from_model(whole, rho=RHO))
+    off = [full(param.grad) - gradients[name] for name, param in model.named_parameters()]
+    return max(one.abs().max().item() for one in (*off, out.gap - gap.chunk(RANKS)[rank]))
+
+
+def fsdp_fails_on_one_rank(rank, where):
+    """After the last parameters are gathered, so that the other rank's forward goes on; then both skip the batch."""
+    model = _shard(tiny_models.build("llama"))
+    anchor = GeometricAnchor.from_model(model, rho=RHO)
+    logps, state, calls = logps_of(model, rank), anchor.state_dict(), []
+
+    def out_of_memory(*_):
+        calls.append(1)
+        if len(calls) == 2 and rank == 1:
+            raise MemoryError("at the anchor")
+
+    handle = (model.lm_head if where == "head" else model.model.layers[-1].mlp).register_forward_pre_hook(out_of_memory)
+    try:
+        gapo_step(logps, anchor)
+        failed = False
+    except MemoryError:
+        failed = True
+    handle.remove()
+    anchor.load_state_dict(state)
+    return failed, _next_step(model, anchor, rank)
+
+
+def of_their_own(rank):
+    """Each rank's DDP over itself alone, another rank's group, and FSDP2 over this rank with a parameter left whole."""
+    groups = [distributed.new_group([member]) for member in range(RANKS)]
+    model = tiny_models.build("llama")
+    ddp = nn.parallel.DistributedDataParallel(model, process_group=groups[rank])
+    anchor = GeometricAnchor.from_model(ddp, rho=RHO)
+    gap = gapo_step(logps_of(ddp, rank), anchor).gap
+    alone = tiny_models.build("llama")
+    expected = gapo_step(logps_of(alone, rank), GeometricAnchor.from_model(alone, rho=RHO, process_group=groups[rank])).gap
+    messages = []
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard
+
+    for options in (dict(process_group=groups[1 - rank]), dict(process_group="dp")):
+        try:
+            GeometricAnchor.from_model(model, **options)
+        except TypeError as error:
+            messages.append(str(error))
+    sharded = tiny_models.build("llama")
+    mesh = DeviceMesh.from_group(groups[rank], "cpu")
+    norm = sharded.model.norm.weight
+    fully_shard(sharded, mesh=mesh, ignored_params={norm})
+    try:
+        GeometricAnchor.from_model(sharded)
+    except ValueError as error:
+        messages.append(str(error))
+    GeometricAnchor.from_model(sharded, process_group=groups[rank])
+    return (gap - expected).abs().max().item(), messages
 
 
 def fsdp_after_a_failed_backward(rank, which, **options):

@@ -150,7 +150,22 @@ def test_fsdp2_accumulates(on_two_ranks):
 @pytest.mark.parametrize("where, error", [("anchor", "ValueError"), ("layer", "ValueError"), ("probe", "FloatingPointError")])
 def test_fsdp2_restores_its_shards(on_two_ranks, where, error):
     for found in on_two_ranks("fsdp_fails_inside", where=where):
-        assert found == (error, True, True, True)
+        assert found[:3] == (error, True, True) and found[3] < 1e-12
+
+
+@pytest.mark.parametrize("where", ["layer", "head"])
+def test_fsdp2_after_one_rank_has_failed_at_the_anchor(on_two_ranks, where):
+    """FSDP2 there would take the next forward for the rest of that one, its collectives out of step."""
+    for rank, (failed, off) in enumerate(on_two_ranks("fsdp_fails_on_one_rank", where=where)):
+        assert failed == (rank == 1) and off < 1e-12
+
+
+def test_ranks_that_are_parallel_among_few(on_two_ranks):
+    for off, (non_member, no_group, not_sharded) in on_two_ranks("of_their_own"):
+        assert off == 0
+        assert non_member == "process_group is GroupMember.NON_GROUP_MEMBER: this rank is none of the group's"
+        assert no_group == "process_group must be a torch.distributed process group, got str"
+        assert "norm.weight is not sharded, and the model's other parameters are over 1 of 2 ranks" in not_sharded
 
 
 @pytest.mark.parametrize("which, direction", [("probe", "pessimistic"), ("final", "pessimistic"), ("final", "gaussian")])
