@@ -81,15 +81,20 @@ $(PEERS): $(READY) constraints.txt
 
 # BENCH=--quick measures nothing that counts. A process for each suite: on a CPU what was freed before decides what a
 # contender's large tensors cost, fresh pages or kept ones. So there a second run keeps all freed memory.
+# What fails leaves the others.
 bench: $(PEERS)
-	set -e; for suite in bench/bench_*.py; do $(BIN)/python -m pytest -q $$suite --save-results $(BENCH); done
-	@if $(BIN)/python -c "import torch; exit(torch.cuda.is_available())"; then \
-		set -ex; for suite in logits step linear; do \
-			$(KEEP_MEMORY) $(BIN)/python -m pytest -q bench/bench_$$suite.py --save-results $(BENCH); \
+	@trap 'exit 130' INT; status=0; run() { echo "$$@"; "$$@" || status=1; }; \
+	for suite in anchor linear logits step; do \
+		run $(BIN)/python -m pytest -q bench/bench_$$suite.py --save-results $(BENCH); \
+	done; \
+	if $(BIN)/python -c "import torch; exit(torch.cuda.is_available())"; then \
+		for suite in logits step linear; do \
+			run env $(KEEP_MEMORY) $(BIN)/python -m pytest -q bench/bench_$$suite.py --save-results $(BENCH); \
 		done; \
-	fi
-	$(BIN)/python bench/anchor_rounding.py $(if $(findstring --quick,$(BENCH)),--quick)
-	$(BIN)/python -m bench.report
+	fi; \
+	run $(BIN)/python bench/anchor_rounding.py $(filter --quick,$(BENCH)); \
+	run $(BIN)/python -m bench.report; \
+	exit $$status
 
 # The tables in README.md and docs/ and the plots in docs/plots/, from bench/results/.
 report: $(READY)

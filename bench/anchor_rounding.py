@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
 import time
 import warnings
@@ -370,8 +369,7 @@ def _say(name: str, case: dict) -> None:
 
 def write_json(folder: Path, settings: dict, cases: list[dict]) -> Path:
     """FOLDER/anchor-rounding-DEVICE.json, replaced as a whole."""
-    slug = re.sub("[^a-z0-9]+", "-", harness.device_name().lower()).strip("-")
-    path = folder / f"anchor-rounding-{slug}.json"
+    path = folder / f"anchor-rounding-{harness.slug(harness.device_name())}.json"
     temporary = path.with_suffix(".tmp")
     command = " ".join(["python bench/anchor_rounding.py", *sys.argv[1:]])
     content = {"environment": harness.environment(), "command": command, "settings": settings, "cases": cases}
@@ -380,73 +378,17 @@ def write_json(folder: Path, settings: dict, cases: list[dict]) -> Path:
     return path
 
 
-def plot(cases: list[dict], path: Path) -> None:
-    """Two panels: the error over rho, and over the number of parameters."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    styles = {"nearest": ("s", "--", "C3"), "stochastic": ("o", "-", "C0"), "float32": ("^", ":", "C7")}
-    labels = {"nearest": "nearest, bfloat16", "stochastic": "stochastic, bfloat16", "float32": "float32"}
-    by_rho = [case for case in cases if case["part"] == "rho"]
-    tiny = [case for case in cases if case["part"] == "parameters"]
-    at_rho = [case for case in by_rho if case["rho"] == RHO]
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-
-    def draw(axes, cases, key, name, line):
-        """Mean and range at each value of `key`."""
-        marker, style, colour = styles[name]
-        values = sorted({case[key] for case in cases})
-        errors = [[e for case in cases if case[key] == v for e in case["roundings"][name]["errors"]] for v in values]
-        means = [fmean(e) for e in errors]
-        spread = [[m - min(e) for m, e in zip(means, errors)], [max(e) - m for m, e in zip(means, errors)]]
-        face = {} if line else {"markerfacecolor": "white"}
-        axes.errorbar(
-            values,
-            means,
-            yerr=spread,
-            marker=marker,
-            linestyle=style if line else "none",
-            color=colour,
-            capsize=3,
-            label=labels[name] if line else None,
-            **face,
-        )
-
-    for name in styles:
-        draw(left, by_rho, "rho", name, True)
-        draw(right, tiny, "parameters", name, True)
-        draw(right, at_rho, "parameters", name, False)
-    left.set(title="SmolLM2-135M-Instruct", xlabel="rho", ylabel="relative error of the Anchor Gaps")
-    left.set_xscale("log")
-    left.set_yscale("log")
-    left.set_xticks(RHOS, [str(rho) for rho in RHOS])
-    left.minorticks_off()
-    right.set(title=f"random Llamas (open: SmolLM2), rho {RHO}", xlabel="parameters", xscale="log")
-    left.legend(loc="center left")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=120)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="the tiny models only")
     parser.add_argument("--pairs", type=int, default=16, help="preference pairs in the batch")
     parser.add_argument("--seeds", type=int, default=5, help="seeds of the stochastic rounding")
-    parser.add_argument("--output", type=Path, help="folder for results and plot; default: bench/results and docs here")
-    parser.add_argument("--plot-only", type=Path, metavar="JSON", help="measure nothing: the plot of these results")
+    parser.add_argument("--output", type=Path, help="folder for the results; default: bench/results here")
     arguments = parser.parse_args()
     if arguments.pairs < 2 or arguments.seeds < 1:
         parser.error("--pairs must be at least 2 and --seeds at least 1")
-    results, docs = (arguments.output or ROOT / "bench" / "results"), (arguments.output or ROOT / "docs")
-    for folder in (results, docs):
-        folder.mkdir(parents=True, exist_ok=True)
-    picture = docs / "anchor-rounding.png"
-    if arguments.plot_only:
-        plot(json.loads(arguments.plot_only.read_text())["cases"], picture)
-        return
+    results = arguments.output or ROOT / "bench" / "results"
+    results.mkdir(parents=True, exist_ok=True)
 
     # The library says that nearest rounding loses the perturbation, which is what is measured here.
     warnings.filterwarnings("ignore", message="of a perturbation with norm")
@@ -460,8 +402,7 @@ def main() -> None:
     if arguments.quick and not arguments.output:
         print(f"{settings['seconds']} s; a quick run writes its results only with --output")
         return
-    print(f"{settings['seconds']} s, written to {write_json(results, settings, cases)} and {picture}")
-    plot(cases, picture)
+    print(f"{settings['seconds']} s, written to {write_json(results, settings, cases)}; `make report` draws the plot")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from gapo_kernels import fused_gapo_loss, reference, threads
 SUITE = "logits"
 ROUNDS = 72
 GAMMA = 0.5
-EXPONENTIALS = 2**27
+LEAST_TIMED = 2**27  # exponentials
 BLOCK = 2**16  # float32 elements of an exponential's block: input and output fit a core's L2 cache
 COMPILED, SELECTIVE = frozenset({"compiled", "trl", "liger"}), frozenset({"trl", "liger"})
 
@@ -219,9 +219,9 @@ def measure(
     passes = {}
     if where.type == "cpu":
         # At least some 50 ms of them, whatever the case: fewer would show how threads wake up.
-        wanted = 3 * kept * batch.logits.shape[-1]
-        repeats = -(-EXPONENTIALS // wanted)
-        passes = {"three exponentials": exponentials(repeats * wanted, where)}
+        count = 3 * kept * batch.logits.shape[-1]
+        repeats = -(-LEAST_TIMED // count)
+        passes = {"three exponentials": exponentials(repeats * count, where)}
     inputs = harness.copies(batch, 2 * everything, clone, where)
     bandwidth = harness.copy_bandwidth(where, quick)
     times = harness.interleaved({**contenders, **passes}, inputs, where, rounds, seconds=seconds)

@@ -39,6 +39,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -195,6 +196,7 @@ def environment(where: torch.device | None = None) -> dict[str, str | int | dict
         "commit": commit or os.environ.get("GAPO_KERNELS_COMMIT", "unknown"),
         "versions": found,
         "allocator": allocator_settings(),
+        "measured": datetime.now(timezone.utc).isoformat(timespec="minutes"),
     }
 
 

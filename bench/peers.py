@@ -19,8 +19,6 @@ from bench import harness
 BETA = 2.0
 TO_BEGIN = 90.0  # seconds that a peer may take to be imported and compiled
 Loss = Callable[[Any], Tensor]
-
-
 # How much lower a chosen label's logit is at the anchor, and a rejected one's higher, beside some noise: what leaves the
 # anchor out is then off by more than 16 bits round.
 PESSIMISM = 0.25
@@ -97,7 +95,7 @@ class Expected:
         relative = []
         for number, (found, exact) in enumerate(zip(gradients, self.gradients, strict=True)):
             off = self._sizes_of(number, found.float() - exact)
-            relative += [one / size for one, size in zip(off, self._sizes[number])]
+            relative += [one / size if size else float(one > 0) for one, size in zip(off, self._sizes[number])]
         # torch's: Python's loses a NaN
         return {"loss": abs(loss - self.loss) / abs(self.loss), "gradient": torch.tensor(relative).max().item()}
 
@@ -161,7 +159,7 @@ def checked(
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, harness.TooLong):
-        return f"was not compiled within {TO_BEGIN:.0f} s"
+        return f"did not finish its first call within {TO_BEGIN:.0f} s"
     first = (str(error).splitlines() or [""])[0]
     return f"{type(error).__name__}: {re.sub(r'[ (]+/[^ ]*', '', first)}"  # less its paths
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any, NamedTuple
 
 from bench.results import AXES, Case, Results, Run, kept_logits, rows
@@ -89,6 +89,9 @@ def pictures(results: Results) -> dict[str, Picture]:
             found[f"step-{slug}.png"] = Picture(f"Time and memory of a whole step on {device}", _bars(steps), _draw_bars)
         if first["logits"] and first["linear"]:
             found[f"roofline-{slug}.png"] = Picture(f"Roofline of {device}", _roofline(**first), _draw_roofline)
+    if results.rounding:
+        alt = "Relative error of the Anchor Gaps over rho and over the number of parameters"
+        found["anchor-rounding.png"] = Picture(alt, _errors(results.rounding[-1]), _draw_errors)
     return found
 
 
@@ -394,4 +397,66 @@ def _draw_roofline(data: dict):
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", frameon=False)
     axes.set_title(data["title"], fontsize=11)
+    return figure
+
+
+# ---- what rounding does to the gaps ----
+
+ROUNDINGS = {
+    "nearest": ("nearest, bfloat16", "s", "--", "C3"),
+    "stochastic": ("stochastic, bfloat16", "o", "-", "C0"),
+    "float32": ("float32", "^", ":", "C7"),
+}
+
+
+def _errors(content: dict) -> dict:
+    """{"rho", "panels": {name: [{"x", "errors": {rounding: [one a seed]}}]}}."""
+    cases = content["cases"]
+    rho = next(case["rho"] for case in cases if case["part"] == "parameters")
+
+    def panel(part: str, x: str, rhos: set[float] | None = None) -> list[dict]:
+        kept = [case for case in cases if case["part"] == part and (rhos is None or case["rho"] in rhos)]
+        return [
+            {
+                "x": value,
+                "errors": {
+                    name: [error for case in kept if case[x] == value for error in case["roundings"][name]["errors"]]
+                    for name in ROUNDINGS
+                },
+            }
+            for value in sorted({case[x] for case in kept})
+        ]
+
+    panels = {"rho": panel("rho", "rho"), "random": panel("parameters", "parameters")}
+    return {"rho": rho, "panels": {**panels, "smollm2": panel("rho", "parameters", {rho})}}
+
+
+def _draw_errors(data: dict):
+    """Two panels: the error over rho, and over the number of parameters."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for name, (label, marker, line, colour) in ROUNDINGS.items():
+        for panel, axes in (("rho", left), ("random", right), ("smollm2", right)):
+            points = data["panels"][panel]
+            errors = [point["errors"][name] for point in points]
+            means = [fmean(each) for each in errors]
+            spread = [[m - min(e) for m, e in zip(means, errors)], [max(e) - m for m, e in zip(means, errors)]]
+            style = dict(marker=marker, color=colour, capsize=3)
+            if panel == "smollm2":
+                style |= dict(linestyle="none", markerfacecolor="white")
+            else:
+                style |= dict(linestyle=line, label=label)
+            axes.errorbar([point["x"] for point in points], means, yerr=spread, **style)
+    left.set(title="SmolLM2-135M-Instruct", xlabel="rho", ylabel="relative error of the Anchor Gaps")
+    left.set_xscale("log")
+    left.set_yscale("log")
+    rhos = [point["x"] for point in data["panels"]["rho"]]
+    left.set_xticks(rhos, [str(rho) for rho in rhos])
+    left.minorticks_off()
+    right.set(title=f"random Llamas (open: SmolLM2), rho {data['rho']}", xlabel="parameters", xscale="log")
+    left.legend(loc="center left")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
     return figure

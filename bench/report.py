@@ -2,15 +2,17 @@
 
     python -m bench.report            # rewrites them
     python -m bench.report --check    # writes nothing; exit status 1 if one of them is not what the results give
+    python -m bench.report --demo     # with what `make demo` has left in runs/demo as this machine's
 
 A generated stretch of a document stands between `<!-- generated: NAME -->` and `<!-- end -->`, on lines of its own or
 within one (then never at its beginning, where Markdown would take the whole line for HTML). bench/tables.py has the
-names. Nothing here measures: torch is not imported, so a document can be checked anywhere.
+names. Nothing here measures, and but for --demo torch is not imported, so a document can be checked anywhere.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -68,10 +70,44 @@ def report(root: Path = ROOT, check: bool = False) -> list[str]:
     return changed
 
 
+def adopt(demo: Path, folder: Path = ROOT / "bench" / "results") -> Path:
+    """A demo's metrics.json, if it ran to its end with default settings, as bench/results/demo-DEVICE.json."""
+    import torch
+
+    from bench import harness
+    from gapo_trainer.demo import parse_arguments
+
+    metrics = json.loads((demo / "metrics.json").read_text(encoding="utf-8"))
+    ended = metrics["stage"] == "finished" and not metrics["interrupted"] and not metrics["out_of_time"]
+    for where in ("output_dir", "cpu"):
+        del metrics["settings"][where]
+    default = {name: value for name, value in vars(parse_arguments([])).items() if name in metrics["settings"]}
+    if not ended or metrics["settings"] != default:
+        what = f"the settings {metrics['settings']}" if ended else "one that was cut short"
+        raise SystemExit(f"expected a demo that ran to its end with the settings {default}, got {what}")
+    on_cpu = metrics["device"].startswith("cpu")
+    metrics["device"] = harness.device_name(torch.device("cpu") if on_cpu else None)
+    path = folder / f"demo-{harness.slug(metrics['device'])}.json"
+    path.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail if something would change")
+    parser.add_argument(
+        "--demo",
+        type=Path,
+        metavar="FOLDER",
+        nargs="?",
+        const=ROOT / "runs" / "demo",
+        help="add the results of a demo, by default runs/demo, as this machine's",
+    )
     arguments = parser.parse_args()
+    if arguments.check and arguments.demo is not None:
+        parser.error("--check writes nothing: leave out --demo")
+    if arguments.demo is not None:
+        print(f"{adopt(arguments.demo)} written")
     changed = report(check=arguments.check)
     for name in changed:
         print(f"{name} {'is not what the results give: run `make report`' if arguments.check else 'rewritten'}")

@@ -125,8 +125,8 @@ def _lines(case: Case) -> Iterable[dict]:
 class Results:
     """What a folder of results holds.
 
-    A device's suites come from files of their own or from a GPU's whole run, gpu-DEVICE.json; where both have a suite, the
-    latter's is taken: its cases are of one run.
+    A device's suites come from files of their own or from a GPU's whole run, gpu-DEVICE.json; where both have a suite, what
+    was measured later is taken, and of files that do not say when, the whole run.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -135,8 +135,14 @@ class Results:
         self.demo: list[dict[str, Any]] = []
         self.gpus: list[dict[str, Any]] = []  # the whole runs: bench/gpu.py has their keys
         self.tables: dict[Path, str] = {}  # what the .csv beside each file of cases holds
-        for path in sorted(folder.glob("*.json"), key=lambda path: (path.name.startswith("gpu-"), path.name)):
-            content = json.loads(path.read_text(encoding="utf-8"))
+        contents = {path: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")}
+
+        def turn(path: Path) -> tuple[str, bool, str]:
+            measured = contents[path].get("environment", {}).get("measured", "")
+            return measured, path.name.startswith("gpu-"), path.name
+
+        for path in sorted(contents, key=turn):
+            content = contents[path]
             kind, _, slug = path.stem.partition("-")
             if path.name.startswith("anchor-rounding-"):
                 self.rounding.append(content)

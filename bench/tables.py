@@ -86,7 +86,7 @@ def blocks(results: Results, pictures: Mapping[str, tuple[str, str]]) -> dict[st
         "machines": lambda: _machines(runs()),
         **{f"{kind}-plots": partial(_images, pictures, kind) for kind in ("logits", "linear", "step", "roofline")},
         "demo": lambda: "\n\n".join(map(_demo, results.demo)) or "No results yet: `make demo` measures them.",
-        # One machine's: what rounding does to the gaps is arithmetic, the same on the next but for its last digits.
+        # The last one's: what rounding does to the gaps is arithmetic, the same on the next machine but for its last digits.
         **(_rounding(results.rounding[-1]) if results.rounding else {}),
     }
 
@@ -320,10 +320,14 @@ def goals_of(case: Case) -> str:
     found = []
     for name, least in case["goals"].items():
         moved = case["ratio_spread"].get(name)
-        if moved is not None:
+        if name not in case["ratios"]:
+            found.append(f"{CONTENDERS.get(name, name)} not measured, of {least}x")
+        else:
             ratio = case["ratios"][name]["median"]
             reached = f"{significant(ratio, 3)}x of {least}x" + (", missed" if ratio < least else "")
-            steady = f"moved by {percent(moved)}" + (", unsteady" if moved > STEADY else "")
+            steady = "in too few rounds to tell how steady"
+            if moved is not None:
+                steady = f"moved by {percent(moved)}" + (", unsteady" if moved > STEADY else "")
             errors, gaps = case.get("gap_errors", {}), ""
             if name in errors:
                 gaps = f"; gaps off by {percent(errors[name])}, ours by {percent(errors['ours'])}"
@@ -333,7 +337,7 @@ def goals_of(case: Case) -> str:
         floor = case["floor"] if part == "whole" else case["parts"][part]["floor"]
         missed = ", missed" if floor["fraction"] < least else ""
         found.append(f"{part} {floor['fraction']:.0%} of the floor's {least:.0%}{missed}")
-    return f"{case['name']}: {', '.join(found) or 'not measured'}"
+    return f"{case['name']}: {', '.join(found)}"
 
 
 def _moved(what: str, spreads: Sequence[float]) -> str:

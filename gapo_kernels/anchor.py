@@ -33,18 +33,17 @@ EPSILON = 1e-12
 
 
 class _Claim:
-    """A use's parameters and their memory, while they are moved: anchors in other threads, or inside of this use, may share
-    them."""
+    """A use's parameters, and where their memory begins, while they are moved: anchors in other threads, or inside of this
+    use, may share them."""
 
     current: list[_Claim] = []  # appending and removing are each one step, which nothing interrupts
 
     def __init__(self, params: Sequence[Tensor]) -> None:
-        addresses = [local.data_ptr() for param in params if (local := distributed.local(param)).numel()]
-        self._ids = frozenset(map(id, params)), frozenset(addresses)
+        memory = ((local.device, local.data_ptr()) for local in map(distributed.local, params))
+        self._keys = frozenset(map(id, params)) | {key for key in memory if key[1]}  # 0: empty, or without memory
 
     def check(self) -> None:
-        others = [other for other in tuple(self.current) if other is not self]
-        if any(own & those for other in others for own, those in zip(self._ids, other._ids)):
+        if any(other is not self and not other._keys.isdisjoint(self._keys) for other in tuple(self.current)):
             raise RuntimeError("perturbed() inside perturbed(): the weights are at an anchor already")
 
     def take(self) -> None:
@@ -218,8 +217,9 @@ class GeometricAnchor:
             retain_graph: keep the objective's graph for a later backward.
 
         Raises:
-            ValueError: neither or both of objective and grads, no parameter in scope has a gradient, or two Parameters
-                lie in the same memory.
+            ValueError: neither or both of objective and grads (of noise: grads), no parameter in scope has a gradient, or two
+                Parameters lie in the same memory.
+            TypeError: the objective is no tensor, or a gradient no floating-point one.
             FloatingPointError: the gradients' norm is not finite; the weights were not moved.
             RuntimeError: these parameters are at an anchor already, of this or another thread.
         """
@@ -253,18 +253,20 @@ class GeometricAnchor:
                 self._warn_at_once(squares)
                 self._drop_copies()
                 yield self
-            except BaseException:
-                if self._sharded is not None:
-                    self._sharded.leave_forward()
-                raise
             finally:
                 try:
                     if move is not None:
                         move.restore()
                 finally:
                     claim.release()
+                    self.leave_forward()
                     self._drop_copies()
         self._step += 1  # only now: a use that failed is repeated with the same noise
+
+    def leave_forward(self) -> None:
+        """Under FSDP2, has what an exception has left of a forward forgotten. Before a forward and after it, not inside."""
+        if self._sharded is not None:
+            self._sharded.leave_forward()
 
     def _shard(self, sharded: distributed.ShardedModel) -> None:
         self._sharded, managed = sharded, sharded.compute_dtypes()
@@ -327,7 +329,7 @@ class GeometricAnchor:
     ) -> tuple[list[Tensor | None], bool]:
         """g for every parameter, or its shard, averaged over the ranks; and whether its memory may be written."""
         if self._sharded is not None:
-            self._sharded.check_nothing_was_cut_off()
+            self._sharded.check_no_backward_was_cut_off()
         if not isinstance(objective, (Tensor, type(None))):
             raise TypeError(f"the objective must be a tensor, got {type(objective).__name__}")
         if self.direction == "gaussian":

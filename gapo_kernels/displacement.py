@@ -187,10 +187,11 @@ def _share_bytes(one: Tensor, other: Tensor) -> bool:
 
 def _columns_apart(one: Tensor, other: Tensor) -> bool:
     """Whether they are columns of one matrix that lie beside each other, as those of a fused projection do."""
-    rows = {tensor.stride(0) * tensor.element_size() for tensor in (one, other) if tensor.dim() > 1}
-    if len(rows) != 1 or one.dim() < 2 or other.dim() < 2 or 0 in rows:
+    if one.dim() < 2 or other.dim() < 2:
         return False
-    (row,) = rows
+    row, other_row = (tensor.stride(0) * tensor.element_size() for tensor in (one, other))
+    if row != other_row or row == 0:
+        return False
     spans = sorted((tensor.data_ptr() % row, _extent(tensor[0])) for tensor in (one, other))
     (start, size), (following, last) = spans
     # Within a row, and where the second ends in the next one, before the first begins there.

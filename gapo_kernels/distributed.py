@@ -236,7 +236,6 @@ class ShardedModel:
         from torch.distributed.fsdp import FSDPModule
 
         self._modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        self._cut_off = False
         self.reshard()
         self._params = list(model.parameters())  # those that are frozen now may not be so later
 
@@ -268,21 +267,28 @@ class ShardedModel:
         return {id(p._unsharded_param): id(p.sharded_param) for p in params if hasattr(p, "_unsharded_param")}
 
     def leave_forward(self) -> None:
-        """After an exception: FSDP2 would take the next forward for the rest of one that was cut off, with its collectives
-        out of step with the other ranks'."""
+        """Where none is under way: FSDP2 would take the next one for the rest of one that an exception has cut off, its
+        collectives out of step with the other ranks'."""
         states = [module._get_fsdp_state() for module in self._modules]
-        if any(state._training_state.name == "FORWARD" for state in states):
-            for module, state in zip(self._modules, states):
+        if not any(state._training_state.name == "FORWARD" for state in states):
+            return
+        for module, state in zip(self._modules, states):
+            if hasattr(module, "reset_iter_state"):
                 if state._is_root:
-                    if not hasattr(module, "reset_iter_state"):
-                        self._cut_off = True
-                        return
                     module.reset_iter_state()
+            else:
+                state._training_state = type(state._training_state).IDLE
+                state._state_ctx.iter_forward_root = None
+                state._comm_ctx.post_forward_order.clear()
+        for group in self._groups():  # torch's own does the same
+            group._training_state = type(group._training_state).IDLE
+            group._post_forward_indices.clear()
+        self.reshard()
 
-    def check_nothing_was_cut_off(self) -> None:
-        if self._cut_off or any(context.post_backward_final_callback_queued for context in self._contexts()):
+    def check_no_backward_was_cut_off(self) -> None:
+        if any(context.post_backward_final_callback_queued for context in self._contexts()):
             raise RuntimeError(
-                "an exception cut off an earlier pass of this model, which leaves FSDP2 in its middle: the next one "
+                "an exception cut off an earlier backward of this model, which leaves FSDP2 in its middle: the next one "
                 "would miss gradients. Call model.reset_iter_state() before the next step, or build the model anew where "
                 "torch does not have it"
             )

@@ -28,15 +28,13 @@ class _Holding:
     def __init__(self, in_body: bool) -> None:
         handlers = {signum: _in_use(signal.getsignal(signum), signum) for signum in _SIGNALS}
         self.previous = {signum: handler for signum, handler in handlers.items() if callable(handler)}
-        self.held: list[int] = []
-        self.frame: FrameType | None = None  # of the last that was held
+        self.held: list[tuple[int, FrameType | None]] = []
         self.is_left, self._in_body = False, in_body
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
-        first = self._in_body and signum == signal.SIGINT and signum not in self.held
+        first = self._in_body and signum == signal.SIGINT and all(signum != held for held, _ in self.held)
         if not self.is_left and (first or _entering_or_leaving(frame)):
-            self.held.append(signum)
-            self.frame = frame
+            self.held.append((signum, frame))
         else:
             self.previous[signum](signum, frame)
 
@@ -71,8 +69,8 @@ def _put_back(holding: _Holding) -> None:
     previous, held = holding.previous, holding.held
     if threading.current_thread() is not threading.main_thread():  # of a generator that ends there: none can be put back
         holding.is_left = True
-        for signum in held:
-            signal.raise_signal(signum)  # for the main thread
+        while held:
+            signal.raise_signal(held.pop(0)[0])  # for the main thread
         return
     failure = None
     for _ in range(len(previous) + len(held) + 1):  # each of them may raise once
@@ -82,8 +80,8 @@ def _put_back(holding: _Holding) -> None:
                     signal.signal(signum, _in_use(handler, signum))
             holding.is_left = True  # blocks that are not left in reverse order may put this handler back in place
             while held:
-                signum = held.pop(0)
-                previous[signum](signum, holding.frame)
+                signum, frame = held.pop(0)
+                previous[signum](signum, frame)
             break
         except BaseException as error:
             if failure is None or isinstance(failure, Exception):  # of several a KeyboardInterrupt rather than a timeout
@@ -92,7 +90,7 @@ def _put_back(holding: _Holding) -> None:
         if failure is not None:
             raise failure
     finally:
-        holding.frame = None
+        frame = None
         del failure  # its traceback holds the frames of a whole step
 
 

@@ -86,6 +86,8 @@ def gapo_step(
         raise TypeError(f"logps_fn must be a function without arguments, got {type(logps_fn).__name__}")
     if not isinstance(anchor, (GeometricAnchor, type(None))):
         raise TypeError(f"anchor must be a GeometricAnchor or None, got {type(anchor).__name__}")
+    if anchor is not None:
+        anchor.leave_forward()  # of a step whose first forward was cut off
     randomness = None if anchor is None else _Randomness(_devices(anchor.params))
     unmoved = UnmovedLayers([] if anchor is None else anchor.unmoved_layers)
     walked_twice = anchor is not None and anchor.direction != "gaussian"

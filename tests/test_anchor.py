@@ -208,6 +208,7 @@ def test_two_parameters_in_the_same_memory_are_refused():
     with GeometricAnchor(apart, rho=0.5).perturbed(grads=[torch.ones_like(p) for p in apart]):
         pass
     wide = torch.randn(5, 4, 16, dtype=torch.float64)
+    told_apart = 0
     for seed in range(200):  # against every byte's own
         choose = random.Random(seed)
         one, other = (
@@ -217,9 +218,11 @@ def test_two_parameters_in_the_same_memory_are_refused():
         if choose.random() < 0.5:
             one, other = one[:, 0], other[:, -1]
         if displacement._columns_apart(one, other):
+            told_apart += 1
             mark = torch.zeros_like(wide)
             mark.as_strided(one.shape, one.stride(), one.storage_offset()).fill_(1)
             assert not mark.as_strided(other.shape, other.stride(), other.storage_offset()).any()
+    assert told_apart > 10
     assert displacement._columns_apart(matrix[:, :3], matrix[:2, 3:])
     assert displacement._columns_apart(matrix[1:, 6:], matrix[:, 1:6])
     apart = [nn.Parameter(storage[:3]), nn.Parameter(storage[3:])]

@@ -115,13 +115,43 @@ def test_the_plots_are_small():
 def test_a_report_is_complete_and_made_once(project, reported):
     device = harness.slug(harness.device_name())
     pictures = {f"docs/plots/{kind}-{device}.png" for kind in ("logits", "linear", "step", "roofline")}
-    assert set(report.report(project, check=True)) == {"README.md", "docs/anchor.md", "docs/performance.md"} | pictures
+    rounding = "docs/plots/anchor-rounding.png"
+    assert set(report.report(project, check=True)) == {"README.md", "docs/anchor.md", "docs/performance.md", rounding} | pictures
     assert not (project / "docs/plots").exists()
     assert report.report(reported, check=True) == report.report(reported) == []
     readme, performance = (reported / "README.md").read_text(), (reported / "docs/performance.md").read_text()
     for path in pictures:
         assert path in readme or "roofline" in path
         assert f"(plots/{Path(path).name})" in performance and (reported / path).stat().st_size < 80_000
+
+
+def test_the_rounding_plot_shows_what_the_file_says():
+    content = json.loads(next((ROOT / "bench/results").glob("anchor-rounding-*.json")).read_text())
+    data = plots._errors(content)
+    for panel, part, x in (("rho", "rho", "rho"), ("random", "parameters", "parameters")):
+        for point in data["panels"][panel]:
+            cases = [case for case in content["cases"] if case["part"] == part and case[x] == point["x"]]
+            for name, errors in point["errors"].items():
+                assert sorted(errors) == sorted(e for case in cases for e in case["roundings"][name]["errors"]) != []
+    (smollm2,) = data["panels"]["smollm2"]
+    assert smollm2["errors"] == next(p["errors"] for p in data["panels"]["rho"] if p["x"] == data["rho"])
+
+
+def test_a_demo_is_adopted_if_it_ran_to_its_end_with_default_settings(tmp_path):
+    run = json.loads(next((ROOT / "bench/results").glob("demo-*.json")).read_text())
+    run["settings"] |= {"output_dir": "runs/demo", "cpu": False}
+
+    def adopted(**changes):
+        (tmp_path / "metrics.json").write_text(json.dumps(run | changes))
+        return report.adopt(tmp_path, tmp_path)
+
+    path = adopted(device="cpu, 2 threads")
+    found = json.loads(path.read_text())
+    assert path.name == f"demo-{harness.slug(harness.device_name())}.json" and found["device"] == harness.device_name()
+    assert found["findings"] == run["findings"] and "output_dir" not in found["settings"]
+    for changes in (dict(interrupted=True), dict(out_of_time=True), dict(settings=run["settings"] | {"max_steps": 5})):
+        with pytest.raises(SystemExit, match="expected a demo that ran to its end with the settings"):
+            adopted(**changes)
 
 
 def test_tables_say_what_the_files_say(project):
@@ -214,6 +244,12 @@ def test_a_gpu_has_sections_of_its_own_and_its_whole_run_goes_before_single_suit
     changed_run = json.loads((results / "gpu-nvidia-h100.json").read_text()) | {"tuning": {"absent": "no Triton"}}
     (results / "gpu-nvidia-h100.json").write_text(json.dumps(changed_run))
     assert blocks_of(project)["tuning"]() == "On NVIDIA H100 nothing was tuned: no Triton."
+    for own, whole, shown in (("2030", "2029", "5.0x"), ("2029", "2030", "6.0x"), ("2030", "2030", "6.0x")):
+        for name, measured in (("logits", own), ("gpu", whole)):
+            path = results / f"{name}-nvidia-h100.json"
+            content = json.loads(path.read_text())
+            path.write_text(json.dumps(content | {"environment": content["environment"] | {"measured": measured}}))
+        assert shown in blocks_of(project)["logits-table"]().split("**NVIDIA H100**")[1]
 
 
 def test_a_contender_that_ran_out_of_memory_leaves_a_gap(project):
@@ -294,3 +330,7 @@ def test_a_goal_that_is_missed_or_unsteady_says_so():
     ):
         found = {"ratios": {"eager": {"median": ratio}}, "ratio_spread": {"eager": moved}, "floor": {"fraction": fraction}}
         assert tables.goals_of(case | found) == said
+    case |= {"goals": {"eager": 4, "trl": 1.5}, "floor_goals": {}}
+    found = {"ratios": {"eager": {"median": 5.0}}, "ratio_spread": {"eager": None}}
+    few = "eager 5.00x of 4x (in too few rounds to tell how steady)"
+    assert tables.goals_of(case | found) == f"a case: {few}, TRL not measured, of 1.5x"

@@ -25,6 +25,7 @@ class Dialect(NamedTuple):
     wide_store: str
     across: str  # steps across threads
     exp2: str
+    multiply_add: str
 
 
 CUDA = Dialect(
@@ -38,6 +39,7 @@ CUDA = Dialect(
     wide_store=r"STG\.E\.128",
     across="SHFL|BAR|LDS|LDSM|STS|STSM|LDGSTS|REDUX",
     exp2=r"MUFU\.EX2",
+    multiply_add=r"(?:FFMA|FMUL)\w*",
 )
 AMD = Dialect(
     threads=64,
@@ -50,6 +52,7 @@ AMD = Dialect(
     wide_store="(?:global|buffer)_store_dwordx4",
     across=r"ds_\w+|s_barrier|\w+_dpp|v_permlane\w+",
     exp2=r"v_exp_f32\w*",
+    multiply_add=r"v_(?:pk_)?(?:fma|mul)\w*",
 )
 
 
@@ -81,6 +84,7 @@ if not NEW_ENOUGH:  # Triton 3.6, on AMD: 177 for float16, and 14.5 in two candi
 STAGED_REGISTERS, STAGED_INSTRUCTIONS = {"REG": 96, "vgpr_count": 128}, 24
 # By target and a logit's bytes. float32 takes 100 on sm_120: two programs of 8 warps run side by side up to 128.
 STAGED_MORE = {("sm_120", 4): {"REG": 104}}
+TABLE_LOADS = 7  # of noise_kernel: the tile's row, and its columns
 # Bytes that a thread may put on the stack where nothing is asked of the speed. The perturbation of unaligned weights has an
 # address for each access, of which Triton 3.6 spills two; float64, for gradcheck, has 24 (sm_120) in the loss.
 UNALIGNED_SPILLS, FLOAT64_SPILLS = 16, 32
@@ -139,8 +143,10 @@ def unrolled(artefact: Artefact, target: str, expected: Stream) -> Stream:
     loads = expected.loads + expected.narrow_loads
     if not loads or expected.stores != 0 or expected.exponentials:
         return expected
-    times, rest = divmod(count(artefact.hot_loop, dialect(target).load), loads)
-    if rest or not times:
+    code = dialect(target)
+    times, rest = divmod(count(artefact.hot_loop, code.load), loads)
+    # More loads are more rounds only if there are as many more sums of squares.
+    if rest or times < 2 or count(artefact.hot_loop, code.multiply_add) < times * expected.elements:
         return expected
     return expected._replace(
         elements=times * expected.elements, loads=times * expected.loads, narrow_loads=times * expected.narrow_loads
@@ -208,6 +214,9 @@ def whole_tile_problems(name: str, artefact: Artefact, target: str, itemsize: in
     if not restores:  # whose branch around whole tiles is made of predicates
         stores = count(artefact.instructions, code.wide_store)
         problems = [f"{stores} stores of 16 bytes, {wanted} expected"] if stores != wanted else []
+        # Of its table; what it loads of the noise for the sake of a layout must be gone.
+        if (loads := count(artefact.instructions, code.load)) > TABLE_LOADS:
+            problems.append(f"{loads} loads, at most {TABLE_LOADS} expected")
         return problems + unwanted_problems(artefact.instructions, code.across, "the kernel")
     unmasked = [instruction for instruction in artefact.instructions if not instruction.startswith("@")]
     found = {"loads": count(unmasked, code.wide_load), "stores": count(unmasked, code.wide_store)}

@@ -48,6 +48,17 @@ def batch(rank=None, drop=()):
     return ids[rows], labels[rows]
 
 
+def build(name, dtype=torch.float64, frozen=False, spare=False):
+    """frozen: the embedding and half of the first layer; spare: with a weight that no batch uses."""
+    model = tiny_models.build(name, dtype)
+    if frozen:
+        model.get_input_embeddings().requires_grad_(False)
+        model.model.layers[0].mlp.requires_grad_(False)
+    if spare:
+        model.model.layers[1].spare = nn.Parameter(torch.ones(6, 2, dtype=dtype))
+    return model
+
+
 def logps_of(model, rank=None):
     ids, labels = batch(rank)
     return lambda: sequence_logps(model(input_ids=ids).logits, labels)
@@ -183,12 +194,14 @@ def fsdp(
     dtype=torch.float64,
     policy=None,
     gathered=False,
+    frozen=False,
+    spare=False,
     **options,
 ):
     """gathered: the anchor is made of a model that an evaluation has left whole."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    model = tiny_models.build(model, dtype)
+    model = build(model, dtype, frozen, spare)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     sharding = {} if reshard == "default" else {"reshard_after_forward": reshard}
@@ -295,8 +308,17 @@ def fsdp_fails_inside(rank, where):
 
         layers[1].mlp.register_forward_pre_hook(out_of_memory)
 
+    def cut_off(*_):
+        raise MemoryError("in the middle of the first forward")
+
     def failing():
         calls.append(1)
+        if where == "first" and len(calls) == 1:
+            handle = layers[1].mlp.register_forward_pre_hook(cut_off)
+            try:
+                return logps()
+            finally:
+                handle.remove()
         if len(calls) == 2:
             moved = any(not torch.equal(p.detach().to_local(), b) for p, b in zip(anchor.params, before))
             assert moved
@@ -310,8 +332,9 @@ def fsdp_fails_inside(rank, where):
         error = None
     except Exception as raised:
         error = type(raised).__name__
+    # Of the first forward what was gathered is still so: nothing had moved.
+    restored = where == "first" or all(torch.equal(p.detach().to_local(), b) for p, b in zip(anchor.params, before))
     step = _next_step(model, anchor, rank)
-    restored = all(torch.equal(p.detach().to_local(), b) for p, b in zip(anchor.params, before))
     ids, _ = batch(rank)
     with torch.no_grad():
         logits = model(input_ids=ids).logits

@@ -29,10 +29,19 @@ def on_two_ranks(tmp_path):
 
 
 def assert_steps_equal(
-    found, name, steps=2, lr=0.05, dtype=torch.float64, compute_dtype=None, tolerance=1e-12, **options
+    found,
+    name,
+    steps=2,
+    lr=0.05,
+    dtype=torch.float64,
+    compute_dtype=None,
+    tolerance=1e-12,
+    frozen=False,
+    spare=False,
+    **options,
 ):
     """Gaps of each rank's own pairs, loss as the ranks' mean, gradients and statistics alike on both."""
-    model = tiny_models.build(name, dtype)
+    model = ranks.build(name, dtype, frozen, spare)
     anchor = GeometricAnchor.from_model(model, rho=ranks.RHO, compute_dtype=compute_dtype, **options)
     expected = ranks.one_process(model, anchor, steps, lr, compute_dtype)
     # transformers computes gemma2's norms in float32, whose last bits depend on the shape of the batch
@@ -89,6 +98,9 @@ FSDP = [
     dict(model="gpt2", scope="all"),
     dict(scope=1),
     dict(geometry="sam", direction="gaussian"),
+    dict(frozen=True),
+    dict(frozen=True, reshard=False, checkpointing=True, scope="all"),
+    dict(spare=True),
     dict(mesh_shape=(1, 2)),
     dict(mesh_shape=(2, 1)),
 ]
@@ -107,11 +119,12 @@ def test_fsdp2(on_two_ranks, options):
     [(torch.float64, torch.float32, 1e-5), (torch.float32, torch.bfloat16, 0.05)],
     ids=str,
 )
-@pytest.mark.parametrize("reshard", [True, False])
-def test_fsdp2_mixed_precision(on_two_ranks, masters, computed, tolerance, reshard):
+@pytest.mark.parametrize("reshard, checkpointing", [(True, False), (False, False), (False, True)])
+def test_fsdp2_mixed_precision(on_two_ranks, masters, computed, tolerance, reshard, checkpointing):
     """To nearest, for under FSDP2 the random bits depend on the shards."""
     policy = dict(param_dtype=computed, reduce_dtype=masters)
-    found = on_two_ranks("fsdp", dtype=masters, policy=policy, rounding="nearest", reshard=reshard)
+    options = dict(rounding="nearest", reshard=reshard, checkpointing=checkpointing)
+    found = on_two_ranks("fsdp", dtype=masters, policy=policy, **options)
     same = dict(dtype=masters, compute_dtype=computed, rounding="nearest")
     assert_steps_equal(found, "llama", tolerance=tolerance, **same)
 
@@ -147,7 +160,15 @@ def test_fsdp2_accumulates(on_two_ranks):
             torch.testing.assert_close(rank[name], 2 * gradient, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("where, error", [("anchor", "ValueError"), ("layer", "ValueError"), ("probe", "FloatingPointError")])
+FAILURES = [
+    ("first", "MemoryError"),
+    ("anchor", "ValueError"),
+    ("layer", "ValueError"),
+    ("probe", "FloatingPointError"),
+]
+
+
+@pytest.mark.parametrize("where, error", FAILURES)
 def test_fsdp2_restores_its_shards(on_two_ranks, where, error):
     for found in on_two_ranks("fsdp_fails_inside", where=where):
         assert found[:3] == (error, True, True) and found[3] < 1e-12

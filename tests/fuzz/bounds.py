@@ -8,7 +8,8 @@ error is now and then zero by luck. So what a correctly rounded result of float3
     - the rounding of the result itself to its dtype;
     - ROUNDINGS * 2^-24 of what the result was made of: float32 rounds each of those numbers when it is stored, and a
       difference of large log-probs keeps their error, as does everything that beta multiplies it into. How large these
-      numbers are is `Sizes`.
+      numbers are is `Sizes`. Where logits are stored in 16 bits, the same with their digits, if that is a small share of
+      the result.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from grids import spacing
 
 # Exponential, sum, logarithm, difference; or exponential, quotient, difference, product.
 ROUNDINGS = 2
+# What roundings to 16 bits may always add, of a result's own size: a weight in the logistic's tail goes with e^z.
+LEAST_SHARE = 0.25
 Results = dict[str, Tensor]
 
 
@@ -70,8 +73,11 @@ def assert_close_to_truth(
     truth: Tensor,
     eager: Tensor,
     size: float | Tensor,
+    fine: float | Tensor | None = None,
 ) -> None:
-    """`size`: of what the result was made of, for all or each of its elements."""
+    """`size`: of what the result was made of, for all or each of its elements. fine: where `size` counts roundings to 16
+    bits, the same in float32. Such roundings, at their worst all at once, are more than a result is; the eager path has them,
+    too, most of them the same. So beyond 1.5 times its error they may be a LEAST_SHARE of the result."""
     expected = truth.to(found.dtype)
     special = ~expected.isfinite()  # also what overflows the result's dtype
     torch.testing.assert_close(
@@ -87,12 +93,16 @@ def assert_close_to_truth(
         assert torch.equal(found, truth), f"{name}: {found}, not {truth}"
         return
     error, exact = (found.double() - truth)[~special], truth[~special]
-    size = torch.as_tensor(size, dtype=torch.float64, device=truth.device).expand_as(truth)[~special]
+    size, fine = (
+        torch.as_tensor(one, dtype=torch.float64, device=truth.device).expand_as(truth)[~special]
+        for one in (size, size if fine is None else fine)
+    )
     if found.dtype == torch.float64:
         allowed = (ROUNDINGS * 2.0**-53 * size).clamp(min=1e-10) + 1e-10 * exact.abs()
         assert (error.abs() <= allowed).all(), f"{name}: off by {error.abs().max():.2e}: {found}, not {truth}"
         return
-    floor = _rounding_error(exact, found.dtype) + ROUNDINGS * 2.0**-24 * _rms(size)
+    rounded, coarse = _rounding_error(exact, found.dtype), ROUNDINGS * 2.0**-24 * _rms(size)
+    floor = rounded + max(ROUNDINGS * 2.0**-24 * _rms(fine), min(coarse, LEAST_SHARE * _rms(exact)))
     of_eager = (eager.double() - truth)[~special].nan_to_num(0, 0, 0)
     allowed = max(1.5 * _rms(of_eager), floor)
     assert _rms(error) <= allowed, (

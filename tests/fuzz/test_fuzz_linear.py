@@ -179,7 +179,7 @@ class Problem:
         return results | {name: gradient for name, gradient in gradients.items() if name.startswith("d ")}
 
     def logits_size(self, anchor_hidden: Tensor | None = None, anchor_weight: Tensor | None = None, **_) -> float:
-        """What rounding errors of the logits are relative to: the root of the sum of squares of what they sum."""
+        """What rounding errors of the logits, to float32, are relative to: the root of the sum of squares of what they sum."""
         weights = (self._weight, self._weight if anchor_weight is None else anchor_weight)
         bias = 0.0 if self._bias is None else largest(self._bias)
         sums = [
@@ -187,10 +187,10 @@ class Problem:
             for hidden, weight in zip((self._hidden, anchor_hidden), weights)
             if hidden is not None
         ]
-        return self.coarser * (1 + abs(self.case.logit_scale) * (largest(*sums) ** 0.5 + bias))
+        return 1 + abs(self.case.logit_scale) * (largest(*sums) ** 0.5 + bias)
 
     def compare(self, functions, sizes_of, backend: str, upstream: Tensor, in_pairs: bool, anchors=None, **options):
-        """`functions`: the one under test, and the reference's; `sizes_of(truth)`: bounds.Sizes."""
+        """`functions`: the one under test, and the reference's; `sizes_of(truth, logits)`: bounds.Sizes."""
         case = self.case
         function, eager_function = functions
         options |= self.options
@@ -210,13 +210,15 @@ class Problem:
         for placed in self._placed:
             placed.check()
         assert found.keys() == truth.keys()
-        sizes = sizes_of(truth)
+        logits = self.logits_size(**anchors)
+        both = [(sizes_of(truth, logits * coarser), coarser) for coarser in (self.coarser, 1.0)]
         for name, expected in truth.items():
             if name.startswith("d "):
-                size = expected.nan_to_num(0).abs() * sizes.slope + self._gradient_size(name, sizes)
-                assert_close_to_truth(name, found[name], expected, eager[name], size)
+                magnitude = expected.nan_to_num(0).abs()
+                size = [magnitude * one.slope + coarser * self._gradient_size(name, one) for one, coarser in both]
             else:
-                assert_close_to_truth(name, found[name], expected, eager[name], sizes.of(name))
+                size = [both[0][0].of(name)]
+            assert_close_to_truth(name, found[name], expected, eager[name], *size)
         if "d hidden" in found:
             assert found["d hidden"].dtype == case.dtype
             assert (found["d hidden"].flatten(0, -2)[ignored] == 0).all(), "a gradient where nothing is predicted"
@@ -224,7 +226,7 @@ class Problem:
     def _gradient_size(self, name: str, sizes: Sizes) -> float:
         """Of one of the products that a gradient sums."""
         other = {"d hidden": self._weight, "d weight": self._hidden, "d bias": torch.ones(1)}[name]
-        return self.coarser * sizes.coefficient * abs(self.case.logit_scale) * largest(other)
+        return sizes.coefficient * abs(self.case.logit_scale) * largest(other)
 
 
 def test_fused_linear_gapo_loss(explore, backend, device, interpreted):
@@ -242,9 +244,8 @@ def test_fused_linear_gapo_loss(explore, backend, device, interpreted):
             anchors["anchor_margin"] = torch.randn(pairs, generator=problem.generator).to(device)
         shape = () if objective.reduction == "mean" else (pairs,)
         upstream = upstream_gradient(shape, configuration.linear.upstream, problem.generator).to(device)
-        logits = problem.logits_size(**anchors)
 
-        def sizes(truth):
+        def sizes(truth, logits):
             return sizes_of_loss(truth, objective, tokens, pairs, upstream, logits)
 
         functions = (fused_linear_gapo_loss, reference.fused_linear_gapo_loss)
@@ -258,9 +259,8 @@ def test_linear_sequence_logps(explore, backend, device, interpreted):
         problem, lengths = Problem(configuration.linear, device), configuration.linear.rows.lengths
         normalized = configuration.length_normalized
         upstream = upstream_gradient((len(lengths),), configuration.linear.upstream, problem.generator).to(device)
-        logits = problem.logits_size()
 
-        def sizes(truth):
+        def sizes(truth, logits):
             return sizes_of_logps(truth, 1 if normalized else max(lengths), upstream, logits)
 
         functions = (linear_sequence_logps, reference.linear_sequence_logps)
