@@ -65,8 +65,10 @@ test-compile: $(READY)
 
 # 1,000 random configurations for each back end, always the same ones; FUZZ="--fuzz-seed 7" for others.
 fuzz: $(READY)
-	$(BIN)/python -m pytest -q tests/fuzz --configurations 1000 $(FUZZ)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/fuzz --configurations 1000 -m kernels $(FUZZ)
+	@trap 'exit 130' INT; status=0; run() { echo "$$@"; "$$@" || status=1; }; \
+	run $(BIN)/python -m pytest -q tests/fuzz --configurations 1000 $(FUZZ); \
+	run env TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/fuzz --configurations 1000 -m kernels $(FUZZ); \
+	exit $$status
 
 # The trainer and the examples with the oldest libraries that it takes, in an environment of its own.
 test-oldest:

@@ -287,7 +287,7 @@ def measure(
         also(contenders["ours"], batch)
     more = {}
     if case.data != "random":
-        more["head_of_step"] = head_of_step(batch, where, rounds, case.seconds)
+        more["head_of_step"] = head_of_step(batch, where, rounds, case.seconds if seconds is None else seconds)
     targets = batch.labels[:, 1:]
     return harness.result(
         SUITE,

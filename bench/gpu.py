@@ -311,9 +311,9 @@ def prepare(session: Session, end: float, tests: Sequence[Sequence[str]], quick:
 
 def missing(name: str) -> str | None:
     """Why nothing can be measured on that device, or None."""
-    absent = [package for package in ("triton", "pytest") if importlib.util.find_spec(package) is None]
+    absent = [package for package in ("triton", "pytest", "numpy") if importlib.util.find_spec(package) is None]
     if absent and name != "cpu":
-        return f"this needs {' and '.join(absent)}"
+        return f"this needs {', '.join(absent)}"
     if name == "cuda" and not torch.cuda.is_available():
         built = "this build of torch has no CUDA" if torch.version.cuda is None and torch.version.hip is None else "no GPU"
         return f"{built}: torch.cuda.is_available() is False. `make bench` measures a CPU"

@@ -219,7 +219,7 @@ def _draw_sweep(data: dict):
     grid[1, 0].set_yscale("symlog", linthresh=10)
     for axes in (grid[0, 0], grid[1, 0]):
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    grid[1, 0].set_ylim(bottom=-1)
+    grid[1, 0].set_ylim(-1, 2 * grid[1, 0].get_ylim()[1])
     grid[2, 0].set_ylim(0, max(105, grid[2, 0].get_ylim()[1]))
     handles = {}
     for axes in grid.flat:

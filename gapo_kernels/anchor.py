@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from gapo_kernels import displacement, distributed, validation
 from gapo_kernels.interrupts import interrupt_held
 from gapo_kernels.scope import find as find_scope
-from gapo_kernels.scope import spared_by_autocast, spared_in, without_autocast
+from gapo_kernels.scope import cast_in, spared_by_autocast, spared_in, without_autocast
 from gapo_kernels.validation import HALF
 
 GEOMETRIES = ("asam", "sam")
@@ -226,7 +226,7 @@ class GeometricAnchor:
         claim = _Claim(self.params)
         claim.check()  # before the probe's backward, and once more after it
         grids = self._grids(objective)
-        self._warn_of_autocast(grids)
+        self._warn_of_autocast(grids, objective)
         directions, ours = self._directions(objective, grads, retain_graph)
         for number, param in enumerate(self.params):
             if not param.requires_grad:  # frozen since
@@ -422,10 +422,16 @@ class GeometricAnchor:
         if self._sharded is not None:
             self._sharded.reshard()
 
-    def _warn_of_autocast(self, grids: list[torch.dtype]) -> None:
-        device = self.params[0].device.type
-        if torch.is_autocast_enabled(device) and self.compute_dtype not in HALF and not any(grid in HALF for grid in grids):
+    def _warn_of_autocast(self, grids: list[torch.dtype], objective: Tensor | None) -> None:
+        """Where it is on, or at the first use the objective's graph shows casts of parameters."""
+        if self.compute_dtype in HALF or any(grid in HALF for grid in grids):
+            return
+        device, dtype = self.params[0].device.type, None
+        if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
+        elif self.stats is None and isinstance(objective, Tensor):
+            dtype = cast_in(objective, self.params)
+        if dtype is not None:
             warnings.warn(
                 f"autocast computes with {dtype} while the anchor moves the parameters in {grids[0]}: the gap is mostly "
                 f"the casts' rounding. Pass compute_dtype={dtype} to the anchor, or train without autocast",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -86,6 +86,17 @@ def spared_in(objective: Tensor, spared: set[int], around: bool, gathered: Mappi
     if around:
         return spared - cast
     return spared & used - cast if casts else set()
+
+
+def cast_in(objective: Tensor, params: Sequence[Tensor]) -> torch.dtype | None:
+    """The 16-bit dtype to which the objective's graph casts one of the finer parameters, as autocast does inside of a forward;
+    None where it casts none. What compiled code casts is not seen."""
+    finer = {id(param) for param in params if param.dtype not in HALF}
+    for node in distributed.nodes(objective) if finer else ():
+        if node.name() == "ToCopyBackward0" and (dtype := node._input_metadata[0].dtype) in HALF:
+            if any(id(_leaf(child)) in finer for child, _ in node.next_functions):
+                return dtype
+    return None
 
 
 def _is_view(node: torch.autograd.graph.Node | None) -> bool:

@@ -408,7 +408,15 @@ def test_autocast_around_the_step_does_not_hide_the_anchor():
             return plain_logps(model(ids), labels)
 
     anchor = GeometricAnchor(model[1].parameters(), rho=RHO)
-    expected = gapo_step(autocast_inside, anchor)
+    with pytest.warns(UserWarning, match="autocast computes with torch.bfloat16 .* anchor moves the parameters in torch.float32"):
+        expected = gapo_step(autocast_inside, anchor)
+    with warnings.catch_warnings():  # once is enough
+        warnings.simplefilter("error")
+        gapo_step(autocast_inside, anchor)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gapo_step(autocast_inside, GeometricAnchor(model[1].parameters(), rho=RHO, compute_dtype=torch.bfloat16))
+        gapo_step(logps_fn(model, ids, labels, plain_logps), GeometricAnchor(model[1].parameters(), rho=RHO))
     with (
         torch.autocast("cpu", torch.bfloat16),
         pytest.warns(UserWarning, match="autocast computes with torch.bfloat16"),
