@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from statistics import fmean, median
@@ -489,6 +491,13 @@ def _demo(content: dict) -> str:
 # ---- what rounding does to the anchor ----
 
 
+def _joined_errors(batches: Sequence[Case], way: str) -> list[float]:
+    """Of each seed, || gaps - truth || / || truth || over the pairs of all batches, each at its own anchor."""
+    sizes = [math.hypot(*case["true_gaps"]) for case in batches]
+    seeds = zip(*(case["roundings"][way]["errors"] for case in batches), strict=True)
+    return [math.hypot(*map(operator.mul, errors, sizes)) / math.hypot(*sizes) for errors in seeds]
+
+
 def _rounding(content: dict) -> dict[str, Callable[[], str]]:
     by_rho = [case for case in content["cases"] if case["part"] == "rho"]
     masters = [case for case in content["cases"] if case["part"] == "masters"]
@@ -540,6 +549,9 @@ def _rounding(content: dict) -> dict[str, Callable[[], str]]:
             for errors in ("errors", "errors_of_others"):
                 row += [spread(case["roundings"][way][errors]) for way in ways]
             rows.append(row)
+        gaps = [gap for case in batches for gap in case["true_gaps"]]
+        rows.append(["all together", f"{fmean(gaps):.4f}", f"{max(gaps, key=abs):.3f}"])
+        rows[-1] += [*(spread(_joined_errors(batches, way)) for way in ways), *[NONE] * len(ways)]
         return table(columns, rows)
 
     def masters_table() -> str:

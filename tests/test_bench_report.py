@@ -307,6 +307,22 @@ def test_broken_markers_raise(text):
         report.filled(text, {"logits": lambda: ""})
 
 
+def test_errors_of_batches_together_are_those_of_all_their_pairs():
+    gaps = [[3.0, -4.0], [0.5, 0.0, 1.2]]  # norms 5 and 1.3
+    found = [[[3.3, -4.4], [0.5, 0.0, 1.2]], [[3.0, -4.0], [0.0, 0.0, 1.2]]]  # of two seeds
+
+    def off(some, others):
+        return sum((a - b) ** 2 for a, b in zip(some, others)) ** 0.5
+
+    cases = [
+        {"true_gaps": truth, "roundings": {"way": {"errors": [off(seed[i], truth) / off(truth, [0] * 3) for seed in found]}}}
+        for i, truth in enumerate(gaps)
+    ]
+    truth = gaps[0] + gaps[1]
+    expected = [off(seed[0] + seed[1], truth) / off(truth, [0] * 5) for seed in found]
+    assert tables._joined_errors(cases, "way") == pytest.approx(expected)
+
+
 def test_numbers():
     assert [tables.significant(x) for x in (0.084, 2.04, 12.4, 574.2)] == ["0.084", "2.0", "12", "574"]
     assert [tables.milliseconds(x) for x in (0.3551, 13, 9999, 14321)] == ["0.355 ms", "13.0 ms", "9999 ms", "14.3 s"]
