@@ -1,8 +1,8 @@
 """Philox-4x32-10, the counter-based generator of Salmon et al. (SC'11, "Parallel random numbers: as easy as 1, 2, 3").
 
 The random bits of an element are a function of (seed, step, parameter, shard, element): the same on every rank and
-device, in any order, and again after a resume. `kernels/perturbation.py` and
-`kernels/noise.py` draw the same words with tl.philox.
+device, in any order, and again after a resume. `kernels/perturbation.py` and `kernels/noise.py` draw the
+same words with tl.philox.
 
 An element's place in its parameter says which bits are its own. For rounding, elements come in tiles of 8 groups of 1024;
 counter number 1024 * tile + lane serves the 8 elements at that lane of the tile's groups: group k takes the lower (k even)
