@@ -82,16 +82,17 @@ $(PEERS): $(READY) constraints.txt
 	touch $@
 
 # BENCH=--quick measures nothing that counts. A process for each suite: on a CPU what was freed before decides what a
-# contender's large tensors cost, fresh pages or kept ones. So there a second run keeps all freed memory.
-# What fails leaves the others.
+# contender's large tensors cost, fresh pages or kept ones. So there a second run keeps all freed memory; of the linear
+# path, whose cases take long, that measures the ones with a goal. What fails leaves the others.
 bench: $(PEERS)
 	@trap 'exit 130' INT; status=0; run() { echo "$$@"; "$$@" || status=1; }; \
 	for suite in anchor linear logits step; do \
 		run $(BIN)/python -m pytest -q bench/bench_$$suite.py --save-results $(BENCH); \
 	done; \
 	if $(BIN)/python -c "import torch; exit(torch.cuda.is_available())"; then \
-		for suite in logits step linear; do \
-			run env $(KEEP_MEMORY) $(BIN)/python -m pytest -q bench/bench_$$suite.py --save-results $(BENCH); \
+		for suite in logits step "linear --with-goals"; do \
+			set -- $$suite; \
+			run env $(KEEP_MEMORY) $(BIN)/python -m pytest -q bench/bench_$$1.py $$2 --save-results $(BENCH); \
 		done; \
 	fi; \
 	run $(BIN)/python bench/anchor_rounding.py $(filter --quick,$(BENCH)); \

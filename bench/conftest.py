@@ -11,6 +11,7 @@ from bench import harness
 def pytest_addoption(parser):
     parser.addoption("--save-results", action="store_true", help="write bench/results/*.json and *.csv")
     parser.addoption("--quick", action="store_true", help="tiny shapes: whether everything runs, not how fast")
+    parser.addoption("--with-goals", action="store_true", help="only the cases that have a goal")
     parser.addoption("--rounds", type=int, help="measured rounds of each contender, at most; each module has a default")
 
 
@@ -20,8 +21,11 @@ def pytest_configure(config):
 
 def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
-        quick = metafunc.config.getoption("--quick")
-        metafunc.parametrize("case", metafunc.module.cases(harness.device(), quick), ids=str)
+        option = metafunc.config.getoption
+        cases = metafunc.module.cases(harness.device(), option("--quick"))
+        if option("--with-goals"):
+            cases = [case for case in cases if case.goals]
+        metafunc.parametrize("case", cases, ids=str)
 
 
 @pytest.fixture
