@@ -63,9 +63,12 @@ test-interpreter: $(READY)
 test-compile: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/compile
 
+# What fails leaves the others; the status is theirs together.
+GO_ON := trap 'exit 130' INT; status=0; run() { echo "$$@"; "$$@" || status=1; };
+
 # 1,000 random configurations for each back end, always the same ones; FUZZ="--fuzz-seed 7" for others.
 fuzz: $(READY)
-	@trap 'exit 130' INT; status=0; run() { echo "$$@"; "$$@" || status=1; }; \
+	@$(GO_ON) \
 	run $(BIN)/python -m pytest -q tests/fuzz --configurations 1000 $(FUZZ); \
 	run env TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/fuzz --configurations 1000 -m kernels $(FUZZ); \
 	exit $$status
@@ -83,9 +86,9 @@ $(PEERS): $(READY) constraints.txt
 
 # BENCH=--quick measures nothing that counts. A process for each suite: on a CPU what was freed before decides what a
 # contender's large tensors cost, fresh pages or kept ones. So there a second run keeps all freed memory; of the linear
-# path, whose cases take long, that measures the ones with a goal. What fails leaves the others.
+# path, whose cases take long, that measures the ones with a goal.
 bench: $(PEERS)
-	@trap 'exit 130' INT; status=0; run() { echo "$$@"; "$$@" || status=1; }; \
+	@$(GO_ON) \
 	for suite in anchor linear logits step; do \
 		run $(BIN)/python -m pytest -q bench/bench_$$suite.py --save-results $(BENCH); \
 	done; \
