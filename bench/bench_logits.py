@@ -29,6 +29,7 @@ from gapo_kernels import fused_gapo_loss, reference, threads
 SUITE = "logits"
 ROUNDS = 72
 GAMMA = 0.5
+UNEVEN = 0.3  # how far the prompts' lengths reach to either side of their mean, of it or of what is left beside it
 LEAST_TIMED = 2**27  # exponentials
 BLOCK = 2**16  # float32 elements of an exponential's block: input and output fit a core's L2 cache
 COMPILED, SELECTIVE = frozenset({"compiled", "trl", "liger"}), frozenset({"trl", "liger"})
@@ -40,7 +41,7 @@ class Case:
     length: int | None  # None: that of the real pairs
     vocabulary: int
     dtype: torch.dtype
-    ignored: float | None  # share of the rows, at the start of each sequence, as a prompt; None: as the real pairs have it
+    ignored: float | None  # share of the rows, prompts of several lengths; None: as the real pairs have it
     data: str = "random"
     peers: frozenset[str] = COMPILED
     importance: int = 0  # 0 has a goal; the larger, the sooner it is left out where time is short
@@ -117,10 +118,19 @@ def make_batch(case: Case, where: torch.device, quick: bool) -> Batch:
     logits = torch.empty(shape, dtype=case.dtype, device=where).normal_(std=3, generator=generator)
     anchor_logits = torch.empty_like(logits).normal_(std=0.01, generator=generator).add_(logits)
     labels = torch.randint(case.vocabulary, shape[:2], device=where, generator=generator)
-    labels[:, : int(case.ignored * case.length)] = -100
+    prompts = case.length * (case.ignored + UNEVEN * torch.linspace(-1, 1, shape[0]) * min(case.ignored, 1 - case.ignored))
+    labels[torch.arange(case.length, device=where) < prompts.round().to(where).unsqueeze(-1)] = -100
     targets, lift = peers.shifted(labels).clamp(min=0).unsqueeze(-1), peers.pessimism(labels).to(case.dtype).unsqueeze(-1)
     anchor_logits.scatter_add_(-1, targets, lift.expand(targets.shape))
     return Batch(logits.requires_grad_(), labels, anchor_logits)
+
+
+def with_other_prompts(batch: Batch) -> list[Batch]:
+    """The batch, and the same logits with prompts passed on from sequence to sequence: as many kept rows, but others. On a
+    CPU, where a gradient's memory is kept, what was written becomes zeros, and other pages are touched."""
+    kept, ids = batch.labels != -100, batch.labels.clamp(min=0)
+    others = (torch.where(kept.roll(turns, 0), ids, -100) for turns in range(1, len(ids)))
+    return [batch, *(batch._replace(labels=labels) for labels in others)]
 
 
 def clone(batch: Batch) -> Batch:
@@ -216,20 +226,24 @@ def measure(
     kept = int((batch.labels[:, 1:] != -100).sum())
     kept_bytes = kept * batch.logits.shape[-1] * batch.logits.element_size()
     written = kept_bytes if where.type == "cpu" else everything
-    passes = {}
+    copy, copied = harness.copying(where, quick)
+    passes = {"copy": copy}
+    inputs = harness.copies(batch, 2 * everything, clone, where)
     if where.type == "cpu":
+        inputs = with_other_prompts(batch)
         # At least some 50 ms of them, whatever the case: fewer would show how threads wake up.
         count = 3 * kept * batch.logits.shape[-1]
         repeats = -(-LEAST_TIMED // count)
-        passes = {"three exponentials": exponentials(repeats * count, where)}
-    inputs = harness.copies(batch, 2 * everything, clone, where)
-    bandwidth = harness.copy_bandwidth(where, quick)
+        passes["three exponentials"] = exponentials(repeats * count, where)
     times = harness.interleaved({**contenders, **passes}, inputs, where, rounds, seconds=seconds)
-    times |= {name: [spent / repeats for spent in times[name]] for name in passes}
+    bandwidth = copied / statistics.median(times["copy"])
+    least = {"copy": (3 * kept_bytes + written) / copied}
+    if where.type == "cpu":
+        least["three exponentials"] = 1 / repeats
+    times |= {name: [part * spent for spent in times[name]] for name, part in least.items()}
     half_times = harness.interleaved(halves, inputs, where, rounds, seconds=seconds / 4)
     if also is not None:
         also(contenders["ours"], batch)
-    floors = {"copy": (3 * kept_bytes + written) / bandwidth, **dict.fromkeys(passes)}
     share = {"forward": 2 / 3, "backward": 1 / 3}
     half_bytes = {"forward": 2 * kept_bytes, "backward": kept_bytes + written}
     parts = {
@@ -238,7 +252,7 @@ def measure(
             "floor": harness.floor(
                 spent,
                 {"copy": half_bytes[name] / bandwidth}
-                | {passed: share[name] * statistics.median(times[passed]) for passed in passes},
+                | {floor: share[name] * statistics.median(times[floor]) for floor in least if floor != "copy"},
             ),
         }
         for name, spent in half_times.items()
@@ -255,7 +269,7 @@ def measure(
             "data": case.data,
         },
         times,
-        floors,
+        dict.fromkeys(least),
         parts=parts,
         copy_bandwidth_gb_per_s=bandwidth / 1e9,
         peak_beyond_gradients_mib=found.peaks,

@@ -52,9 +52,13 @@ HUNG = 20.0  # seconds beyond its time, after which a case will not end any more
 OUTPUT = 20000  # last characters of what a run of tests printed that did not pass
 NONE_RAN = 5  # pytest's return code
 QUICK_FOLDER = harness.ROOT / "runs" / "bench"  # git ignores it
-# First what only a GPU can show, then every test of the kernels, compiled.
+# First what only a GPU can show, then every test of the kernels, compiled, then compiled callers.
 ELSEWHERE = ["--ignore=tests/compile", "--ignore=tests/distributed", "--ignore=tests/fuzz", "--ignore=tests/trainer"]
-TESTS = (["tests/test_gpu.py"], ["tests", *ELSEWHERE, "-m", "kernels", "-k", "triton"])
+TESTS = (
+    ["tests/test_gpu.py", "tests/test_anchor.py::test_parameters_on_several_devices"],
+    ["tests", *ELSEWHERE, "-m", "kernels", "-k", "triton or test_tuning"],
+    ["tests/test_compile_torch.py"],
+)
 
 
 class Session:
@@ -227,7 +231,7 @@ def tune(where: torch.device, quick: bool) -> dict[str, Any]:
     try:
         with harness.deadline(TO_TUNE):
             # On as much as a large batch has. Every dtype that a case has: none is tuned, unrecorded, at its first launch.
-            return tuning.tune(where, scratch_bytes=2**22 if quick else 2**30)
+            return tuning.tune(where, scratch_bytes=2**22 if quick else 2**31)
     except BaseException:  # the cases are measured with the table's choices, all of them
         os.environ["GAPO_KERNELS_AUTOTUNE"] = before
         config.forget()

@@ -277,14 +277,12 @@ def copies(inputs: Any, size: int, clone: Callable[[Any], Any], where: torch.dev
     return [inputs, *(clone(inputs) for _ in range(math.ceil(4 * cache / size) - 1))]
 
 
-def copy_bandwidth(where: torch.device, quick: bool = False) -> float:
-    """Bytes a second, read and written, of a copy far larger than any cache."""
+def copying(where: torch.device, quick: bool = False) -> tuple[Contender, int]:
+    """A copy far larger than any cache, to be timed in turn with what it is the floor of; the bytes it reads and writes."""
     size = 2**20 if quick else 2**30 if where.type == "cuda" else 2**28
     source = torch.ones(size, dtype=torch.uint8, device=where)
     target = torch.ones_like(source)
-    copy = Contender(lambda _: target.copy_(source))
-    times = interleaved({"copy": copy}, [None], where, 3 if quick else 15)["copy"]
-    return 2 * size / statistics.median(times)
+    return Contender(lambda _: target.copy_(source)), 2 * size
 
 
 # ---- statistics ----

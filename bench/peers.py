@@ -265,12 +265,13 @@ def eager_from_hidden(gamma: float) -> Loss:
     return loss
 
 
-def liger_from_hidden(gamma: float, compiled: bool) -> Loss:
+def liger_from_hidden(gamma: float, compiled: bool, pairs: int = 1) -> Loss:
+    """pairs: how many it takes at once."""
     if gamma:
         raise ValueError(f"its loss has no gamma, got {gamma}")
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
-    dpo = LigerFusedLinearDPOLoss(beta=BETA, average_log_prob=True, compiled=compiled)
+    dpo = LigerFusedLinearDPOLoss(beta=BETA, average_log_prob=True, compiled=compiled, chunk_size=pairs)
 
     def loss(batch):
         hidden, weight, labels, anchor_hidden = batch
@@ -283,16 +284,16 @@ def liger_from_hidden(gamma: float, compiled: bool) -> Loss:
 
 
 Pick = Callable[[Callable[[Tensor, Tensor], Tensor]], Callable[[Tensor, Tensor], Tensor]]  # of_kept_rows, of_all_rows
-TRL_VOCABULARY_CHUNK = 32768  # what its trainers use
 
 
-def trl_from_hidden(gamma: float, pick: Pick = of_kept_rows) -> Loss:
+def trl_from_hidden(gamma: float, pick: Pick = of_kept_rows, vocabulary_chunk: int = 32768) -> Loss:
+    """vocabulary_chunk: by default what its trainers use."""
     from trl.kernels import ChunkedLogProbFunction
 
     def loss(batch):
         def row_logps(hidden, targets):
             # temperature 1, no soft cap, logits as they are, no entropy or the like
-            options = (1.0, TRL_VOCABULARY_CHUNK, None, 1.0, ())
+            options = (1.0, vocabulary_chunk, None, 1.0, ())
             return ChunkedLogProbFunction.apply(hidden, batch.weight, None, targets, *options)[0]
 
         return formula(pick(row_logps), batch, gamma)

@@ -14,7 +14,7 @@ from statistics import fmean, median
 from typing import Any, NamedTuple
 
 from bench.results import AXES, Case, Results, Run, kept_logits, rows
-from bench.tables import CONTENDERS, EXPONENTIALS, PARAMETERS, STEP_FLOORS, milliseconds, peaks_of
+from bench.tables import CONTENDERS, EXPONENTIALS, ITEMSIZES, PARAMETERS, STEP_FLOORS, milliseconds, peaks_of
 
 DPI = 110
 COLOURS_IN_FILE = 96  # enough for antialiased lines, and a third of the size
@@ -39,6 +39,7 @@ STYLES = {
     "liger": ("#CC79A7", "D", "-"),
     "liger-compiled": ("#CC79A7", "D", "--"),
     "trl": ("#009E73", "v", "-"),
+    "trl-1024": ("#009E73", "^", ":"),
     "lce": ("#E69F00", "P", "--"),
     "lce-chunked": ("#E69F00", "P", ":"),
     "lce-64mib": ("#E69F00", "P", "-"),
@@ -59,7 +60,6 @@ GROUPS = {
     "linear": ("^", "loss from hidden states"),
     "anchor": ("s", "anchor's passes"),
 }
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class Picture(NamedTuple):
@@ -173,7 +173,7 @@ def _point(case: Case, axis: str) -> dict:
     return {
         "x": case["params"][axis] * (100 if axis == "ignored" else 1),
         "time": times,
-        "memory": {name: max(peak, 0) for name, peak in peaks_of(case).items() if peak is not None},
+        "memory": {name: peak for name, peak in peaks_of(case).items() if peak is not None},
         "fraction": {name: 100 * floor["fraction"] / ratios[name] for name in times},  # round by round, as in the tables
         "floor": floor["ms"],
     }
@@ -211,7 +211,7 @@ def _draw_sweep(data: dict):
         axes.set_xticks(values, [_short(value) for value in values], fontsize=8.5)
         axes.minorticks_off()
     grid[0, 0].set_ylabel("time, ms")
-    grid[1, 0].set_ylabel("peak memory beyond\ninputs and gradients, MiB")
+    grid[1, 0].set_ylabel("peak memory beyond\nthe inputs, MiB")
     grid[2, 0].set_ylabel("floor / time, %")
     grid[0, 0].set_yscale("log")
     grid[0, 0].yaxis.set_major_locator(LogLocator(subs=(1, 3)))
@@ -334,7 +334,7 @@ def _roofline(logits: Run, linear: Run, anchor: Run | None) -> dict:
 
 
 def _itemsize(case: Case) -> int:
-    return BYTES[case["params"]["dtype"]]
+    return ITEMSIZES[case["params"]["dtype"]]
 
 
 def _achieved(group: str, case: Case, operations: float, moved: float) -> list[dict]:

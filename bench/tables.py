@@ -16,6 +16,7 @@ CONTENDERS = {
     "eager-view": "eager, no slice",
     "compiled": "torch.compile",
     "trl": "TRL",
+    "trl-1024": "TRL, 1024 columns at a time",
     "liger": "Liger",
     "liger-compiled": "Liger, compiled",
     "lce": "linear_cross_entropy",
@@ -54,6 +55,7 @@ PARAMETERS = {
     "data": "data",
     "budget": "logits at a time",
 }
+ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 NONE = "–"
 DATA = {"random": "random", "smollm2": "SmolLM2"}
 MASTERS = {
@@ -117,8 +119,7 @@ def percent(value: float, digits: int = 2) -> str:
 
 
 def mebibytes(value: float | None) -> str:
-    # What is less than what was held before is nothing held.
-    return "unknown" if value is None else f"{max(value, 0):.0f} MiB"
+    return "unknown" if value is None else f"{value:.0f} MiB"
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
@@ -297,8 +298,18 @@ def _peak(case: Case, name: str) -> str:
 
 
 def peaks_of(case: Case) -> dict[str, float | None]:
-    """{contender: MiB}, beyond what the key in the case says."""
-    return next(value for key, value in case.items() if key.startswith("peak_"))
+    """{contender: MiB}, beyond the inputs or, of a step, the weights: gradients are part of it."""
+    key, peaks = next((key, value) for key, value in case.items() if key.startswith("peak_"))
+    # All of their bytes were taken off, also of pages that nobody has touched.
+    more = gradients_mib(case["params"]) if key == "peak_beyond_gradients_mib" else 0.0
+    return {name: None if peak is None else peak + more for name, peak in peaks.items()}
+
+
+def gradients_mib(params: dict[str, Any]) -> float:
+    """d logits, or d hidden and d weight."""
+    rows, vocabulary, width = 2 * params["pairs"] * params["length"], params["vocabulary"], params.get("width")
+    numbers = rows * vocabulary if width is None else (rows + vocabulary) * width
+    return numbers * ITEMSIZES[params["dtype"]] / 2**20
 
 
 def _notes(cases: Sequence[Case]) -> str:
@@ -479,8 +490,9 @@ def _images(pictures: Mapping[str, tuple[str, str]], kind: str) -> str:
 
 def _demo(content: dict) -> str:
     first, last = content["heldout"][0], content["heldout"][-1]
+    commit = f", commit {content['commit']}," if "commit" in content else ""
     return (
-        f"On {content['device']} it took {content['seconds']['total']:.0f} s, the model's conversion included, for "
+        f"On {content['device']}{commit} it took {content['seconds']['total']:.0f} s, the model's conversion included, for "
         f"{content['steps']} steps of {content['settings']['batch_size']} pairs, "
         f"{content['tokens_per_second']:.0f} tokens per second, with a peak of "
         f"{content['peak_memory_bytes'] / 2**30:.1f} GiB. The held-out margin went from {first['margin']:.3f} to "

@@ -4,6 +4,7 @@ import csv
 import gc
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -48,7 +49,7 @@ def test_one_command_measures_every_suite_and_writes_it(tmp_path):
         assert all(set(times) == STATISTICS for times in case["times"].values())
         assert 0 < ours["min_ms"] <= ours["quartile_1_ms"] <= ours["median_ms"] <= ours["quartile_3_ms"] <= ours["max_ms"]
         floors = {case["floor"]["name"]} if case["floor"] else set()
-        assert set(case["ratios"]) | {"ours"} == set(case["times"]) - floors - {"three exponentials"}
+        assert set(case["ratios"]) | {"ours"} == set(case["times"]) - floors - {"three exponentials", "copy"}
         assert case["ratios"].keys() == case["ratio_spread"].keys()
         assert case["floor"] is None or 0 < case["floor"]["fraction"]
         (peaks,) = (value for key, value in case.items() if key.startswith("peak"))
@@ -569,7 +570,7 @@ def test_a_peer_in_16_bits_may_round_but_not_leave_out(monkeypatch):
     monkeypatch.setattr(bench_logits.peers, "eager_from_logits", half)
     case = next(case for case in bench_logits.cases(CPU, True) if case.dtype == torch.bfloat16)
     result = bench_logits.measure(case, 3, CPU, seconds=1, quick=True)
-    assert "eager-view" in result["times"] and "its gradient by 0.4" in result["absent"]["eager"]
+    assert "eager-view" in result["times"] and re.search(r"its gradient by 0\.[45]", result["absent"]["eager"])
 
 
 def rest(recipe, step):

@@ -15,6 +15,8 @@ from batches import in_float64, make_batch, run_loss
 
 pytest.importorskip("triton", reason="launch parameters are Triton's")
 
+from triton.runtime.errors import OutOfResources
+
 from gapo_kernels.kernels import config, gradient, statistics, tuning
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -116,6 +118,23 @@ def test_the_fastest_is_chosen():
         assert tried[0] == table(kernel, getattr(torch, dtype))
         assert [time for _, time in choice["milliseconds"]] == [0.5 if p == OTHER else 1.0 for p in tried]
     assert launched() == table()  # not asked for
+
+
+def test_what_does_not_compile_is_not_chosen():
+    def measure(failing):
+        def time(run):
+            if failing in config._forced.values():
+                raise OutOfResources(300, 232, "shared memory")
+            return 1.0
+
+        return time
+
+    found = tuning.tune(DEVICE, [BF16], ["statistics"], measure=measure(OTHER))["statistics bfloat16"]
+    tried = [parameters for parameters, _ in found["milliseconds"]]
+    assert found["parameters"] == table()
+    assert tried == [p for p in tuning.candidates("statistics", config.architecture(DEVICE), BF16) if p != OTHER]
+    with pytest.raises(OutOfResources):
+        tuning.tune(DEVICE, [BF16], ["statistics"], measure=measure(table()))
 
 
 def test_noise_does_not_choose():

@@ -24,6 +24,7 @@ from time import sleep
 
 import torch
 import triton
+from triton.errors import TritonError
 
 import gapo_kernels
 from gapo_kernels.kernels import config
@@ -74,7 +75,7 @@ def tune(
     """Times every candidate on `device`, a GPU, and adds the choices to its file.
 
     dtypes: of the logits and, for "perturbation", the weights. scratch_bytes: of what is timed; the gradient takes as much
-    again. From about 2**30 on, rows are no longer split over programs, as in a large batch. measure: one call's time in
+    again. At 2**31, rows are no longer split over programs, as in a large batch. measure: one call's time in
     milliseconds; by default the median of Triton's do_bench, which flushes the L2 cache.
 
     Returns {"statistics bfloat16": {"parameters": {...}, "milliseconds": [[parameters, time], ...]}, ...}.
@@ -101,8 +102,12 @@ def _timed(
             run = workload(kernel, device, dtype, scratch_bytes)
             times = []
             for parameters in candidates(kernel, config.architecture(device), dtype):
-                with config.forced(**{kernel: parameters}):
-                    times.append((parameters, measure(run)))
+                try:
+                    with config.forced(**{kernel: parameters}):
+                        times.append((parameters, measure(run)))
+                except TritonError:  # too much for this GPU, or for this Triton
+                    if not times:  # the table's choice: any launch would fail
+                        raise
             best, time = min(times, key=lambda pair: pair[1])
             if time > (1 - MARGIN) * times[0][1]:
                 best = times[0][0]

@@ -142,6 +142,19 @@ def amd_resources(amdgcn: str) -> dict[str, int]:
     return {name: int(re.search(rf"\.{name}:\s*(\d+)", amdgcn).group(1)) for name in names}
 
 
+def loops_within_loops(ttgir: str) -> int:
+    """How many loops of a kernel lie in another one, by the indentation of its intermediate code."""
+    found, around = 0, []
+    for line in ttgir.splitlines():
+        if re.search(r"\bscf\.(?:for|while)\b", line):
+            indentation = len(line) - len(line.lstrip())
+            while around and around[-1] >= indentation:
+                around.pop()
+            found += bool(around)
+            around.append(indentation)
+    return found
+
+
 class Listing(NamedTuple):
     instructions: list[str]
     loops: list[list[str]]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import triton
 
-from artefacts import Artefact, count
+from artefacts import Artefact, count, loops_within_loops
 from gapo_kernels import philox
 
 
@@ -181,6 +181,9 @@ def loop_problems(artefact: Artefact, target: str, expected: Stream) -> list[str
         problems.append(f"{found} exponentials in the hot loop, {expected.exponentials} expected")
     if (each := instructions_per_element(artefact, expected)) > expected.ceiling:
         problems.append(f"{each:.1f} instructions for each element in the hot loop, ceiling {expected.ceiling}")
+    # Only innermost loops are read: what lies between one and a loop around it would go unseen.
+    if nested := loops_within_loops(artefact.ttgir):
+        problems.append(f"{nested} loops within loops, 0 expected")
     return problems + other_loop_problems(artefact, target, expected)
 
 

@@ -309,6 +309,18 @@ def zeroing(x, out, size, BLOCK: tl.constexpr):
         tl.store(out + i + o, tl.zeros([BLOCK], out.dtype.element_ty), mask=i + o < size)
 
 
+@triton.jit
+def nested(x, out, size, BLOCK: tl.constexpr):
+    """What not to do: a step across threads between two loops, in the outer one of which every tile may end."""
+    o = tl.arange(0, BLOCK)
+    b_sum = tl.zeros([BLOCK], tl.float32)
+    for i in range(0, size, BLOCK):
+        for j in range(i, tl.minimum(i + BLOCK, size), BLOCK):
+            b_sum += tl.exp(tl.load(x + j + o).to(tl.float32))
+        b_sum = b_sum / tl.sum(b_sum, 0)
+    tl.store(out, tl.sum(b_sum, 0))
+
+
 # A kernel, and what must be said of it.
 @pytest.mark.parametrize(
     "bad, target, complaints",
@@ -330,6 +342,8 @@ def zeroing(x, out, size, BLOCK: tl.constexpr):
             "sm_90",
             ["stores in another loop, 0 of them 16 bytes, 0", "BAR.SYNC.DEFER_BLOCKING in another", "1 loops beside"],
         ),
+        (nested, "sm_90", ["1 loops within loops, 0 expected"]),
+        (nested, "gfx942", ["1 loops within loops, 0 expected"]),
         (zeroing, "gfx942", ["stores in another loop, 0 of them 16 bytes, 0", "1 s_barrier in another loop"]),
     ],
 )

@@ -4,11 +4,14 @@
 seed, so that every run is the same; `--fuzz-seed` draws others.
 """
 
+import mmap
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
+
+from gapo_kernels import host_memory
 
 # Of the configurations of each back end. Those of `gapo_objective`, which has none, come on top.
 SHARES = {
@@ -35,6 +38,16 @@ def pytest_addoption(parser):
 def option(config, name):
     """Its default where these options came too late for the command line, as under `pytest tests`."""
     return config.getoption(name, DEFAULTS[name])
+
+
+@pytest.fixture(autouse=True)
+def small_pages(monkeypatch):
+    """On a CPU nothing here is as large as the tensors whose memory is kept from one call to the next: pages that are not
+    huge let most have it, each with what the last one left there."""
+    host_memory.release()
+    monkeypatch.setattr(host_memory, "HUGE_PAGE", mmap.PAGESIZE)
+    yield
+    host_memory.release()
 
 
 @pytest.fixture
