@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from gapo_kernels.validation import HALF
 # Elements. Two of these, in float32, fit the L2 cache; drawing random numbers takes so many calls that larger ones pay.
 CHUNK, ROUNDED_CHUNK = 24 * philox.TILE, 48 * philox.TILE
 SQUARED_TOGETHER = 4 * philox.TILE
+MOST_THREADS = 48  # with scratch of their own, however short the chunks: together below 64 MiB, also in float64
 # float16: the least normal number, 2^-14, and below the leading bit ten more.
 _FLOAT16_LEAST_NORMAL, _FLOAT16_LARGEST_POWER, _FLOAT16_DIGITS = 2.0**-14, 2.0**15, 2.0**10
 
@@ -74,29 +76,29 @@ class Perturbation:
 
     def squared_norm(self) -> Tensor:
         """|| theta * g ||^2 (asam) or || g ||^2, () float64."""
-        squares = [0.0] * len(self._chunks)
+        squares: list[list[float]] = [[]] * len(self._chunks)
 
         def drain(queue: Iterator[Chunk]) -> None:
             scratch = _Scratch(self._device, self._size)
             for chunk in queue:
                 scaled, _, wide = scratch.of(chunk)
                 theta = _widened(chunk, wide) if self._asam else None
-                squares[chunk.number] = _square(self._scaled(chunk, scaled, theta))
+                squares[chunk.number] = _squares(self._scaled(chunk, scaled, theta))
 
-        threads.share(self._chunks, drain, self._device)
-        return torch.tensor(math.fsum(squares), dtype=torch.float64, device=self._device)
+        threads.share(self._chunks, drain, self._device, MOST_THREADS)
+        return torch.tensor(math.fsum(chain(*squares)), dtype=torch.float64, device=self._device)
 
     def exchange(self, step_size: float | Tensor, seed: int, step: int) -> Tensor:
         """Moves the weights. (3,) float64: ||delta||^2, ||theta~ - cast(theta)||^2, the number of weights that changed."""
-        stats = [(0.0, 0.0, 0.0)] * len(self._chunks)
+        stats: list[tuple[list[float], ...]] = [([],) * 3] * len(self._chunks)
 
         def drain(queue: Iterator[Chunk]) -> None:
             scratch = _Scratch(self._device, self._size)
             for chunk in queue:
                 stats[chunk.number] = self._move(chunk, step_size, seed, step, scratch)
 
-        threads.share(self._chunks, drain, self._device)
-        sums = [math.fsum(column) for column in zip(*stats)] or [0.0] * 3
+        threads.share(self._chunks, drain, self._device, MOST_THREADS)
+        sums = [math.fsum(chain(*column)) for column in zip(*stats)] or [0.0] * 3
         return torch.tensor(sums, dtype=torch.float64, device=self._device)
 
     def restore(self) -> None:
@@ -127,8 +129,8 @@ class Perturbation:
 
     def _move(
         self, chunk: Chunk, step_size: float | Tensor, seed: int, step: int, scratch: _Scratch
-    ) -> tuple[float, float, float]:
-        """`exchange` of one chunk, and its three sums over it."""
+    ) -> tuple[list[float], ...]:
+        """`exchange` of one chunk, and its three sums over it, in parts."""
         delta, anchor, wide = scratch.of(chunk)
         move = chunk.move
         theta, original = (t[chunk.start : chunk.stop] for t in (move.theta, move.original))
@@ -136,7 +138,7 @@ class Perturbation:
         self._scaled(chunk, delta, base).mul_(step_size)
         if self._asam:
             delta.mul_(base)
-        intended = _square(delta)
+        intended = _squares(delta)
         if theta.dtype == delta.dtype == move.grid:  # nothing to round: no buffer between, which is a third faster
             original.copy_(theta)
             self._exchanged[chunk.number] = True
@@ -150,10 +152,10 @@ class Perturbation:
             original.copy_(theta)
             self._exchanged[chunk.number] = True
             theta.copy_(anchor)
-        applied = _square(delta)
+        applied = _squares(delta)
         signs = delta.sign_()
         changed = torch.dot(signs, signs).item()  # the number that are not 0, by a third of its time; exact up to 2^24
-        return intended, applied, changed
+        return intended, applied, [changed]
 
     def _round_(self, x: Tensor, chunk: Chunk, seed: int, step: int, scratch: _Scratch) -> None:
         """x, theta + delta of a chunk, to the grid, in place."""
@@ -169,7 +171,8 @@ class Perturbation:
 
 
 def _shortened(size: int) -> int:
-    """A chunk's elements where many threads have scratch of their own: in all no more than four threads' full chunks."""
+    """A chunk's elements where many threads have scratch of their own: in all no more than four threads' full chunks, or a
+    part for each thread."""
     parts = size // SQUARED_TOGETHER
     return max(1, parts * 4 // max(4, torch.get_num_threads())) * SQUARED_TOGETHER
 
@@ -200,10 +203,10 @@ def _widened(chunk: Chunk, wide: Tensor) -> Tensor:
     return theta if theta.dtype == wide.dtype else wide.copy_(theta)
 
 
-def _square(x: Tensor) -> float:
-    """The sum of x^2 of a chunk. In parts: how many float32 sums a dot product keeps, and so its error, is the math
+def _squares(x: Tensor) -> list[float]:
+    """Sums of x^2 of a chunk's parts, which are the same however long the chunks. Not of a whole chunk: how many float32 sums a dot product keeps, and so its error, is the math
     library's choice (6e-7 over a whole chunk on one CPU, 3e-5 where all elements are alike)."""
-    return sum(torch.dot(part, part).item() for part in x.split(SQUARED_TOGETHER))
+    return [torch.dot(part, part).item() for part in x.split(SQUARED_TOGETHER)]
 
 
 def round_stochastically_(x: Tensor, grid: torch.dtype, bits: Tensor) -> Tensor:

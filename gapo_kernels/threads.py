@@ -19,14 +19,17 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def share(items: Sequence[Item], drain: Callable[[Iterator[Item]], None], device: torch.device) -> None:
-    """Calls drain(queue) on as many threads as torch uses, all with the same queue of items; on a GPU on this one.
+def share(
+    items: Sequence[Item], drain: Callable[[Iterator[Item]], None], device: torch.device, most: int | None = None
+) -> None:
+    """Calls drain(queue) on as many threads as torch uses, or `most`, all with the same queue of items; on a GPU on this
+    one.
 
     drain owns what it allocates; its torch operations are not split further. It sees this thread's inference mode, and
     no grad mode.
     """
     queue = iter(items)
-    threads = min(torch.get_num_threads(), len(items)) if device.type == "cpu" else 1
+    threads = min(torch.get_num_threads(), len(items), most or len(items)) if device.type == "cpu" else 1
     if threads <= 1 or not _ran(threads, lambda: drain(queue)):
         with torch.no_grad():
             drain(queue)

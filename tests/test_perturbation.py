@@ -314,20 +314,39 @@ def test_repeats(perturbation, device):
         assert not any(torch.equal(one, other) for _, other in others[i:])
 
 
-def test_threads_change_nothing():
-    """Of the torch version, which shares its chunks out."""
+@pytest.mark.parametrize("dtype", [BF16, torch.float64])
+def test_threads_change_nothing(dtype):
+    """Of the torch version, which shares its chunks out, shorter ones over more than four threads."""
     outcomes = []
     before = torch.get_num_threads()
     try:
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 3, 8, 16):
             torch.set_num_threads(threads)
-            move = make_move(3 * torch_version.ROUNDED_CHUNK + 77, (BF16, BF16, BF16), torch.device("cpu"))
+            move = make_move(7 * torch_version.ROUNDED_CHUNK + 77, (dtype,) * 3, torch.device("cpu"))
             subject = torch_version.Perturbation([move], "asam", True)
             outcomes.append((subject.squared_norm(), subject.exchange(0.03, 5, 1), move.theta))
     finally:
         torch.set_num_threads(before)
     for outcome in outcomes[1:]:
         assert all(torch.equal(one, other) for one, other in zip(outcome, outcomes[0]))
+
+
+def test_scratch_of_many_threads_stays_below_64_mib(monkeypatch):
+    made, begin = [], torch_version._Scratch.__init__
+    monkeypatch.setattr(torch_version._Scratch, "__init__", lambda self, *args: made.append(self) or begin(self, *args))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(192)
+        move = make_move(192 * torch_version.SQUARED_TOGETHER, (torch.float64, torch.float64, BF16), torch.device("cpu"))
+        subject = torch_version.Perturbation([move], "asam", True)
+        subject.exchange(0.03, 5, 1)
+    finally:
+        torch.set_num_threads(before)
+    sizes = []
+    for scratch in made:  # some threads came too late for a chunk
+        buffers, bits = scratch.random()
+        sizes.append(sum(part.nbytes for part in (*scratch.of(subject._chunks[0]), bits, *buffers._rows)))
+    assert len(made) > 2 and len(made) * max(sizes) <= 2**26
 
 
 # ---- Stochastic rounding ----
