@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from gapo_kernels import GeometricAnchor, gapo_step, host_memory, ownership, perturbation
+from gapo_kernels import GeometricAnchor, gapo_step, linear_sequence_logps, sequence_logps
+from gapo_kernels import host_memory, ownership, perturbation
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
@@ -213,6 +214,38 @@ def test_an_ordinary_gradient_is_ours():
     assert ownership.exclusive(gradients) == [False]
     del view
     assert ownership.exclusive(gradients) == [True]
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("head", ["linear", "logits", "eager"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_step_leaves_all_originals_in_the_gradients_memory(tied, head, share, monkeypatch):
+    """A head's gradient is large enough for kept memory, and a tied one's is a sum."""
+    found, begin = [], perturbation.Perturbation.__init__
+
+    def recording(self, moves, *rest):
+        found.extend(move.original.data_ptr() == move.direction.data_ptr() for move in moves)
+        begin(self, moves, *rest)
+
+    monkeypatch.setattr(perturbation.Perturbation, "__init__", recording)
+    torch.manual_seed(0)
+    body, out = nn.Embedding(4096, 160), nn.Linear(160, 4096, bias=False)
+    assert out.weight.nbytes > host_memory.HUGE_PAGE
+    if tied:
+        out.weight = body.weight
+    ids = torch.randint(4096, (4, 16))
+
+    def logps():
+        hidden = body(ids).tanh()
+        if head == "linear":
+            return linear_sequence_logps(hidden, out.weight, ids)
+        if head == "logits":
+            return sequence_logps(out(hidden), ids)
+        return out(hidden)[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1).mean(1)
+
+    anchor = GeometricAnchor([body.weight, *([] if tied else [out.weight])], rho=0.1)
+    gapo_step(logps, anchor, share_backward=share).loss.backward()
+    assert found and all(found)
 
 
 def test_memory_that_torch_did_not_allocate_is_not_ours():
