@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -11,7 +12,7 @@ import torch._functorch.config
 import torch.compiler.config
 from torch import Tensor
 
-from gapo_kernels import distributed, validation
+from gapo_kernels import distributed, leaf_uses, validation
 from gapo_kernels.anchor import GeometricAnchor
 from gapo_kernels.interrupts import interrupt_held
 from gapo_kernels.objective import gapo_objective, sft_terms
@@ -20,6 +21,8 @@ from gapo_kernels.scope import UnmovedLayers
 from gapo_kernels.shared_backward import SharedBackward
 
 PROBES = ("loss", "margin")
+# Other libraries' functions whose backward writes over what it saved, without autograd's knowledge: Liger-Kernel's.
+WRITE_OVER_SAVED = tuple(f"Liger{name}Function" for name in "SiLUMul GELUMul MLP VocabParallelCE".split())
 
 
 def gapo_step(
@@ -75,7 +78,8 @@ def gapo_step(
     Raises:
         ValueError: sft_weight without counts, shapes or hyperparameters out of range, no parameter has a gradient.
         FloatingPointError: the probe's gradient is not finite; the weights are where they were.
-        RuntimeError: logps_fn draws random numbers, without allow_dropout; with share_backward, mixes sequences.
+        RuntimeError: logps_fn draws random numbers, without allow_dropout; its graph has a function that cannot be walked
+            twice; with share_backward, mixes sequences.
         NotImplementedError: share_backward with an anchor of scope k, FSDP2, packed rows, checkpointed activations,
             a compiled model, float16, or a layer that is another library's own function.
     """
@@ -128,7 +132,7 @@ def gapo_step(
             recorded = nullcontext() if sharing is None else sharing.recorded()
             kept, again = sharing is None or sharing.needs_graph, False
             if kept and objective is not None:
-                _check_buffers_are_kept(margin)
+                _check_walked_twice(margin, anchor.stats is None)
             # In here, too: a backward of dynamic shapes is compiled when it first runs.
             graph = margin if objective is None else objective  # which shows what autocast leaves alone
             with buffers(), recorded, anchor.perturbed(graph, retain_graph=kept), torch.no_grad():
@@ -168,15 +172,27 @@ def _kept_buffers() -> Iterator[None]:
             functorch.donated_buffer, compiler.cache_key_tag = before
 
 
-def _check_buffers_are_kept(result: Tensor) -> None:
-    """RuntimeError for a graph with compiled code from elsewhere whose first backward writes over what it saved: torch's
-    own check of that goes by the setting that `_kept_buffers` changes."""
-    for metadata in distributed.compiled(result):
-        if metadata.bw_donated_idxs:
+def _check_walked_twice(result: Tensor, is_first: bool) -> None:
+    """RuntimeError for a graph with a node whose first backward writes over what it saved, unnoticed by the second.
+
+    torch's own check of compiled code goes by the setting that `_kept_buffers` changes. Where none was compiled, an anchor's
+    first use stands for all.
+    """
+    for node in distributed.nodes(result) if is_first or "torch._dynamo" in sys.modules else ():
+        of_class = getattr(node, "_forward_cls", None)
+        if of_class is None:
+            continue
+        if getattr(getattr(of_class, "metadata", None), "bw_donated_idxs", None):
             raise RuntimeError(
                 "expected a graph that two backwards can walk, got compiled code whose first backward uses up its buffers, "
                 "for it first ran outside of gapo_step, or without a probe: run it inside first, or call "
                 "torch._dynamo.reset() before"
+            )
+        # What a checkpoint's hooks unpack is made anew for each backward.
+        if of_class.__name__ in WRITE_OVER_SAVED and not leaf_uses.has_hooks(node):
+            raise RuntimeError(
+                f"expected a graph that two backwards can walk, got {of_class.__name__}, whose backward writes over what it "
+                "saved: checkpoint the activations of its layer, with use_reentrant=False, or leave it out of the model"
             )
 
 

@@ -22,6 +22,7 @@ from signalled import SignalAt
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from gapo_kernels import GAPOOutput, GeometricAnchor, gapo_objective, gapo_step, reference, scope, sequence_logps, step
 from gapo_kernels import anchor as anchor_module
@@ -382,6 +383,62 @@ def test_generated_code_that_uses_up_its_buffers(dynamic):
         torch._dynamo.reset()
         for _ in range(2):
             assert_close(run(compiled), expected, 1e-5)
+
+
+class LigerSiLUMulFunction(torch.autograd.Function):
+    """Writes over what it saved, as Liger's Triton kernel does: past autograd's count of versions."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return nn.functional.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, upstream):
+        gate, up = ctx.saved_tensors
+        sigmoid = gate.sigmoid()
+        d_gate, d_up = upstream * up * sigmoid * (1 + gate * (1 - sigmoid)), upstream * gate * sigmoid
+        return gate.data.copy_(d_gate), up.data.copy_(d_up)
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, product):
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.up, self.product = nn.Linear(6, 6), nn.Linear(6, 6), product
+
+    def forward(self, x):
+        return self.product(self.gate(x), self.up(x))
+
+
+def test_a_backward_that_writes_over_what_it_saved_is_refused(model):
+    """Its layer's activations checkpointed, it has the gradients of one that does not, and a gaussian anchor needs one
+    backward alone."""
+    ids, labels = batch()
+    found = {}
+    for name in ("plain", "checkpointed", "kept"):
+        layer = SwiGLU(LigerSiLUMulFunction.apply if name != "plain" else lambda gate, up: nn.functional.silu(gate) * up)
+        whole = nn.Sequential(copy.deepcopy(model[0]), layer, copy.deepcopy(model[1])).double()
+        if name == "checkpointed":
+            layer.forward = lambda x, run=layer.forward: checkpoint(run, x, use_reentrant=False)
+        logps, before = logps_fn(whole, ids, labels), state(whole)
+        anchor = GeometricAnchor(whole.named_parameters(), rho=RHO)
+        if name == "kept":
+            for _ in range(2):
+                for share in (False, True):
+                    with pytest.raises(RuntimeError, match="got LigerSiLUMulFunction, whose backward writes over what it"):
+                        gapo_step(logps, anchor, share_backward=share)
+            assert same(whole, before) and anchor.stats is None
+            anchor = GeometricAnchor(whole.named_parameters(), rho=RHO, direction="gaussian")
+        gapo_step(logps, anchor).loss.backward()
+        found[name] = gradients(whole.parameters())
+    assert_close(found["checkpointed"], found["plain"], 1e-12)
+    assert all(gradient.isfinite().all() and gradient.any() for gradient in found["kept"])
+
+
+def test_ligers_functions_that_are_refused_have_these_names():
+    ops = pytest.importorskip("liger_kernel.ops", reason="liger-kernel is not installed")
+    assert all(issubclass(getattr(ops, name), torch.autograd.Function) for name in step.WRITE_OVER_SAVED)
 
 
 def test_a_compiled_model_with_new_shapes(model, anchor):
