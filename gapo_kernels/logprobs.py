@@ -17,7 +17,7 @@ class _SequenceLogps(torch.autograd.Function):
         ctx.mark_non_differentiable(counts)
         # The logits to rebuild the softmax from, and its two statistics per row: no tensor of their size.
         ctx.save_for_backward(logits, labels, cu_seqlens, counts, row_shift, row_total)
-        ctx.options = (shift, ignore_index, backend, inplace_backward)
+        ctx.options, ctx.inplace_backward = (shift, ignore_index, backend), inplace_backward
         ctx.length_normalized = length_normalized
         return logps, counts
 
@@ -26,7 +26,8 @@ class _SequenceLogps(torch.autograd.Function):
         logits, labels, cu_seqlens, counts, row_shift, row_total = ctx.saved_tensors
         # d s / d logits[row] = (onehot - softmax) / n
         scale = -grad_logps / counts.clamp(min=1) if ctx.length_normalized else -grad_logps
-        gradient = ops.logits_gradient(scale, logits, labels, cu_seqlens, row_shift, row_total, *ctx.options)
+        options = (*ctx.options, ctx.inplace_backward)
+        gradient = ops.logits_gradient(scale, logits, labels, cu_seqlens, row_shift, row_total, *options)
         return (gradient, None, None, None, None, None, None, None)
 
 
@@ -55,7 +56,8 @@ def sequence_logps(
             labels[t], the labels are already aligned.
         cu_seqlens: (S + 1,) int32, rows cu_seqlens[s] .. cu_seqlens[s + 1] - 1 are sequence s (padding-free packing).
         inplace_backward: write the gradient over the logits' storage, which saves a tensor of their size. The logits
-            are gone after the backward: autograd refuses a second backward, and any other use that saved them.
+            are gone after the backward: autograd refuses a second backward, and any other use that saved them. So does
+            `gapo_step`, which has two.
         return_counts: also return the number of predicted tokens, (S,) int64.
         backend: "auto", "triton", "torch" or "reference".
 

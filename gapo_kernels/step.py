@@ -78,8 +78,8 @@ def gapo_step(
     Raises:
         ValueError: sft_weight without counts, shapes or hyperparameters out of range, no parameter has a gradient.
         FloatingPointError: the probe's gradient is not finite; the weights are where they were.
-        RuntimeError: logps_fn draws random numbers, without allow_dropout; its graph has a function that cannot be walked
-            twice; with share_backward, mixes sequences.
+        RuntimeError: logps_fn draws random numbers, without allow_dropout; its graph cannot be walked twice
+            (inplace_backward=True, a layer that writes over what it saved); with share_backward, mixes sequences.
         NotImplementedError: share_backward with an anchor of scope k, FSDP2, packed rows, checkpointed activations,
             a compiled model, float16, or a layer that is another library's own function.
     """
@@ -189,10 +189,13 @@ def _check_walked_twice(result: Tensor, is_first: bool) -> None:
                 "torch._dynamo.reset() before"
             )
         # What a checkpoint's hooks unpack is made anew for each backward.
-        if of_class.__name__ in WRITE_OVER_SAVED and not leaf_uses.has_hooks(node):
+        is_ours = getattr(node, "inplace_backward", False)
+        if (is_ours or of_class.__name__ in WRITE_OVER_SAVED) and not leaf_uses.has_hooks(node):
+            found, remedy = of_class.__name__, "checkpoint its layer's activations, or leave it out of the model"
+            if is_ours:
+                found, remedy = "inplace_backward=True", "leave that out of logps_fn"
             raise RuntimeError(
-                f"expected a graph that two backwards can walk, got {of_class.__name__}, whose backward writes over what it "
-                "saved: checkpoint the activations of its layer, with use_reentrant=False, or leave it out of the model"
+                f"expected a graph that two backwards can walk, got {found}, whose backward writes over what it saved: {remedy}"
             )
 
 

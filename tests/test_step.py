@@ -24,7 +24,17 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from gapo_kernels import GAPOOutput, GeometricAnchor, gapo_objective, gapo_step, reference, scope, sequence_logps, step
+from gapo_kernels import (
+    GAPOOutput,
+    GeometricAnchor,
+    fused_gapo_loss,
+    gapo_objective,
+    gapo_step,
+    reference,
+    scope,
+    sequence_logps,
+    step,
+)
 from gapo_kernels import anchor as anchor_module
 
 RHO = 0.3  # large, so that an anchor that is not there is seen
@@ -439,6 +449,29 @@ def test_a_backward_that_writes_over_what_it_saved_is_refused(model):
 def test_ligers_functions_that_are_refused_have_these_names():
     ops = pytest.importorskip("liger_kernel.ops", reason="liger-kernel is not installed")
     assert all(issubclass(getattr(ops, name), torch.autograd.Function) for name in step.WRITE_OVER_SAVED)
+
+
+def losses(logits, labels, **options):
+    return fused_gapo_loss(logits, labels, reduction="none", **options).loss
+
+
+@pytest.mark.parametrize("logps, share_backward", [(sequence_logps, False), (sequence_logps, True), (losses, False)])
+def test_a_backward_in_place_is_refused(model, anchor, logps, share_backward):
+    ids, labels = batch(4)
+    calls, before = [], state(model)
+
+    def in_place():
+        calls.append(1)
+        return logps(model(ids), labels, inplace_backward=True)
+
+    with pytest.raises(RuntimeError, match="got inplace_backward=True, whose .*: leave that out of logps_fn"):
+        gapo_step(in_place, anchor, share_backward=share_backward)
+    assert len(calls) == 1 and same(model, before) and anchor.state_dict()["step"] == 0
+    gapo_step(in_place, None).loss.backward()  # has one backward
+    expected = gradients(model.parameters())
+    model.zero_grad()
+    gapo_step(logps_fn(model, ids, labels, logps), None).loss.backward()
+    assert_close(gradients(model.parameters()), expected, 1e-12)
 
 
 def test_a_compiled_model_with_new_shapes(model, anchor):
