@@ -22,7 +22,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of gra
 # What marks a parameter that is not whole, by attribute: their classes are slow to import and may be missing.
 UNSUPPORTED = {
     "_fsdp_flattened": "sharded by FSDP's first version; shard with torch.distributed.fsdp.fully_shard (FSDP2) instead",
-    "ds_id": "partitioned by DeepSpeed ZeRO-3, which is not supported; use fully_shard (FSDP2), or ZeRO stage 1 or 2",
+    "ds_id": "partitioned by DeepSpeed ZeRO-3, which is not supported; use fully_shard (FSDP2) or DDP instead",
 }
 
 
