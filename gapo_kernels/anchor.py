@@ -221,7 +221,7 @@ class GeometricAnchor:
                 Parameters lie in the same memory.
             TypeError: the objective is no tensor, or a gradient no floating-point one.
             FloatingPointError: the gradients' norm is not finite; the weights were not moved.
-            RuntimeError: these parameters are at an anchor already, of this or another thread.
+            RuntimeError: these parameters are at an anchor already, of this or another thread; ranks' seeds differ.
         """
         claim = _Claim(self.params)
         claim.check()  # before the probe's backward, and once more after it
@@ -357,9 +357,20 @@ class GeometricAnchor:
                 directions[number] = _plain(grad, param)
                 del grad
         whole = [number for number, param in enumerate(self.params) if not distributed.is_sharded(param)]
-        means, made = distributed.averaged(
-            _taken(directions, whole), [self.params[number] for number in whole], self.process_group, ours
+        seed = self.seed % 2**64 - 2**63  # as int64
+        means, made, (step, most, least) = distributed.averaged(
+            _taken(directions, whole),
+            [self.params[number] for number in whole],
+            self.process_group,
+            ours,
+            (self._step, seed, ~seed),
         )
+        if most != ~least:
+            raise RuntimeError(
+                f"expected the anchor's seed to be the same on all ranks, got {~least + 2**63} to {most + 2**63}: pass one "
+                "seed everywhere, or load one rank's state_dict() on all"
+            )
+        self._step = step  # of a rank whose last use failed where others' did not: theirs
         for number in whole:
             directions[number] = means.pop(0)
         return directions, ours or made and len(whole) == len(self.params)

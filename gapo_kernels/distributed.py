@@ -124,23 +124,28 @@ def weight_of_rank(
 
 
 def averaged(
-    grads: list[Tensor | None], params: Sequence[Tensor], group: torch.distributed.ProcessGroup | None, ours: bool
-) -> tuple[list[Tensor | None], bool]:
+    grads: list[Tensor | None],
+    params: Sequence[Tensor],
+    group: torch.distributed.ProcessGroup | None,
+    ours: bool,
+    numbers: Sequence[int] = (),
+) -> tuple[list[Tensor | None], bool, Sequence[int]]:
     """The gradients' mean over the group's ranks; a rank without one counts as zeros, None where no rank has one. And
-    whether they are ours, as what was averaged is.
+    whether they are ours, as what was averaged is; and the largest of each of the numbers (int64) on any rank.
 
     Uses up `grads`. With `ours` their memory is written where nobody else refers to it; beyond that memory this holds
     BUCKET_BYTES.
     """
     size = ranks(group)
     if size == 1 or not grads:
-        return grads, ours
+        return grads, ours, numbers
     kinds = [0 if grad is None else 1 + DTYPES.index(grad.dtype) for grad in grads]
-    kinds = torch.tensor(kinds, dtype=torch.int32, device=params[0].device)
-    torch.distributed.all_reduce(kinds, torch.distributed.ReduceOp.MAX, group=group)
+    largest = torch.tensor([*kinds, *numbers], dtype=torch.int64, device=params[0].device)
+    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=group)
     free = ownership.exclusive(grads) if ours else [False] * len(params)
     means: list[Tensor | None] = []
-    for number, (param, kind) in enumerate(zip(params, kinds.tolist())):
+    largest = largest.tolist()
+    for number, (param, kind) in enumerate(zip(params, largest)):
         grad, grads[number] = grads[number], None
         dtype = DTYPES[kind - 1]
         if kind and grad is None:
@@ -156,7 +161,7 @@ def averaged(
         if len(bucket) > 1:
             for mean, part in zip(bucket, flat.split([mean.numel() for mean in bucket])):
                 mean.view(-1).copy_(part)
-    return means, True
+    return means, True, largest[len(params) :]
 
 
 def _buckets(grads: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -116,17 +117,31 @@ def ddp(
     return _train(wrapped, anchor, logps_of(wrapped, rank), steps, lr, **step_options)
 
 
-def ddp_bfloat16(rank):
-    """The anchors' bits on every rank, from gradients that differ before they are averaged."""
+def ddp_bfloat16(rank, fails=None):
+    """The anchors' bits on every rank, from gradients that differ before they are averaged. fails: the rank whose use before
+    that does."""
     torch.manual_seed(0)
     model = nn.Linear(300, 70).bfloat16()
     anchor = GeometricAnchor(model.named_parameters(), rho=50.0, seed=3)
     theta = [p.detach().clone() for p in anchor.params]
     torch.manual_seed(rank)
-    with anchor.perturbed(model(torch.randn(5, 300).bfloat16()).float().square().sum()):
-        moved = [p.detach().clone() for p in anchor.params]
-    assert all(torch.equal(p, t) for p, t in zip(anchor.params, theta))
+    for failing in (rank == fails, False):
+        with suppress(MemoryError), anchor.perturbed(model(torch.randn(5, 300).bfloat16()).float().square().sum()):
+            if failing:
+                raise MemoryError("at the anchor")
+            moved = [p.detach().clone() for p in anchor.params]
+        assert all(torch.equal(p, t) for p, t in zip(anchor.params, theta))
+    assert anchor.state_dict()["step"] == 2
     return moved
+
+
+def seeds_that_differ(rank):
+    param = nn.Parameter(torch.ones(4))
+    try:
+        with GeometricAnchor([param], seed=rank - 1).perturbed(param.sum()):
+            return "entered"
+    except RuntimeError as error:
+        return str(error)
 
 
 def unused_on_one_rank(rank):

@@ -239,9 +239,16 @@ def test_fsdp2_leaves_gradients_outside_of_the_model_alone(on_two_ranks):
         assert untouched == 5.0 and trained and gap > 1e-3
 
 
-def test_ranks_move_to_the_same_bfloat16_weights(on_two_ranks):
-    one, other = on_two_ranks("ddp_bfloat16")
+@pytest.mark.parametrize("fails", [None, 0, 1])
+def test_ranks_move_to_the_same_bfloat16_weights(on_two_ranks, fails):
+    """Also after a use that one of them alone takes back."""
+    one, other = on_two_ranks("ddp_bfloat16", fails=fails)
     assert all(torch.equal(a, b) for a, b in zip(one, other))
+
+
+def test_all_ranks_refuse_seeds_that_differ(on_two_ranks):
+    for message in on_two_ranks("seeds_that_differ"):
+        assert f"seed to be the same on all ranks, got 0 to {2**64 - 1}: pass one" in message
 
 
 def test_a_parameter_that_one_rank_does_not_use(on_two_ranks):
