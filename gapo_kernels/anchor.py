@@ -96,9 +96,8 @@ class GeometricAnchor:
             perturbation there. On float32 and float64 grids both round to nearest.
         compute_dtype: the dtype that the forward computes with; default: the parameter's own, or that of FSDP2's
             MixedPrecisionPolicy. With float32 masters and compute_dtype=torch.bfloat16 every weight's anchor is a
-            bfloat16 value, kept as float32, but for embeddings and norms of `from_model`'s model where autocast is on
-            around the step or seen in the objective's graph, for it leaves them as they are; no other weight may be
-            used uncast.
+            bfloat16 value, kept as float32, but for what autocast leaves as it is of `from_model`'s model, norms say,
+            where it is on around the step or seen in the objective's graph; no other weight may be used uncast.
         process_group: the data-parallel ranks over which the probe's gradient is averaged; default: those of the
             DistributedDataParallel that `from_model` is given, or all ranks, if torch.distributed runs. A group of one
             rank alone averages nothing.
@@ -142,7 +141,7 @@ class GeometricAnchor:
         self.compute_dtype, self.process_group = compute_dtype, process_group
         self.names, self.params = _collect(params)
         self._sharded: distributed.ShardedModel | None = None
-        self._spared_by_autocast: list[nn.Parameter] = []
+        self._spared_by_autocast: list[nn.Parameter] | None = None  # known of a model
         if not isinstance(params, _OfShardedModel):
             for name, param in zip(self.names, self.params):
                 if distributed.is_sharded(param):
@@ -291,9 +290,9 @@ class GeometricAnchor:
     def _grids(self, objective: Tensor | None = None) -> list[torch.dtype]:
         """The grid of each parameter's anchor: that of the dtype which the forward computes with, or the parameter's own
         if that is coarser. Asked anew each time: model.to(dtype) keeps its Parameter objects."""
-        grids, spared = [], set(map(id, self._spared_by_autocast))
+        grids, spared = [], set(map(id, self._spared_by_autocast or ()))
         gathered_dtypes = {} if self._sharded is None else self._sharded.compute_dtypes()
-        if spared and self._has_masters():
+        if self._spared_by_autocast is not None and self._has_masters():
             around = torch.is_autocast_enabled(self.params[0].device.type)
             if isinstance(objective, Tensor):
                 gathered = {} if self._sharded is None else self._sharded.gathered()

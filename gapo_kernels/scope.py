@@ -8,10 +8,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import Node
 from torch.nn.modules import module as module_hooks
 
 from gapo_kernels import distributed
 from gapo_kernels.interrupts import interrupt_held
+from gapo_kernels.leaf_uses import leaves_first
 from gapo_kernels.validation import HALF
 
 # transformers' decoders whose layers pass on their output and nothing else: no keys and values shared between layers
@@ -57,35 +60,51 @@ def find(model: nn.Module, scope: str | int) -> Scope:
 
 
 def spared_by_autocast(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that autocast leaves in their own dtype: those of embeddings and norms, and of PEFT's adapters such as
-    DoRA's magnitudes, unless another module has them, too, as a tied head does."""
+    """The parameters that autocast leaves in their own dtype, as far as modules tell: those of embeddings and norms, and
+    of PEFT's adapters such as DoRA's magnitudes, unless another module has them, too, as a tied head does."""
     spared: dict[nn.Parameter, bool] = {}
     for name, module in model.named_modules():
         kind = type(module).__name__
-        spares = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or kind.endswith("Norm")
+        spares = isinstance(module, (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm)) or kind.endswith("Norm")
         spares = spares or kind.startswith("Dora") or name.rpartition(".")[2] in UNCAST_BY_PEFT
         for param in module.parameters(recurse=False):
-            spared[param] = spares and spared.get(param, True)
+            of_norm = "Norm" in kind and param.dim() < 2  # RMSNormGated; not the matrix of a NormHead
+            spared[param] = (spares or of_norm) and spared.get(param, True)
     return [param for param, spares in spared.items() if spares]
 
 
 def spared_in(objective: Tensor, spared: set[int], around: bool, gathered: Mapping[int, int]) -> set[int]:
-    """Those of them that autocast has left alone in the objective's graph: it casts other tensors to 16 bits there, and not
-    these. around: it was on around all of the graph, also of compiled code, whose casts are not seen. gathered: what the
-    graph has in the place of sharded parameters, by id."""
-    cast, used, casts = set(), set(), around
-    for node in distributed.nodes(objective):
-        if _is_view(node):  # what it gives is cast, or used, further up
+    """The parameters that autocast has left alone in the objective's graph, by id: it casts other tensors to 16 bits
+    there, and not these. Of `spared`, whose modules tell, also what enters a function that may cast inside; of others
+    those of which all uses are seen.
+
+    around: it was on around all of the graph, also of compiled code, whose casts are not seen. gathered: what the graph
+    has in the place of sharded parameters, by id.
+    """
+    cast, used, seen, hidden, casts = set(), set(), set(), set(), around
+    made_of: dict[Node, set[int]] = {}  # the parameters that something is made of, where it is made of nothing else
+    for node in leaves_first(objective.grad_fn) if objective.grad_fn is not None else ():
+        if (leaf := getattr(node, "variable", None)) is not None:
+            made_of[node] = {gathered.get(id(leaf), id(leaf))}
             continue
-        leaves = {id(leaf) for child, _ in node.next_functions if (leaf := _leaf(child)) is not None}
-        leaves = {gathered.get(leaf, leaf) for leaf in leaves}
+        children = [child for child, _ in node.next_functions if child is not None]
+        leaves = set().union(*(made_of[child] for child in children))
+        if _is_view(node):  # what it gives is cast, or used, further up
+            made_of[node] = leaves
+            continue
+        entering = {id(leaf) for child in children if (leaf := _leaf(child)) is not None}
+        entering = {gathered.get(leaf, leaf) for leaf in entering}
         is_cast = node.name() == "ToCopyBackward0"
-        (cast if is_cast else used).update(leaves)
-        # Of activations, too: no weight's is there to be seen if all matrices are frozen.
-        casts = casts or is_cast and node._input_metadata[0].dtype in HALF
+        (cast if is_cast else used).update(entering)
+        casts = casts or is_cast  # of activations, too: no weight's is there to be seen if all matrices are frozen
+        as_seen = _computes_as_seen(node)
+        (seen if as_seen else hidden).update(leaves)
+        # A sum of weights, or rows of one, may be cast yet; what an embedding has looked up is an activation.
+        of_weights = as_seen and not node.name().startswith("Embedding") and all(made_of[child] for child in children)
+        made_of[node] = leaves if of_weights else set()
     if around:
-        return spared - cast
-    return spared & used - cast if casts else set()
+        return spared - cast | seen - hidden
+    return spared & used - cast | seen - hidden if casts else set()
 
 
 def cast_in(objective: Tensor, params: Sequence[Tensor]) -> torch.dtype | None:
@@ -99,11 +118,24 @@ def cast_in(objective: Tensor, params: Sequence[Tensor]) -> torch.dtype | None:
     return None
 
 
-def _is_view(node: torch.autograd.graph.Node | None) -> bool:
-    return node is not None and node.name().rstrip("0123456789").removesuffix("Backward") in VIEWS
+def _computes_as_seen(node: Node) -> bool:
+    """Not so compiled code, others' functions, and what gives 16 bits: a cast, a copy, or a product with a scalar, which
+    may be rounded before."""
+    known = node.name().rstrip("0123456789").endswith("Backward")
+    if isinstance(node, BackwardCFunction):  # our own are given what is cast already
+        known = hasattr(getattr(node, "_forward_cls", None), "parameter_gradients")
+    return known and not any(metadata.dtype in HALF for metadata in node._input_metadata)
 
 
-def _leaf(node: torch.autograd.graph.Node | None) -> Tensor | None:
+def _is_view(node: Node | None) -> bool:
+    """Also a copy to another device, or to more bits."""
+    if node is None:
+        return False
+    name = node.name().rstrip("0123456789").removesuffix("Backward")
+    return name in VIEWS or name == "ToCopy" and node._input_metadata[0].dtype not in HALF
+
+
+def _leaf(node: Node | None) -> Tensor | None:
     """The parameter that a node's input is, or is a view of."""
     while _is_view(node):
         node = node.next_functions[0][0]

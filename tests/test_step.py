@@ -30,6 +30,7 @@ from gapo_kernels import (
     fused_gapo_loss,
     gapo_objective,
     gapo_step,
+    linear_sequence_logps,
     reference,
     scope,
     sequence_logps,
@@ -644,6 +645,121 @@ def test_a_weight_that_autocast_casts_is_on_the_grid_whatever_module_has_it(wher
     with torch.autocast("cpu", torch.bfloat16, enabled=not inside):
         gapo_step(logps, anchor)
     assert on_grid == {"embed.weight": True, "norm.weight": False, "norm.bias": False}
+
+
+class RMSNormGated(nn.Module):
+    """As decoders with linear attention have it."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width))
+
+    def forward(self, x):
+        return self.weight * nn.functional.normalize(x.float(), dim=-1)
+
+
+class LayerNorm1P(nn.LayerNorm):
+    def forward(self, x):
+        return nn.functional.layer_norm(x, self.normalized_shape, self.weight + 1, self.bias)
+
+
+class Scale(nn.Module):
+    def __init__(self, *shape):
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(shape))
+
+    def forward(self, x):
+        return x * -self.scale.exp()
+
+
+class CastsInside(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x.bfloat16() @ weight.bfloat16()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        return gradient.float() @ weight.t(), x.flatten(0, -2).t() @ gradient.float().flatten(0, -2)
+
+
+class Product(nn.Module):
+    """Of a weight that is cast, and in the graph not by itself."""
+
+    def __init__(self, multiply, *shape):
+        super().__init__()
+        self.multiply, self.weight = multiply, nn.Parameter(torch.randn(shape))
+
+    def forward(self, x):
+        return self.multiply(x, self.weight)
+
+
+UNCAST = {
+    "a gated norm": lambda: RMSNormGated(8),
+    "1 + weight": lambda: LayerNorm1P(8),
+    "a Parameter": lambda: Scale(8),
+}
+CAST = {
+    "inside of a function": lambda: Product(CastsInside.apply, 8, 8),
+    "with another": lambda: Product(lambda x, weight: x @ torch.cat([weight, weight.exp()], 1)[:, :8], 8, 8),
+    "in rows": lambda: Product(lambda x, weight: x @ weight[torch.arange(40) % 8].unflatten(0, (5, 8))[2], 8, 8),
+}
+
+
+@pytest.mark.parametrize("where", ["around the step", "inside of logps_fn"])
+@pytest.mark.parametrize("kind", [*UNCAST, *CAST])
+def test_the_graph_tells_what_autocast_leaves_alone(kind, where):
+    """Whatever module has it: a radius of 0 makes no gap, and what is cast, be it in something else, is on the grid."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(VOCABULARY, 8), {**UNCAST, **CAST}[kind](), nn.Linear(8, VOCABULARY))
+    for param in model[1].parameters():
+        nn.init.normal_(param)
+    (ids, labels), on_grid = batch(), {}
+
+    def logps():
+        if not torch.is_grad_enabled():
+            on_grid.update({n: torch.equal(p, p.bfloat16().float()) for n, p in model.named_parameters()})
+        with torch.autocast("cpu", torch.bfloat16) if where == "inside of logps_fn" else contextlib.nullcontext():
+            return sequence_logps(model(ids), labels)
+
+    for rho in (0.0, 3.0):
+        anchor = GeometricAnchor.from_model(model, rho=rho, scope="all", compute_dtype=torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16, enabled=where == "around the step"):
+            gap = gapo_step(logps, anchor).gap
+        assert gap.abs().max() > 1e-3 if rho else not gap.any()
+    assert on_grid == {name: kind in CAST and name[0] == "1" or name[0] == "2" for name in on_grid}
+
+
+@pytest.mark.parametrize("under", [False, True], ids=["outside of autocast", "under autocast"])
+def test_the_fused_head_computes_with_what_it_is_given(under):
+    """Trainers have autocast inside of the model's forward, and no head in there."""
+    ids, labels = tiny_models.preference_batch()
+    model, on_grid = tiny_models.build("llama", torch.float32), []
+
+    def logps():
+        on_grid.append(torch.equal(model.lm_head.weight, model.lm_head.weight.bfloat16().float()))
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = model.model(ids, use_cache=False).last_hidden_state
+        with torch.autocast("cpu", torch.bfloat16, enabled=under):
+            return linear_sequence_logps(hidden.float(), model.lm_head.weight, labels)
+
+    for rho in (0.0, 3.0):
+        anchor = GeometricAnchor.from_model(model, rho=rho, scope="all", compute_dtype=torch.bfloat16)
+        gap = gapo_step(logps, anchor).gap
+        assert gap.abs().max() > 0.1 if rho else not gap.any()
+    assert on_grid[1::2] == [under, under]
+
+
+class NormHead(nn.Linear):
+    pass
+
+
+def test_norms_are_known_where_no_graph_shows_them():
+    model = nn.Sequential(RMSNormGated(8), LayerNorm1P(8), Scale(8), NormHead(8, 8, bias=False))
+    named = dict(model.named_parameters())
+    spared = set(map(id, scope.spared_by_autocast(model)))
+    assert {name for name, param in named.items() if id(param) in spared} == {"0.weight", "1.weight", "1.bias"}
 
 
 def test_a_float16_probe_is_warned_of():
