@@ -162,7 +162,8 @@ class GeometricAnchor:
             model: its backbone is found as transformers declares it (`base_model_prefix`). Under FSDP2 the root module.
             scope: "backbone", all but the LM head (a tied embedding is part of the backbone); "all"; or an int k:
                 decoder layers k .. L-1, the final norm and the head. `gapo_step` then runs the layers below k once
-                instead of twice, unless the head is tied or the model compiled.
+                instead of twice, for the model types in `gapo_kernels.scope.PLAIN_DECODERS` and unless the head is
+                tied or the model compiled; where it does not, the log says why (at level INFO).
             **kwargs: GeometricAnchor's.
         """
         distributed.check_model(model)

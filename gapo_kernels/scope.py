@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
@@ -19,7 +20,10 @@ from gapo_kernels.validation import HALF
 
 # transformers' decoders whose layers pass on their output and nothing else: no keys and values shared between layers
 # (gemma3n), no router's logits (mixtral). Replaying layers was compared with running them on each of these.
-PLAIN_DECODERS = "bloom cohere falcon gemma2 gemma3_text gpt2 gpt_neox llama mistral olmo2 phi phi3 qwen2 qwen3".split()
+PLAIN_DECODERS = (
+    "bloom cohere falcon gemma gemma2 gemma3_text glm glm4 gpt2 gpt_neox granite llama ministral mistral nemotron olmo "
+    "olmo2 olmo3 opt phi phi3 qwen2 qwen3 seed_oss smollm3 stablelm starcoder2"
+).split()
 
 # PEFT's names of what is multiplied with activations and enters no matrix product, as the rows of lora_embedding_A do.
 UNCAST_BY_PEFT = ("ia3_l", "vera_lambda_b", "vera_lambda_d")
@@ -30,6 +34,7 @@ VIEWS = frozenset(
     "UnsafeView Unsqueeze View".split()
 )
 
+logger = logging.getLogger(__name__)
 DATA_PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 NamedParameters = list[tuple[str, nn.Parameter]]
 
@@ -176,9 +181,15 @@ def _upper(model: nn.Module, backbone: nn.Module, first: int) -> Scope:
     below = {id(p) for module in (*layers[:first], *others) for p in module.parameters()}
     below |= {id(p) for p in backbone.parameters(recurse=False)}
     moved = {id(p) for _, p in named if p.requires_grad}
+    kind = getattr(getattr(model, "config", None), "model_type", None)
     # A tied head moves the embedding that the lower layers read, as a shared block does: then they have to run again.
-    plain = getattr(getattr(model, "config", None), "model_type", None) in PLAIN_DECODERS
-    return Scope(named, list(layers[:first]) if plain and not moved & below and not _compiled(model) else [])
+    why = "they read a parameter that moves, as they do where the head is tied" if moved & below else ""
+    why = "the model is compiled" if _compiled(model) else why
+    if kind not in PLAIN_DECODERS:
+        why = f"model_type {kind!r} is none of those whose layers are known to pass on their output alone"
+    if why and first:
+        logger.info("the layers below %d run at the anchor, too: %s", first, why)
+    return Scope(named, [] if why else list(layers[:first]))
 
 
 def _compiled(model: nn.Module) -> bool:

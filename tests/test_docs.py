@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from gapo_kernels.scope import PLAIN_DECODERS
+
 ROOT = Path(__file__).parents[1]
 FIELD = "\0"
 # Of files that the user does not call with their own arguments, and messages whose whole text is another's.
@@ -13,8 +15,8 @@ INTERNAL = {"demo.py", "__init__.py"}
 
 
 def messages(folder):
-    """(file, line, text with FIELD for what is filled in) of every `raise Error(...)`, `warnings.warn(...)` and
-    `logger.warning(...)`."""
+    """(file, line, text with FIELD for what is filled in) of every `raise Error(...)`, `warnings.warn(...)`,
+    `logger.warning(...)` and `logger.info(...)`."""
     for file in sorted((ROOT / folder).rglob("*.py")):
         if file.name in INTERNAL:
             continue
@@ -22,7 +24,7 @@ def messages(folder):
             call = node.exc if isinstance(node, ast.Raise) else getattr(node, "value", None)
             if not isinstance(call, ast.Call) or not call.args:
                 continue
-            if isinstance(node, ast.Raise) or getattr(call.func, "attr", "") in ("warn", "warning"):
+            if isinstance(node, ast.Raise) or getattr(call.func, "attr", "") in ("warn", "warning", "info"):
                 for text in texts(call.args[0]):
                     if text.strip(FIELD + " :"):
                         yield f"{file.name}:{node.lineno}", text
@@ -62,6 +64,11 @@ def test_every_explained_message_is_raised():
     # "… is …" quotes a message that begins with a parameter's name; "unknown setting" is joined from several.
     gone = [p for p, compiled in patterns().items() if not any(compiled.match(text) for _, text in ALL)]
     assert set(gone) <= {"unknown setting …"}, gone
+
+
+def test_the_decoders_whose_layers_are_replayed_are_listed():
+    words = " ".join((ROOT / "docs/anchor.md").read_text(encoding="utf-8").split())
+    assert f"are {', '.join(PLAIN_DECODERS)}." in words
 
 
 def test_the_memory_table_is_what_its_script_prints():

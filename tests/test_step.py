@@ -7,6 +7,7 @@ of the library in it. Everything else is compared with `gapo_kernels.reference`.
 import contextlib
 import copy
 import inspect
+import logging
 import math
 import pickle
 import random
@@ -1084,8 +1085,10 @@ def test_replayed_layers_are_as_if_run_again(name):
     sizes |= dict(num_attention_heads=4, num_key_value_heads=2)
     if name == "gpt2":
         sizes = dict(n_embd=16, n_layer=3, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    elif name in ("bloom", "falcon", "phi"):  # the heads' width follows from these
+    elif name in ("bloom", "falcon", "opt", "phi", "stablelm", "starcoder2"):  # the heads' width follows from these
         del sizes["head_dim"]
+    if name in ("opt", "seed_oss"):
+        sizes |= dict(ffn_dim=24, word_embed_proj_dim=16, dropout=0.0, attention_dropout=0.0, residual_dropout=0.0)
     tokens = dict(vocab_size=tiny_models.VOCABULARY, pad_token_id=0, bos_token_id=0, eos_token_id=0)
     config = transformers.AutoConfig.for_model(name, **sizes, **tokens, tie_word_embeddings=False)
     torch.manual_seed(0)
@@ -1166,14 +1169,18 @@ def test_layers_with_somebodys_hooks_run_again(hook):
         handle.remove()
 
 
-def test_decoders_not_known_to_be_plain_run_every_layer_again():
+def test_decoders_not_known_to_be_plain_run_every_layer_again(caplog):
     """Mixtral's layers also pass their routers' logits on, past what a layer returns."""
+    caplog.set_level(logging.INFO, "gapo_kernels")
     transformers = pytest.importorskip("transformers")
     size = dict(vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=3)
     heads = dict(num_attention_heads=4, num_key_value_heads=2, num_local_experts=2)
     config = transformers.MixtralConfig(**size, **heads, pad_token_id=0, bos_token_id=0, eos_token_id=0)
     model = transformers.AutoModelForCausalLM.from_config(config)
+    assert GeometricAnchor.from_model(model, rho=RHO, scope=0).unmoved_layers == [] and not caplog.messages
     assert GeometricAnchor.from_model(model, rho=RHO, scope=2).unmoved_layers == []
+    (message,) = caplog.messages
+    assert "the layers below 2 run at the anchor, too: model_type 'mixtral' is none of those" in message
 
 
 def test_a_step_that_failed_after_its_use_of_the_anchor_is_repeated_with_the_same_noise(model, monkeypatch):
