@@ -33,8 +33,10 @@ $(READY): $(CONSTRAINTS) setup.py
 # settings let it keep them.
 KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184
 
+RUN_DEMO := env $(KEEP_MEMORY) $(BIN)/python -m gapo_trainer.demo
+
 demo: $(READY)
-	$(KEEP_MEMORY) $(BIN)/python -m gapo_trainer.demo $(DEMO)
+	$(RUN_DEMO) $(DEMO)
 
 # Two at a time, each on a core: threads of two processes that wait for one another take many times as long, all the
 # more if they spin, as those of the tests that want two would. The longest first. Each prints when it is done, where make
@@ -99,8 +101,8 @@ bench: $(PEERS)
 		done; \
 	fi; \
 	run $(BIN)/python bench/anchor_rounding.py $(filter --quick,$(BENCH)); \
-	$(if $(filter --quick,$(BENCH)),,run $(MAKE) demo DEMO=; run $(BIN)/python -m bench.report --demo;) \
 	run $(BIN)/python -m bench.report; \
+	$(if $(filter --quick,$(BENCH)),,{ $(RUN_DEMO) && $(BIN)/python -m bench.report --demo; } || status=1;) \
 	exit $$status
 
 # The tables in README.md and docs/ and the plots in docs/plots/, from bench/results/.

@@ -6,11 +6,11 @@ Contenders, on the same tensors and in turns:
     eager           F.linear of all rows that have a next token, then log_softmax and gather
     compiled        torch.compile of eager
     liger           LigerFusedLinearDPOLoss(average_log_prob=True), the anchor as the reference; on a GPU a pair at a time, its
-                    default, on a CPU all pairs at once, which is faster there
+                    default, on a CPU all pairs at once
     liger-compiled  the same with compiled=True, its default
     trl             the log-probabilities of TRL's fused LM head (ChunkedLogProbFunction) as its trainers call it, then the
                     formula
-    trl-1024        the same with the vocabulary in chunks of 1024 instead of 32768, which is faster on a CPU
+    trl-1024        the same with the vocabulary in chunks of 1024 instead of 32768
     lce             PyTorch's linear_cross_entropy as it is, with all logits at once, then the formula
     lce-chunked     the same in chunks of its own choice (GPU only)
     lce-64mib       the same with as much logits at a time as ours-64mib
@@ -310,7 +310,7 @@ def measure(
         },
         times,
         {"gemms": None},
-        peak_beyond_gradients_mib=found.peaks,
+        peak_beyond_inputs_mib=found.peaks,
         errors=found.errors,
         absent=found.absent,
         goals=case.goals,

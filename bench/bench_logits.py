@@ -118,7 +118,7 @@ def make_batch(case: Case, where: torch.device, quick: bool) -> Batch:
     logits = torch.empty(shape, dtype=case.dtype, device=where).normal_(std=3, generator=generator)
     anchor_logits = torch.empty_like(logits).normal_(std=0.01, generator=generator).add_(logits)
     labels = torch.randint(case.vocabulary, shape[:2], device=where, generator=generator)
-    prompts = case.length * (case.ignored + UNEVEN * torch.linspace(-1, 1, shape[0]) * min(case.ignored, 1 - case.ignored))
+    prompts = case.length * (case.ignored + UNEVEN * torch.linspace(-1, 1, case.pairs).repeat(2) * min(case.ignored, 1 - case.ignored))
     labels[torch.arange(case.length, device=where) < prompts.round().to(where).unsqueeze(-1)] = -100
     targets, lift = peers.shifted(labels).clamp(min=0).unsqueeze(-1), peers.pessimism(labels).to(case.dtype).unsqueeze(-1)
     anchor_logits.scatter_add_(-1, targets, lift.expand(targets.shape))
@@ -225,12 +225,12 @@ def measure(
     everything = batch.logits.numel() * batch.logits.element_size()
     kept = int((batch.labels[:, 1:] != -100).sum())
     kept_bytes = kept * batch.logits.shape[-1] * batch.logits.element_size()
-    written = kept_bytes if where.type == "cpu" else everything
+    on_cpu = where.type == "cpu"
+    written = kept_bytes if on_cpu else everything
     copy, copied = harness.copying(where, quick)
     passes = {"copy": copy}
-    inputs = harness.copies(batch, 2 * everything, clone, where)
-    if where.type == "cpu":
-        inputs = with_other_prompts(batch)
+    inputs = with_other_prompts(batch) if on_cpu else harness.copies(batch, 2 * everything, clone, where)
+    if on_cpu:
         # At least some 50 ms of them, whatever the case: fewer would show how threads wake up.
         count = 3 * kept * batch.logits.shape[-1]
         repeats = -(-LEAST_TIMED // count)
@@ -238,7 +238,7 @@ def measure(
     times = harness.interleaved({**contenders, **passes}, inputs, where, rounds, seconds=seconds)
     bandwidth = copied / statistics.median(times["copy"])
     least = {"copy": (3 * kept_bytes + written) / copied}
-    if where.type == "cpu":
+    if on_cpu:
         least["three exponentials"] = 1 / repeats
     times |= {name: [part * spent for spent in times[name]] for name, part in least.items()}
     half_times = harness.interleaved(halves, inputs, where, rounds, seconds=seconds / 4)
@@ -272,7 +272,7 @@ def measure(
         dict.fromkeys(least),
         parts=parts,
         copy_bandwidth_gb_per_s=bandwidth / 1e9,
-        peak_beyond_gradients_mib=found.peaks,
+        peak_beyond_inputs_mib=found.peaks,
         errors=found.errors,
         absent=found.absent,
         goals=case.goals,

@@ -24,7 +24,7 @@ def pytest_generate_tests(metafunc):
         option = metafunc.config.getoption
         cases = metafunc.module.cases(harness.device(), option("--quick"))
         if option("--with-goals"):
-            cases = [case for case in cases if case.goals]
+            cases = [case for case in cases if getattr(case, "goals", None)]
         metafunc.parametrize("case", cases, ids=str)
 
 

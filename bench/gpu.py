@@ -230,8 +230,8 @@ def tune(where: torch.device, quick: bool) -> dict[str, Any]:
     os.environ["GAPO_KERNELS_AUTOTUNE"] = "1"
     try:
         with harness.deadline(TO_TUNE):
-            # On as much as a large batch has. Every dtype that a case has: none is tuned, unrecorded, at its first launch.
-            return tuning.tune(where, scratch_bytes=2**22 if quick else 2**31)
+            # On more rows than are split over programs. Every dtype that a case has: none is tuned, unrecorded, at its first launch.
+            return tuning.tune(where, scratch_bytes=2**22 if quick else 2**32)
     except BaseException:  # the cases are measured with the table's choices, all of them
         os.environ["GAPO_KERNELS_AUTOTUNE"] = before
         config.forget()

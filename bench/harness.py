@@ -356,8 +356,8 @@ def _status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 
-def mebibytes(size: int | None, less: int = 0) -> float | None:
-    return None if size is None else (size - less) / MIB
+def mebibytes(size: int | None) -> float | None:
+    return None if size is None else size / MIB
 
 
 # ---- results ----

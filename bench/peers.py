@@ -103,7 +103,7 @@ class Expected:
 class Checked(NamedTuple):
     losses: dict[str, Loss]  # those that compute what is expected
     absent: dict[str, str]  # of the others, why not
-    peaks: dict[str, float | None]  # MiB at the worst moment beyond the gradients
+    peaks: dict[str, float | None]  # MiB at the worst moment beyond the inputs
     errors: dict[str, dict[str, float]]  # {"loss", "gradient"}, as the tolerances count them
 
 
@@ -119,7 +119,6 @@ def checked(
 ) -> Checked:
     """AssertionError where one of `own` differs. restore: called with the name after each call."""
     found = Checked({}, {}, {}, {})
-    size = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
 
     def drop_gradients() -> None:
         for leaf in leaves:
@@ -151,7 +150,7 @@ def checked(
         else:
             found.losses[name], found.errors[name] = loss, error
             # The less of the two: the first may compile, the second meets a heap in which the first has left holes.
-            found.peaks[name] = harness.mebibytes(None if peak is None else min(first, peak), size)
+            found.peaks[name] = harness.mebibytes(None if peak is None else min(first, peak))
         restore(name)
         drop_gradients()
     return found

@@ -14,7 +14,7 @@ from statistics import fmean, median
 from typing import Any, NamedTuple
 
 from bench.results import AXES, Case, Results, Run, kept_logits, rows
-from bench.tables import CONTENDERS, EXPONENTIALS, ITEMSIZES, PARAMETERS, STEP_FLOORS, milliseconds, peaks_of
+from bench.tables import CONTENDERS, EXPONENTIALS, PARAMETERS, STEP_FLOORS, milliseconds, peaks_of
 
 DPI = 110
 COLOURS_IN_FILE = 96  # enough for antialiased lines, and a third of the size
@@ -60,6 +60,7 @@ GROUPS = {
     "linear": ("^", "loss from hidden states"),
     "anchor": ("s", "anchor's passes"),
 }
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class Picture(NamedTuple):
@@ -334,7 +335,7 @@ def _roofline(logits: Run, linear: Run, anchor: Run | None) -> dict:
 
 
 def _itemsize(case: Case) -> int:
-    return ITEMSIZES[case["params"]["dtype"]]
+    return BYTES[case["params"]["dtype"]]
 
 
 def _achieved(group: str, case: Case, operations: float, moved: float) -> list[dict]:

@@ -86,8 +86,7 @@ def adopt(demo: Path, folder: Path = ROOT / "bench" / "results") -> Path:
         what = f"the settings {metrics['settings']}" if ended else "one that was cut short"
         raise SystemExit(f"expected a demo that ran to its end with the settings {default}, got {what}")
     on_cpu = metrics["device"].startswith("cpu")
-    metrics["device"] = harness.device_name(where := torch.device("cpu") if on_cpu else None)
-    metrics["commit"] = harness.environment(where)["commit"]
+    metrics["device"] = harness.device_name(torch.device("cpu") if on_cpu else None)
     path = folder / f"demo-{harness.slug(metrics['device'])}.json"
     path.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
     return path

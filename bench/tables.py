@@ -55,7 +55,6 @@ PARAMETERS = {
     "data": "data",
     "budget": "logits at a time",
 }
-ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 NONE = "–"
 DATA = {"random": "random", "smollm2": "SmolLM2"}
 MASTERS = {
@@ -76,7 +75,7 @@ def blocks(results: Results, pictures: Mapping[str, tuple[str, str]]) -> dict[st
         "logits-all": lambda: _sections(runs("logits"), _section(_all, _ours, _fraction, _quartiles)),
         "linear-table": lambda: _sections(runs("linear"), overview),
         "linear-floor": lambda: _sections(runs("linear"), partial(_linear_floor, runs("logits"))),
-        "linear-shared": lambda: _sections(runs("linear"), _shared_head),
+        "linear-shared": lambda: _sections([run for run in runs("linear") if _with_head(run)], _shared_head),
         "linear-memory": lambda: _sections(runs("linear"), _section(_headline, _peaks)),
         "linear-all": lambda: _sections(runs("linear"), _section(_all, _ours, _fraction, _quartiles)),
         "anchor-table": lambda: _sections(runs("anchor"), _section(_all, _floor, _ours, _fraction, _multiples)),
@@ -266,11 +265,13 @@ def _linear_floor(logits: Sequence[Run], run: Run) -> str:
     return _section(_headline, _floor, *([exponentials] if rates else []), _ours, _fraction)(run)
 
 
+def _with_head(run: Run) -> list[Case]:
+    return [case for case in run.cases if "head_of_step" in case]
+
+
 def _shared_head(run: Run) -> str:
     """The head's part of a step with and without what its two backwards share."""
-    found = [case for case in run.cases if "head_of_step" in case]
-    if not found:
-        return NOTHING
+    found = _with_head(run)
     shared, titles, shapes = _shapes(found)
     rows = [
         [
@@ -298,18 +299,8 @@ def _peak(case: Case, name: str) -> str:
 
 
 def peaks_of(case: Case) -> dict[str, float | None]:
-    """{contender: MiB}, beyond the inputs or, of a step, the weights: gradients are part of it."""
-    key, peaks = next((key, value) for key, value in case.items() if key.startswith("peak_"))
-    # All of their bytes were taken off, also of pages that nobody has touched.
-    more = gradients_mib(case["params"]) if key == "peak_beyond_gradients_mib" else 0.0
-    return {name: None if peak is None else peak + more for name, peak in peaks.items()}
-
-
-def gradients_mib(params: dict[str, Any]) -> float:
-    """d logits, or d hidden and d weight."""
-    rows, vocabulary, width = 2 * params["pairs"] * params["length"], params["vocabulary"], params.get("width")
-    numbers = rows * vocabulary if width is None else (rows + vocabulary) * width
-    return numbers * ITEMSIZES[params["dtype"]] / 2**20
+    """{contender: MiB}, beyond what the key in the case says."""
+    return next(value for key, value in case.items() if key.startswith("peak_"))
 
 
 def _notes(cases: Sequence[Case]) -> str:
@@ -490,9 +481,8 @@ def _images(pictures: Mapping[str, tuple[str, str]], kind: str) -> str:
 
 def _demo(content: dict) -> str:
     first, last = content["heldout"][0], content["heldout"][-1]
-    commit = f", commit {content['commit']}," if "commit" in content else ""
     return (
-        f"On {content['device']}{commit} it took {content['seconds']['total']:.0f} s, the model's conversion included, for "
+        f"On {content['device']} it took {content['seconds']['total']:.0f} s, the model's conversion included, for "
         f"{content['steps']} steps of {content['settings']['batch_size']} pairs, "
         f"{content['tokens_per_second']:.0f} tokens per second, with a peak of "
         f"{content['peak_memory_bytes'] / 2**30:.1f} GiB. The held-out margin went from {first['margin']:.3f} to "

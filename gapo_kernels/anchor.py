@@ -163,7 +163,7 @@ class GeometricAnchor:
             scope: "backbone", all but the LM head (a tied embedding is part of the backbone); "all"; or an int k:
                 decoder layers k .. L-1, the final norm and the head. `gapo_step` then runs the layers below k once
                 instead of twice, for the model types in `gapo_kernels.scope.PLAIN_DECODERS` and unless the head is
-                tied or the model compiled; where it does not, the log says why (at level INFO).
+                tied or the model compiled; what speaks against it now goes to the log (at level INFO).
             **kwargs: GeometricAnchor's.
         """
         distributed.check_model(model)

@@ -1,9 +1,8 @@
 """Memory for a tensor the size of the logits, a gradient or a buffer, on the CPU: kept from one step to the next.
 
 A fresh tensor of that size costs a page fault for each of its pages, and the operating system zeroes them all before
-anyone writes. So the pages of the last gradient
-stay mapped when it dies, huge where the system has such, and marked as free for the taking: under memory pressure the
-system takes them back. Of a kind, one's memory is kept at most.
+anyone writes. So the pages of the last gradient stay mapped when it dies, huge where the system has such, and marked as
+free for the taking: under memory pressure the system takes them back. Of a kind, one's memory is kept at most.
 """
 
 from __future__ import annotations

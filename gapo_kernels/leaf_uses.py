@@ -203,14 +203,20 @@ def _obstacle(node: Node, reached: bool, sequences: int, users: Sequence[Node], 
     differentiated = sum(child is not None for child, _ in node.next_functions)
     if not own and entering == differentiated and node.name() not in (_OF_DATA if entering == 1 else _OF_DATA_TOO):
         return "no activation enters it, and so nothing says that its output is one of each sequence"
-    return "its activations are checkpointed or offloaded, and would be made once more" if has_hooks(node) else None
+    return "its activations are checkpointed or offloaded, and would be made once more" if _unpack_hooks(node) else None
 
 
-def has_hooks(node: Node) -> bool:
-    """Whether somebody else packs what the node saved."""
+def is_checkpointed(node: Node) -> bool:
+    """Whether what the node saved is made anew for each backward."""
+    return any(getattr(hook, "__qualname__", "").startswith("_checkpoint_hook") for hook in _unpack_hooks(node))
+
+
+def _unpack_hooks(node: Node) -> list[Callable[..., Tensor]]:
+    """Of those who pack what the node saved."""
     raw = [getattr(node, name) for name in dir(node) if name.startswith("_raw_saved_")]
     saved = [item for value in raw for item in (value if isinstance(value, (tuple, list)) else (value,))]
-    return any(getattr(item, "unpack_hook", None) is not None for item in saved)
+    hooks = (getattr(item, "unpack_hook", None) for item in saved)
+    return [hook for hook in hooks if hook is not None]
 
 
 # ---- A node's gradients of the inputs that leaves enter ----

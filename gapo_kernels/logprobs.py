@@ -17,7 +17,8 @@ class _SequenceLogps(torch.autograd.Function):
         ctx.mark_non_differentiable(counts)
         # The logits to rebuild the softmax from, and its two statistics per row: no tensor of their size.
         ctx.save_for_backward(logits, labels, cu_seqlens, counts, row_shift, row_total)
-        ctx.options, ctx.inplace_backward = (shift, ignore_index, backend), inplace_backward
+        ctx.options = (shift, ignore_index, backend, inplace_backward)
+        ctx.inplace_backward = inplace_backward  # gapo_step asks
         ctx.length_normalized = length_normalized
         return logps, counts
 
@@ -26,8 +27,7 @@ class _SequenceLogps(torch.autograd.Function):
         logits, labels, cu_seqlens, counts, row_shift, row_total = ctx.saved_tensors
         # d s / d logits[row] = (onehot - softmax) / n
         scale = -grad_logps / counts.clamp(min=1) if ctx.length_normalized else -grad_logps
-        options = (*ctx.options, ctx.inplace_backward)
-        gradient = ops.logits_gradient(scale, logits, labels, cu_seqlens, row_shift, row_total, *options)
+        gradient = ops.logits_gradient(scale, logits, labels, cu_seqlens, row_shift, row_total, *ctx.options)
         return (gradient, None, None, None, None, None, None, None)
 
 

@@ -32,7 +32,8 @@ class _FusedGAPOLoss(torch.autograd.Function):
         # The policy's logits to rebuild the softmax from, two statistics per row and one coefficient per sequence;
         # the anchor is a constant: nothing of it is kept.
         ctx.save_for_backward(logits, labels, cu_seqlens, coefficients, row_shift, row_total)
-        ctx.options, ctx.inplace_backward = (shift, ignore_index, backend), inplace_backward
+        ctx.options = (shift, ignore_index, backend, inplace_backward)
+        ctx.inplace_backward = inplace_backward  # gapo_step asks
         return tuple(fields)
 
     @staticmethod
@@ -41,8 +42,7 @@ class _FusedGAPOLoss(torch.autograd.Function):
         # reduction="none": one upstream gradient a pair, for its chosen and its rejected row
         scale = coefficients * (grad_loss.repeat(2) if grad_loss.dim() else grad_loss)
         scale = scale.masked_fill(coefficients == 0, 0)  # an inert pair has no gradient, whatever comes from above
-        options = (*ctx.options, ctx.inplace_backward)
-        gradient = ops.logits_gradient(scale, logits, labels, cu_seqlens, row_shift, row_total, *options)
+        gradient = ops.logits_gradient(scale, logits, labels, cu_seqlens, row_shift, row_total, *ctx.options)
         return (gradient, None, None, None, None, None, None, None, None, None, None)
 
 

@@ -204,8 +204,9 @@ def _widened(chunk: Chunk, wide: Tensor) -> Tensor:
 
 
 def _squares(x: Tensor) -> list[float]:
-    """Sums of x^2 of a chunk's parts, which are the same however long the chunks. Not of a whole chunk: how many float32 sums a dot product keeps, and so its error, is the math
-    library's choice (6e-7 over a whole chunk on one CPU, 3e-5 where all elements are alike)."""
+    """Sums of x^2 of a chunk's parts, which are the same however long the chunks. Not of a whole chunk: how many float32
+    sums a dot product keeps, and so its error, is the math library's choice (6e-7 over a whole chunk on one CPU, 3e-5
+    where all elements are alike)."""
     return [torch.dot(part, part).item() for part in x.split(SQUARED_TOGETHER)]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -87,26 +87,30 @@ def spared_in(objective: Tensor, spared: set[int], around: bool, gathered: Mappi
     has in the place of sharded parameters, by id.
     """
     cast, used, seen, hidden, casts = set(), set(), set(), set(), around
-    made_of: dict[Node, set[int]] = {}  # the parameters that something is made of, where it is made of nothing else
+    made_of: dict[Node, Set[int]] = {}  # the parameters that something is made of, where it is made of nothing else
+    nothing: Set[int] = frozenset()
     for node in leaves_first(objective.grad_fn) if objective.grad_fn is not None else ():
         if (leaf := getattr(node, "variable", None)) is not None:
             made_of[node] = {gathered.get(id(leaf), id(leaf))}
             continue
         children = [child for child, _ in node.next_functions if child is not None]
+        is_cast = node.name() == "ToCopyBackward0" and not _is_view(node)
+        casts = casts or is_cast  # of activations, too: no weight's is there to be seen if all matrices are frozen
+        if not any(made_of[child] for child in children):
+            made_of[node] = nothing
+            continue
         leaves = set().union(*(made_of[child] for child in children))
         if _is_view(node):  # what it gives is cast, or used, further up
             made_of[node] = leaves
             continue
         entering = {id(leaf) for child in children if (leaf := _leaf(child)) is not None}
         entering = {gathered.get(leaf, leaf) for leaf in entering}
-        is_cast = node.name() == "ToCopyBackward0"
         (cast if is_cast else used).update(entering)
-        casts = casts or is_cast  # of activations, too: no weight's is there to be seen if all matrices are frozen
         as_seen = _computes_as_seen(node)
         (seen if as_seen else hidden).update(leaves)
         # A sum of weights, or rows of one, may be cast yet; what an embedding has looked up is an activation.
         of_weights = as_seen and not node.name().startswith("Embedding") and all(made_of[child] for child in children)
-        made_of[node] = leaves if of_weights else set()
+        made_of[node] = leaves if of_weights else nothing
     if around:
         return spared - cast | seen - hidden
     return spared & used - cast | seen - hidden if casts else set()
@@ -133,7 +137,7 @@ def _computes_as_seen(node: Node) -> bool:
 
 
 def _is_view(node: Node | None) -> bool:
-    """Also a copy to another device, or to more bits."""
+    """Also a copy to another device, or to a dtype of more than 16 bits."""
     if node is None:
         return False
     name = node.name().rstrip("0123456789").removesuffix("Backward")
@@ -185,6 +189,7 @@ def _upper(model: nn.Module, backbone: nn.Module, first: int) -> Scope:
     # A tied head moves the embedding that the lower layers read, as a shared block does: then they have to run again.
     why = "they read a parameter that moves, as they do where the head is tied" if moved & below else ""
     why = "the model is compiled" if _compiled(model) else why
+    why = "fully_shard has hooks on them" if distributed.is_sharded_model(model) else why
     if kind not in PLAIN_DECODERS:
         why = f"model_type {kind!r} is none of those whose layers are known to pass on their output alone"
     if why and first:

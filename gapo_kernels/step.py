@@ -21,8 +21,12 @@ from gapo_kernels.scope import UnmovedLayers
 from gapo_kernels.shared_backward import SharedBackward
 
 PROBES = ("loss", "margin")
-# Other libraries' functions whose backward writes over what it saved, without autograd's knowledge: Liger-Kernel's.
+# Other libraries' functions whose backward writes over what it saved, without autograd's knowledge: Liger-Kernel's. Some do
+# where their output is a scalar, whose gradient they multiply into what the forward has made.
 WRITE_OVER_SAVED = tuple(f"Liger{name}Function" for name in "SiLUMul GELUMul MLP VocabParallelCE".split())
+SCALE_SAVED = tuple(
+    f"Liger{name}Function" for name in "CrossEntropy FusedLinearCrossEntropy FusedLinearJSD FusedLinearKLDiv".split()
+)
 
 
 def gapo_step(
@@ -188,10 +192,10 @@ def _check_walked_twice(result: Tensor, is_first: bool) -> None:
                 "for it first ran outside of gapo_step, or without a probe: run it inside first, or call "
                 "torch._dynamo.reset() before"
             )
-        # What a checkpoint's hooks unpack is made anew for each backward.
-        is_ours = getattr(node, "inplace_backward", False)
-        if (is_ours or of_class.__name__ in WRITE_OVER_SAVED) and not leaf_uses.has_hooks(node):
-            found, remedy = of_class.__name__, "checkpoint its layer's activations, or leave it out of the model"
+        found, is_ours = of_class.__name__, getattr(node, "inplace_backward", False)
+        writes = is_ours or found in WRITE_OVER_SAVED or found in SCALE_SAVED and not node._input_metadata[0].shape
+        if writes and not leaf_uses.is_checkpointed(node):
+            remedy = "checkpoint its layer's activations, or leave it out of the model"
             if is_ours:
                 found, remedy = "inplace_backward=True", "leave that out of logps_fn"
             raise RuntimeError(

@@ -22,8 +22,8 @@ Result = TypeVar("Result")
 def share(
     items: Sequence[Item], drain: Callable[[Iterator[Item]], None], device: torch.device, most: int | None = None
 ) -> None:
-    """Calls drain(queue) on as many threads as torch uses, or `most`, all with the same queue of items; on a GPU on this
-    one.
+    """Calls drain(queue) on as many threads as torch uses, at most `most`, all with the same queue of items; on a GPU on
+    this one.
 
     drain owns what it allocates; its torch operations are not split further. It sees this thread's inference mode, and
     no grad mode.

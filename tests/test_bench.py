@@ -592,6 +592,23 @@ def forget_the_last(recipe, step):
     return result
 
 
+def test_what_16_bits_would_hide_is_not_measured(monkeypatch):
+    """An anchor at 0.6 of the radius, and 0.8 of the gradient: within what rounding may do there."""
+    right = bench_step.Recipe.ours
+
+    def short(self, logps, **options):
+        self.anchor.rho = bench_step.RHO if logps == self.eager_logps else 0.6 * bench_step.RHO
+        result = right(self, logps, **options)
+        for param in self.model.parameters():
+            param.grad *= 1.0 if logps == self.eager_logps else 0.8
+        return result
+
+    monkeypatch.setattr(bench_step.Recipe, "ours", short)
+    case = next(case for case in bench_step.cases(CPU, True) if case.dtype == torch.bfloat16)
+    with pytest.raises(AssertionError, match=r"ours in float32 differs from ours, eager head: .*gaps by 0\.[34]"):
+        bench_step.measure(case, 3, CPU, seconds=1, quick=True)
+
+
 @pytest.mark.parametrize(
     "dtype, who, wrong, differs",
     [

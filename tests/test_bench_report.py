@@ -23,8 +23,8 @@ def case(suite="logits", *, eager=3.0, floor=0.5, kind="copy", peers=(), **param
         params["width"] = 16
     seconds = {"ours": 0.020, "eager": 0.020 * eager, kind: 0.020 * floor, **dict.fromkeys(peers, 0.070)}
     times = {name: [value] * 6 for name, value in seconds.items()}
-    peaks = dict.fromkeys(seconds, 7.0) | {"ours": 0.4}
-    more = {"peak_beyond_gradients_mib": peaks, "absent": {"trl": "not installed"}}
+    peaks = dict.fromkeys(seconds, 7.0) | {"ours": 0.6}
+    more = {"peak_beyond_inputs_mib": peaks, "absent": {"trl": "not installed"}}
     return harness.result(suite, str(params), params, times, {kind: None}, copy_bandwidth_gb_per_s=10.0, **more)
 
 
@@ -145,10 +145,9 @@ def test_a_demo_is_adopted_if_it_ran_to_its_end_with_default_settings(tmp_path):
         (tmp_path / "metrics.json").write_text(json.dumps(run | changes))
         return report.adopt(tmp_path, tmp_path)
 
-    path = adopted(device="cpu, 2 threads", commit="of another run")
+    path = adopted(device="cpu, 2 threads")
     found = json.loads(path.read_text())
     assert path.name == f"demo-{harness.slug(harness.device_name())}.json" and found["device"] == harness.device_name()
-    assert found["commit"] == harness.environment()["commit"]
     assert found["findings"] == run["findings"] and "output_dir" not in found["settings"]
     for changes in (dict(interrupted=True), dict(out_of_time=True), dict(settings=run["settings"] | {"max_steps": 5})):
         with pytest.raises(SystemExit, match="expected a demo that ran to its end with the settings"):
@@ -158,7 +157,7 @@ def test_a_demo_is_adopted_if_it_ran_to_its_end_with_default_settings(tmp_path):
 def test_tables_say_what_the_files_say(project):
     blocks = blocks_of(project)
     rows = [line for line in blocks["logits-table"]().splitlines() if line.startswith("|")]
-    # The one case outside of the sweep: ours 20 ms, eager, torch.compile, half of it the floor; 0.4 MiB and a gradient of 0.1.
+    # The one case outside of the sweep: ours 20 ms, eager, torch.compile, half of it the floor.
     assert rows[0] == "| ours | eager | torch.compile | floor / ours | memory, ours | memory, eager |"
     assert rows[2:] == ["| 20.0 ms | 4.2x | 3.5x | 50 % | 1 MiB | 7 MiB |"]
     assert "T = 8, V = 1000, float32, 50 % ignored rows, random data" in blocks["logits-table"]()
@@ -257,7 +256,7 @@ def test_a_contender_that_ran_out_of_memory_leaves_a_gap(project):
     path = next((project / "bench/results").glob("logits-*.json"))
     content = json.loads(path.read_text())
     first = content["cases"][0]
-    for part in (first["times"], first["ratios"], first["peak_beyond_gradients_mib"]):
+    for part in (first["times"], first["ratios"], first["peak_beyond_inputs_mib"]):
         del part["eager"]
     path.write_text(json.dumps(content))
     assert "| 20.0 ms | 3.5x | 50 % | 1 MiB | – |" in blocks_of(project)["logits-table"]()

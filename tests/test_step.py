@@ -440,6 +440,9 @@ def test_a_backward_that_writes_over_what_it_saved_is_refused(model):
                 for share in (False, True):
                     with pytest.raises(RuntimeError, match="got LigerSiLUMulFunction, whose backward writes over what it"):
                         gapo_step(logps, anchor, share_backward=share)
+            with torch.autograd.graph.saved_tensors_hooks(lambda kept: kept, lambda kept: kept):  # makes nothing anew
+                with pytest.raises(RuntimeError, match="got LigerSiLUMulFunction"):
+                    gapo_step(logps, anchor)
             assert same(whole, before) and anchor.stats is None
             anchor = GeometricAnchor(whole.named_parameters(), rho=RHO, direction="gaussian")
         gapo_step(logps, anchor).loss.backward()
@@ -448,9 +451,44 @@ def test_a_backward_that_writes_over_what_it_saved_is_refused(model):
     assert all(gradient.isfinite().all() and gradient.any() for gradient in found["kept"])
 
 
+class LigerCrossEntropyFunction(torch.autograd.Function):
+    """As Liger-Kernel's: the forward makes the gradient, the backward multiplies a scalar's into it."""
+
+    @staticmethod
+    def forward(ctx, logits, labels, mean):
+        ctx.save_for_backward((logits.softmax(-1) - nn.functional.one_hot(labels, logits.shape[-1])) / (len(labels) if mean else 1))
+        losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+        return losses.mean() if mean else losses
+
+    @staticmethod
+    def backward(ctx, upstream):
+        (gradient,) = ctx.saved_tensors
+        return (gradient.data.mul_(upstream) if upstream.dim() == 0 else gradient * upstream[:, None]), None, None
+
+
+def test_a_cross_entropy_that_scales_what_it_saved_is_refused_as_a_scalar(model, anchor):
+    ids, _ = batch()
+
+    def logps(mean):
+        rows = [LigerCrossEntropyFunction.apply(model(row)[:-1], row[1:], mean) for row in ids]
+        return -torch.stack([row.mean() for row in rows])
+
+    with pytest.raises(RuntimeError, match="got LigerCrossEntropyFunction, whose backward writes over what it saved"):
+        gapo_step(lambda: logps(True), anchor)
+    gapo_step(lambda: logps(False), anchor).loss.backward()
+    found = gradients(model.parameters())
+    model.zero_grad()
+
+    def plain():
+        return torch.stack([-nn.functional.cross_entropy(model(row)[:-1], row[1:]) for row in ids])
+
+    gapo_step(plain, anchor).loss.backward()
+    assert_close(found, gradients(model.parameters()), 1e-12)
+
+
 def test_ligers_functions_that_are_refused_have_these_names():
     ops = pytest.importorskip("liger_kernel.ops", reason="liger-kernel is not installed")
-    assert all(issubclass(getattr(ops, name), torch.autograd.Function) for name in step.WRITE_OVER_SAVED)
+    assert all(issubclass(getattr(ops, name), torch.autograd.Function) for name in step.WRITE_OVER_SAVED + step.SCALE_SAVED)
 
 
 def losses(logits, labels, **options):

@@ -75,7 +75,7 @@ def tune(
     """Times every candidate on `device`, a GPU, and adds the choices to its file.
 
     dtypes: of the logits and, for "perturbation", the weights. scratch_bytes: of what is timed; the gradient takes as much
-    again. At 2**31, rows are no longer split over programs, as in a large batch. measure: one call's time in
+    again. Fewer rows than 32 for each multiprocessor are split over programs, as in a small batch. measure: one call's time in
     milliseconds; by default the median of Triton's do_bench, which flushes the L2 cache.
 
     Returns {"statistics bfloat16": {"parameters": {...}, "milliseconds": [[parameters, time], ...]}, ...}.
@@ -105,7 +105,7 @@ def _timed(
                 try:
                     with config.forced(**{kernel: parameters}):
                         times.append((parameters, measure(run)))
-                except TritonError:  # too much for this GPU, or for this Triton
+                except TritonError:  # more shared memory or threads than this GPU has
                     if not times:  # the table's choice: any launch would fail
                         raise
             best, time = min(times, key=lambda pair: pair[1])
