@@ -214,13 +214,12 @@ def _draw_sweep(data: dict):
     grid[0, 0].set_ylabel("time, ms")
     grid[1, 0].set_ylabel("peak memory beyond\nthe inputs, MiB")
     grid[2, 0].set_ylabel("floor / time, %")
-    grid[0, 0].set_yscale("log")
-    grid[0, 0].yaxis.set_major_locator(LogLocator(subs=(1, 3)))
-    grid[0, 0].yaxis.set_minor_formatter(NullFormatter())
-    grid[1, 0].set_yscale("symlog", linthresh=10)
     for axes in (grid[0, 0], grid[1, 0]):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    grid[1, 0].set_ylim(-1, 2 * grid[1, 0].get_ylim()[1])
+    grid[1, 0].set_ylim(top=2 * grid[1, 0].get_ylim()[1])
     grid[2, 0].set_ylim(0, max(105, grid[2, 0].get_ylim()[1]))
     handles = {}
     for axes in grid.flat:
