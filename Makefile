@@ -86,9 +86,9 @@ $(PEERS): $(READY) constraints.txt
 	$(INSTALL) -c constraints.txt --no-deps liger-kernel cut-cross-entropy
 	touch $@
 
-# BENCH=--quick measures nothing that counts. A process for each suite: on a CPU what was freed before decides what a
-# contender's large tensors cost, fresh pages or kept ones. So there a second run keeps all freed memory; of the linear
-# path, whose cases take long, that measures the ones with a goal.
+# BENCH=--quick measures nothing that counts. On a CPU what was freed before decides what a contender's large tensors cost,
+# fresh pages or kept ones: a process for each case starts without any, and a second run keeps all freed memory; of the
+# linear path, whose cases take long, that measures the ones with a goal.
 bench: $(PEERS)
 	@$(GO_ON) \
 	for suite in anchor linear logits step; do \

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from bench import harness
 
@@ -16,7 +15,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.measured = {}
+    config.measured, config.processes = {}, {}
 
 
 def pytest_generate_tests(metafunc):
@@ -30,31 +29,31 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def measured(request, benchmark):
-    """measured(case): measures the case and keeps the result for the table and the files at the end.
+    """measured(case): measures the case, in a process of its own, and keeps the result for the table and the files at the
+    end. shared=True: in one process with the suite's other cases.
 
     pytest-benchmark times ours once more, and gets the whole result as its extra_info.
     """
-    config = request.config
+    config, module = request.config, request.module
 
-    def measure(case) -> None:
-        module = request.module
-        torch._dynamo.reset()
+    def measure(case, shared: bool = False) -> None:
         quick = config.getoption("--quick")
         rounds = config.getoption("--rounds") or (3 if quick else module.ROUNDS)
-
-        def time_ours(ours: harness.Contender, inputs) -> None:
-            def run(prepared) -> None:
-                ours.run(prepared)
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-
-            benchmark.pedantic(run, setup=lambda: ((ours.ready(inputs),), {}), rounds=1)
-            ours.done(inputs)
-
+        other = config.processes.pop(module, None) or harness.another_process()
         try:
-            result = module.measure(case, rounds, quick=quick, also=time_ours)
+            result = other.submit(harness.measure_here, module.__name__, case, rounds, quick).result()
+            benchmark.pedantic(
+                lambda: other.submit(harness.run_here).result(),
+                setup=lambda: other.submit(harness.ready_here).result(),
+                rounds=1,
+            )
         except harness.Unavailable as error:
             pytest.skip(str(error))
+        finally:
+            if shared:
+                config.processes[module] = other
+            else:
+                other.shutdown()
         benchmark.extra_info.update(result)
         config.measured.setdefault(module.SUITE, []).append(result)
 

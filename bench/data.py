@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -63,8 +61,7 @@ def smollm2_states(pairs: int, where: torch.device, quick: bool = False) -> Stat
         return _states(pairs, where, quick)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "states.pt")
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, context, torch.set_num_threads, (torch.get_num_threads(),)) as other:
+        with harness.another_process() as other:
             other.submit(_save_states, file, pairs, where, quick).result()
         return States(**torch.load(file))
 

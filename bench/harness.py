@@ -25,10 +25,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import importlib.metadata
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import signal
@@ -37,6 +39,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -198,6 +201,44 @@ def environment(where: torch.device | None = None) -> dict[str, str | int | dict
         "allocator": allocator_settings(),
         "measured": datetime.now(timezone.utc).isoformat(timespec="minutes"),
     }
+
+
+# ---- processes ----
+
+# On a CPU what was freed before decides what a contender's large tensors cost: where the heap has room, they lie without
+# page faults. In a process of its own a case does not find what another one left.
+
+
+def another_process() -> ProcessPoolExecutor:
+    """With as many threads as this one."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(1, context, torch.set_num_threads, (torch.get_num_threads(),))
+
+
+_ours: tuple[Contender, Any, Any] | None = None  # and its inputs, as they are and as prepared, where a case was measured
+
+
+def measure_here(suite: str, case: Any, rounds: int, quick: bool) -> dict[str, Any]:
+    """The result of the case of a module; ours stays, to be timed once more."""
+
+    def keep(ours: Contender, inputs: Any) -> None:
+        global _ours
+        _ours = ours, inputs, None
+
+    return importlib.import_module(suite).measure(case, rounds, quick=quick, also=keep)
+
+
+def ready_here() -> None:
+    global _ours
+    ours, inputs, _ = _ours
+    _ours = ours, inputs, ours.ready(inputs)
+
+
+def run_here() -> None:
+    ours, _, prepared = _ours
+    ours.run(prepared)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 # ---- time ----
