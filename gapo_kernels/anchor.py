@@ -15,7 +15,7 @@ import math
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -33,18 +33,22 @@ EPSILON = 1e-12
 
 
 class _Claim:
-    """A use's parameters, and where their memory begins, while they are moved: anchors in other threads, or inside of this
-    use, may share them."""
+    """A use's parameters, and their memory, while they are moved: anchors in other threads, or inside of this use, may share
+    them."""
 
     current: list[_Claim] = []  # appending and removing are each one step, which nothing interrupts
 
     def __init__(self, params: Sequence[Tensor]) -> None:
-        memory = ((local.device, local.data_ptr()) for local in map(distributed.local, params))
-        self._keys = frozenset(map(id, params)) | {key for key in memory if key[1]}  # 0: empty, or without memory
+        self._params = frozenset(map(id, params))
+        self._memory = [local for local in map(distributed.local, params) if local.data_ptr()]  # 0: empty, or without any
 
     def check(self) -> None:
-        if any(other is not self and not other._keys.isdisjoint(self._keys) for other in tuple(self.current)):
+        if any(other is not self and self._meets(other) for other in tuple(self.current)):
             raise RuntimeError("perturbed() inside perturbed(): the weights are at an anchor already")
+
+    def _meets(self, other: _Claim) -> bool:
+        pairs = displacement.sharing([*self._memory, *other._memory])
+        return not self._params.isdisjoint(other._params) or any(a < len(self._memory) <= b for a, b in pairs)
 
     def take(self) -> None:
         self.current.append(self)  # before the check: of two threads, none or one gets through
@@ -53,6 +57,7 @@ class _Claim:
     def release(self) -> None:
         if self in self.current:
             self.current.remove(self)
+        self._memory = []  # a traceback may keep this object for long
 
 
 class AnchorStats:
@@ -111,6 +116,8 @@ class GeometricAnchor:
 
     stats: AnchorStats | None = None
     unmoved_layers: Sequence[nn.Module] = ()
+    replicas: Sequence[nn.Module] = ()  # the model's DistributedDataParallel
+    graph_was_checked = False  # by gapo_step
 
     def __init__(
         self,
@@ -174,6 +181,7 @@ class GeometricAnchor:
         anchor = cls(found.named if sharded is None else _OfShardedModel(found.named), **kwargs)
         anchor.unmoved_layers = found.unmoved
         anchor._spared_by_autocast = spared_by_autocast(model)
+        anchor.replicas = distributed.replicas(model)
         if sharded is not None:
             anchor._shard(sharded)
         return anchor
@@ -252,7 +260,8 @@ class GeometricAnchor:
                 self.stats = AnchorStats(norm, squares, elements)
                 self._warn_at_once(squares)
                 self._drop_copies()
-                yield self
+                with self.buffers_held():
+                    yield self
             finally:
                 try:
                     if move is not None:
@@ -267,6 +276,20 @@ class GeometricAnchor:
         """Under FSDP2, has what an exception has left of a forward forgotten. Before a forward and after it, not inside."""
         if self._sharded is not None:
             self._sharded.leave_forward()
+
+    @contextmanager
+    def buffers_held(self) -> Iterator[None]:
+        """DistributedDataParallel broadcasts the first rank's buffers before the forward that follows one with grad. That
+        is the anchor's, which must compute the same function as the clean one; here it waits for the next clean one."""
+        before = [(ddp, ddp.require_forward_param_sync) for ddp in self.replicas]
+        with interrupt_held(in_body=False) if before else nullcontext():
+            try:
+                for ddp, _ in before:
+                    ddp.require_forward_param_sync = False
+                yield
+            finally:
+                for ddp, value in before:
+                    ddp.require_forward_param_sync = value
 
     def _shard(self, sharded: distributed.ShardedModel) -> None:
         self._sharded, managed = sharded, sharded.compute_dtypes()
@@ -294,7 +317,7 @@ class GeometricAnchor:
         grids, spared = [], set(map(id, self._spared_by_autocast or ()))
         gathered_dtypes = {} if self._sharded is None else self._sharded.compute_dtypes()
         if self._spared_by_autocast is not None and self._has_masters():
-            around = torch.is_autocast_enabled(self.params[0].device.type)
+            around = torch.is_autocast_enabled(self._computes_on(objective).type)
             if isinstance(objective, Tensor):
                 gathered = {} if self._sharded is None else self._sharded.gathered()
                 spared = spared_in(objective, spared, around, gathered)
@@ -320,6 +343,10 @@ class GeometricAnchor:
             grids.append(param.dtype if finer else wanted)
         return grids
 
+    def _computes_on(self, objective: Tensor | None) -> torch.device:
+        """Offloaded weights are elsewhere."""
+        return (objective if isinstance(objective, Tensor) else self.params[0]).device
+
     def _has_masters(self) -> bool:
         """Whether the forward computes in 16 bits with parameters that are finer."""
         return self.compute_dtype in HALF and any(param.dtype not in HALF for param in self.params)
@@ -335,12 +362,13 @@ class GeometricAnchor:
         if self.direction == "gaussian":
             if grads is not None:
                 raise ValueError("direction='gaussian' draws its own: expected no grads, got some")
+            self._agree(distributed.largest(self._numbers(), self.params, self.process_group))
             return displacement.noise(self.params, self._step, self.seed % 2**64), True
         if (objective is None) == (grads is None):
             raise ValueError(f"expected an objective or its grads, got {'neither' if grads is None else 'both'}")
         ours = grads is None
         if ours:
-            with without_autocast(self.params[0].device):
+            with without_autocast(objective.device):
                 directions = self._gradients(objective, retain_graph)
         elif not isinstance(grads, Sequence) or len(grads) != len(self.params):
             raise ValueError(
@@ -357,23 +385,34 @@ class GeometricAnchor:
                 directions[number] = _plain(grad, param)
                 del grad
         whole = [number for number, param in enumerate(self.params) if not distributed.is_sharded(param)]
-        seed = self.seed % 2**64 - 2**63  # as int64
-        means, made, (step, most, least) = distributed.averaged(
+        means, made, numbers = distributed.averaged(
             _taken(directions, whole),
             [self.params[number] for number in whole],
             self.process_group,
             ours,
-            (self._step, seed, ~seed),
+            self._numbers(),
         )
+        if len(whole) < len(self.params):
+            numbers = distributed.largest(numbers, self.params, self.process_group)
+        self._agree(numbers)
+        for number in whole:
+            directions[number] = means.pop(0)
+        return directions, ours or made and len(whole) == len(self.params)
+
+    def _numbers(self) -> tuple[int, int, int]:
+        """As int64, of which ranks find the largest: the step, the seed, and what is the larger the less the seed is."""
+        seed = self.seed % 2**64 - 2**63
+        return self._step, seed, ~seed
+
+    def _agree(self, largest: Sequence[int]) -> None:
+        """With the largest of `_numbers` on any rank."""
+        step, most, least = largest
         if most != ~least:
             raise RuntimeError(
                 f"expected the anchor's seed to be the same on all ranks, got {~least + 2**63} to {most + 2**63}: pass one "
                 "seed everywhere, or load one rank's state_dict() on all"
             )
         self._step = step  # of a rank whose last use failed where others' did not: theirs
-        for number in whole:
-            directions[number] = means.pop(0)
-        return directions, ours or made and len(whole) == len(self.params)
 
     def _gradients(self, objective: Tensor, retain_graph: bool) -> list[Tensor | None]:
         if objective.dim() != 0:
@@ -395,8 +434,8 @@ class GeometricAnchor:
         return [found.pop(0) if param.requires_grad else None for param in self.params]
 
     def _finite_norm(self, move: displacement.Displacement) -> float:
-        """||theta * g|| (or ||g||). Its check is the step's one wait for the device, but for ranks that compare which
-        gradients they have; what was left unread of the last use comes along."""
+        """||theta * g|| (or ||g||). Its check is the step's one wait for the device, but for ranks that compare their seeds
+        and which gradients they have; what was left unread of the last use comes along."""
         square = move.squared_norm()
         pending = [] if self._warned or self.stats is None else [self.stats._squares.to(square.device)]
         square, *last = torch.cat([square[None], *pending]).tolist()
@@ -437,7 +476,7 @@ class GeometricAnchor:
         """Where it is on, or at the first use the objective's graph shows casts of parameters."""
         if self.compute_dtype in HALF or any(grid in HALF for grid in grids):
             return
-        device, dtype = self.params[0].device.type, None
+        device, dtype = self._computes_on(objective).type, None
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         elif self.stats is None and isinstance(objective, Tensor):

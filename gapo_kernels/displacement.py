@@ -7,7 +7,7 @@ copy of the model exists.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import torch
@@ -64,6 +64,7 @@ class Displacement:
             (_back_end(device)(moves, geometry, stochastic), group) for (device, group), moves in groups.items()
         ]
         self._device = tensors[0].device
+        self._on_host = any(device.type == "cpu" for device, _ in groups)
 
     def squared_norm(self) -> Tensor:
         """|| theta * g ||^2 or || g ||^2 over all parameters and shards, () float64."""
@@ -71,6 +72,8 @@ class Displacement:
 
     def exchange(self, step_size: float, seed: int, step: int) -> Tensor:
         """theta becomes theta~. (3,) float64: ||delta||^2, ||theta~ - cast(theta)||^2, the number of changed weights."""
+        if self._on_host:
+            _let_devices_finish()
         stats = [part.exchange(step_size, seed, step) for part, _ in self._parts]
         for tensor, stand_in in self._staged:
             tensor.copy_(stand_in)
@@ -79,9 +82,10 @@ class Displacement:
     def restore(self) -> None:
         """Puts everything back, and only then lets through what was raised meanwhile."""
         failure = None
+        waiting = [_let_devices_finish] if self._on_host else []
         staged = (_Copy(*pair) for pair in self._staged)
         memory = (_Memory(*pair) for pair in self._memory)
-        for work in (*(part.restore for part, _ in self._parts), *staged, *memory):
+        for work in (*waiting, *(part.restore for part, _ in self._parts), *staged, *memory):
             for _ in range(RESTORE_ATTEMPTS):
                 try:
                     work()
@@ -103,6 +107,14 @@ class Displacement:
         """Sums over the shards of each part and over the parts."""
         summed = [distributed.summed(value, group) for value, (_, group) in zip(values, self._parts)]
         return torch.stack([value.to(self._device) for value in summed]).sum(0)
+
+
+def _let_devices_finish() -> None:
+    """Before weights on the host are written: copies of them may be queued for a device that computes with them, as FSDP2's
+    offload has it. The current one's: others get theirs from a process of their own."""
+    for module in (torch.cuda, torch.xpu):
+        if module.is_initialized():
+            module.synchronize()
 
 
 class _Copy:
@@ -152,17 +164,22 @@ def _check_apart(tensors: Sequence[Tensor]) -> None:
                 f"parameter {number} of the anchor, of shape {tuple(tensor.shape)}, was expanded, so that elements share "
                 "memory: use a contiguous Parameter"
             )
+    for one, other in sharing(tensors):
+        raise ValueError(
+            f"parameters {one} and {other} of the anchor, of shapes {tuple(tensors[one].shape)} and "
+            f"{tuple(tensors[other].shape)}, share memory but are two Parameters: tie them by using one Parameter"
+        )
+
+
+def sharing(tensors: Sequence[Tensor]) -> Iterator[tuple[int, int]]:
+    """The numbers of those that share memory, the lower one first."""
     spans = [(t.data_ptr(), t.data_ptr() + _extent(t), number) for number, t in enumerate(tensors) if t.numel()]
     begun: list[tuple[int, int]] = []  # (end, number) of those that may reach into the next
     for start, stop, number in sorted(spans):
         begun = [(end, other) for end, other in begun if end > start]
         for _, other in begun:
             if _share_bytes(tensors[other], tensors[number]):
-                one, other = sorted((number, other))
-                raise ValueError(
-                    f"parameters {one} and {other} of the anchor, of shapes {tuple(tensors[one].shape)} and "
-                    f"{tuple(tensors[other].shape)}, share memory but are two Parameters: tie them by using one Parameter"
-                )
+                yield min(number, other), max(number, other)
         begun.append((stop, number))
 
 

@@ -98,6 +98,11 @@ def ranks(group: torch.distributed.ProcessGroup | None) -> int:
     return torch.distributed.get_world_size(group)
 
 
+def replicas(model: nn.Module) -> list[nn.Module]:
+    """Every DistributedDataParallel in the model, or that it is."""
+    return [module for module in model.modules() if isinstance(module, nn.parallel.DistributedDataParallel)]
+
+
 def own_group(model: nn.Module) -> torch.distributed.ProcessGroup | None:
     """That of a DistributedDataParallel around the model, compiled or not; None for all ranks, or without one."""
     ddp = getattr(model, "_orig_mod", model)
@@ -111,16 +116,37 @@ def weight_of_rank(
 ) -> Tensor | None:
     """How many of `valid` (B,) are set over the mean of that on the ranks that average the gradients of `params`, ():
     times that, the ranks' own means have the mean over all pairs as their average. None of one rank alone."""
-    mesh = next((param.device_mesh for param in params if is_sharded(param)), None)
-    groups = [group] if mesh is None else [mesh.get_group(dimension) for dimension in range(mesh.ndim)]
-    groups = [group for group in groups if ranks(group) > 1]
+    groups = _groups(params, group)
     if not groups:
         return None
     count = valid.sum()
     total = count.clone()
-    for group in groups:  # None is the default one
+    for group in groups:
         torch.distributed.all_reduce(total, group=group)
     return (count * math.prod(map(ranks, groups))).double() / total.clamp(min=1)
+
+
+def largest(
+    numbers: Sequence[int], params: Sequence[Tensor], group: torch.distributed.ProcessGroup | None
+) -> Sequence[int]:
+    """Of each of the numbers (int64) the largest on the ranks that average the gradients of `params`."""
+    groups = _groups(params, group)
+    if not groups:
+        return numbers
+    device = next((param.device_mesh.device_type for param in params if is_sharded(param)), params[0].device)
+    found = torch.tensor(numbers, dtype=torch.int64, device=device)
+    for group in groups:
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=group)
+    return found.tolist()
+
+
+def _groups(
+    params: Sequence[Tensor], group: torch.distributed.ProcessGroup | None
+) -> list[torch.distributed.ProcessGroup | None]:
+    """Of several ranks each, which average the gradients of `params`; None is the default one."""
+    mesh = next((param.device_mesh for param in params if is_sharded(param)), None)
+    groups = [group] if mesh is None else [mesh.get_group(dimension) for dimension in range(mesh.ndim)]
+    return [group for group in groups if ranks(group) > 1]
 
 
 def averaged(
@@ -140,12 +166,12 @@ def averaged(
     if size == 1 or not grads:
         return grads, ours, numbers
     kinds = [0 if grad is None else 1 + DTYPES.index(grad.dtype) for grad in grads]
-    largest = torch.tensor([*kinds, *numbers], dtype=torch.int64, device=params[0].device)
-    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=group)
+    most = torch.tensor([*kinds, *numbers], dtype=torch.int64, device=params[0].device)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, group=group)
     free = ownership.exclusive(grads) if ours else [False] * len(params)
     means: list[Tensor | None] = []
-    largest = largest.tolist()
-    for number, (param, kind) in enumerate(zip(params, largest)):
+    most = most.tolist()
+    for number, (param, kind) in enumerate(zip(params, most)):
         grad, grads[number] = grads[number], None
         dtype = DTYPES[kind - 1]
         if kind and grad is None:
@@ -161,7 +187,7 @@ def averaged(
         if len(bucket) > 1:
             for mean, part in zip(bucket, flat.split([mean.numel() for mean in bucket])):
                 mean.view(-1).copy_(part)
-    return means, True, largest[len(params) :]
+    return means, True, most[len(params) :]
 
 
 def _buckets(grads: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -41,7 +41,7 @@ class Rows(NamedTuple):
     def sums(self, logps: Tensor) -> Tensor:
         """(S,) float64, of (K,): in a fixed order, which a GPU's atomic additions would not have."""
         if logps.device.type == "cpu":
-            sums = torch.zeros(self.counts.shape[0], dtype=torch.float64)
+            sums = torch.zeros(self.counts.shape[0], dtype=torch.float64, device="cpu")
             return sums.index_add_(0, self.sequence, logps.double())
         table = torch.zeros(self.counts.shape[0], self.longest, dtype=torch.float64, device=logps.device)
         table[self.sequence, self.position] = logps.double()

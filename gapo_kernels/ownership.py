@@ -59,7 +59,7 @@ def _references(tensor: Tensor) -> tuple[int, ...]:
 def _references_of_a_list(parts: int, views: bool) -> tuple[int, ...]:
     """What `_references` says of a tensor that only a list refers to, as to each of the other parts of the buffer."""
     with torch.inference_mode(False), torch.no_grad():
-        tensors = list(torch.empty(parts, 1).unbind()) if views else [torch.empty(1)]
+        tensors = list(torch.empty(parts, 1, device="cpu").unbind()) if views else [torch.empty(1, device="cpu")]
         return _references(tensors[0])
 
 

@@ -90,8 +90,8 @@ class SharedBackward:
         """
         if not self._is_compared:
             return
-        generator = torch.Generator().manual_seed(self._number)
-        order = torch.randperm(self._sequences, generator=generator)
+        generator = torch.Generator("cpu").manual_seed(self._number)
+        order = torch.randperm(self._sequences, generator=generator, device="cpu")
         # In a form's first step any two sequences are far apart in one comparison of several: in a bit of their numbers.
         bits = range((self._sequences - 1).bit_length()) if self._in_full else [0]
         found = []

@@ -136,17 +136,19 @@ def gapo_step(
             recorded = nullcontext() if sharing is None else sharing.recorded()
             kept, again = sharing is None or sharing.needs_graph, False
             if kept and objective is not None:
-                _check_walked_twice(margin, anchor.stats is None)
+                _check_walked_twice(margin, not anchor.graph_was_checked)
+                anchor.graph_was_checked = True
             # In here, too: a backward of dynamic shapes is compiled when it first runs.
             graph = margin if objective is None else objective  # which shows what autocast leaves alone
-            with buffers(), recorded, anchor.perturbed(graph, retain_graph=kept), torch.no_grad():
-                if sharing is not None and not sharing.tells_apart(valid):
-                    sharing, again = None, not kept
-                with randomness.repeated() if drawn else unmoved.replayed():
-                    anchor_margin = _margin(logps_fn())[0]
-            if again:  # the graph that was not kept
-                with randomness.repeated() if drawn else nullcontext():
-                    logps = _margin(logps_fn())[1]
+            with anchor.buffers_held():
+                with buffers(), recorded, anchor.perturbed(graph, retain_graph=kept), torch.no_grad():
+                    if sharing is not None and not sharing.tells_apart(valid):
+                        sharing, again = None, not kept
+                    with randomness.repeated() if drawn else unmoved.replayed():
+                        anchor_margin = _margin(logps_fn())[0]
+                if again:  # the graph that was not kept, on this rank alone perhaps
+                    with randomness.repeated() if drawn else nullcontext():
+                        logps = _margin(logps_fn())[1]
         if sharing is None:
             return _packed(logps, anchor_margin, counts, valid, sft_weight, options)
         sharing.compare(logps)
@@ -180,7 +182,7 @@ def _check_walked_twice(result: Tensor, is_first: bool) -> None:
     """RuntimeError for a graph with a node whose first backward writes over what it saved, unnoticed by the second.
 
     torch's own check of compiled code goes by the setting that `_kept_buffers` changes. Where none was compiled, an anchor's
-    first use stands for all.
+    first step stands for all.
     """
     for node in distributed.nodes(result) if is_first or "torch._dynamo" in sys.modules else ():
         of_class = getattr(node, "_forward_cls", None)

@@ -615,6 +615,44 @@ def test_perturbed_inside_that_of_other_parameters_in_the_same_memory(params, an
     assert same(params, before)
 
 
+@pytest.mark.parametrize("part", [slice(2, 8), slice(0, 8, 2)])
+def test_perturbed_inside_that_of_parameters_that_begin_elsewhere_in_the_same_memory(part):
+    memory = torch.randn(8, dtype=torch.float64)
+    before, (one, other) = memory.clone(), (nn.Parameter(memory[1:6]), nn.Parameter(memory[part]))
+    with GeometricAnchor([one], rho=0.3).perturbed(grads=[torch.ones_like(one)]):
+        with pytest.raises(RuntimeError, match="the weights are at an anchor"):
+            with GeometricAnchor([other], rho=0.3).perturbed(grads=[torch.ones_like(other)]):
+                pytest.fail("entered")
+    assert torch.equal(memory, before)
+
+
+def test_perturbed_inside_that_of_parameters_that_lie_between():
+    memory = torch.randn(4, 8, dtype=torch.float64)
+    before, (one, other) = memory.clone(), (nn.Parameter(memory[:, :3]), nn.Parameter(memory[:, 3:]))
+    with GeometricAnchor([one], rho=0.3).perturbed(grads=[torch.ones_like(one)]):
+        with GeometricAnchor([other], rho=0.3).perturbed(grads=[torch.ones_like(other)]):
+            assert not (memory == before).any()
+    assert torch.equal(memory, before)
+
+
+def test_weights_on_the_host_are_written_after_devices_have_read_them(params, anchor, monkeypatch):
+    """FSDP2's offload queues copies of them; also where that is how one learns that the device has failed."""
+    before, seen = bits(params), []
+
+    def synchronize():
+        seen.append(bits(params))
+        if len(seen) > 1:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_initialized", lambda: True)
+        patch.setattr(torch.cuda, "synchronize", synchronize)
+        with pytest.raises(RuntimeError, match="illegal memory access"), anchor.perturbed(grads=make_grads(params)):
+            inside = bits(params)
+    assert all(map(torch.equal, seen[0], before)) and all(map(torch.equal, seen[1], inside))
+    assert same(params, before) and not all(map(torch.equal, inside, before))
+
+
 def test_perturbed_inside_that_of_another_anchor(params, anchor):
     before, other = bits(params), GeometricAnchor(params[:1], rho=0.3)
     with anchor.perturbed(grads=make_grads(params)):

@@ -423,7 +423,7 @@ class SwiGLU(nn.Module):
         return self.product(self.gate(x), self.up(x))
 
 
-def test_a_backward_that_writes_over_what_it_saved_is_refused(model):
+def test_a_backward_that_writes_over_what_it_saved_is_refused(model, monkeypatch):
     """Its layer's activations checkpointed, it has the gradients of one that does not, and a gaussian anchor needs one
     backward alone."""
     ids, labels = batch()
@@ -444,6 +444,12 @@ def test_a_backward_that_writes_over_what_it_saved_is_refused(model):
                 with pytest.raises(RuntimeError, match="got LigerSiLUMulFunction"):
                     gapo_step(logps, anchor)
             assert same(whole, before) and anchor.stats is None
+            with anchor.perturbed(grads=[torch.ones_like(param) for param in anchor.params]):
+                pass
+            with monkeypatch.context() as patch:
+                patch.setattr("gapo_kernels.step.sys", types.SimpleNamespace(modules={}))  # with dynamo, every step is looked at
+                with pytest.raises(RuntimeError, match="got LigerSiLUMulFunction"):
+                    gapo_step(logps, anchor)
             anchor = GeometricAnchor(whole.named_parameters(), rho=RHO, direction="gaussian")
         gapo_step(logps, anchor).loss.backward()
         found[name] = gradients(whole.parameters())
@@ -922,6 +928,22 @@ def two_threads():
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("way", ["sequence_logps", "linear", "share_backward", "gaussian"])
+def test_tensors_of_the_step_lie_with_the_model_and_not_on_the_default_device(model, way):
+    ids, labels = batch()
+
+    def logps():
+        if way == "linear":
+            return linear_sequence_logps(model[0](ids), model[1].weight, labels, bias=model[1].bias)
+        return sequence_logps(model(ids), labels)
+
+    anchor = GeometricAnchor(model.named_parameters(), rho=RHO, direction="gaussian" if way == "gaussian" else "pessimistic")
+    with torch.device("meta"):
+        out = gapo_step(logps, anchor, share_backward=way == "share_backward")
+        out.loss.backward()
+    assert out.gap.abs().max() > 0 and all(gradient.isfinite().all() for gradient in gradients(model.parameters()))
 
 
 def test_the_step_waits_for_the_device_once(model, anchor, monkeypatch, two_threads):

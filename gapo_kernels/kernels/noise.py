@@ -16,6 +16,7 @@ from gapo_kernels import philox
 from gapo_kernels.kernels import config
 from gapo_kernels.kernels.primitives import (
     TYPES,
+    from_host,
     int32,
     joined,
     lanes_beside,
@@ -117,9 +118,9 @@ def fill_with_noise(values: Sequence[Tensor], places: Sequence[tuple[int, int, i
     device = values[0].device
     for group, rows in groups.items():
         dtype, aligned = group
-        table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type != "cpu").to(device, non_blocking=True)
+        table = from_host(rows, torch.int64, device)
         starts = [row[FIRST_TILE.value] for row in rows] + [tiles[group]]
-        own = torch.tensor(starts, dtype=torch.int32, pin_memory=device.type != "cpu").to(device, non_blocking=True).diff()
+        own = from_host(starts, torch.int32, device).diff()
         parameter_of_tile = torch.repeat_interleave(own, output_size=tiles[group])
         with on_device(device):
             noise_kernel[(tiles[group],)](

@@ -5,7 +5,7 @@
 
 The same as `gapo_kernels/perturbation.py`, bit for bit but for fused multiply-adds. Floor, b bytes a weight: the norm
 reads 2 b (sam: b), the exchange reads 2 b and writes 2 b, the restoration reads b and writes b; beyond that a tile of 8192
-weights costs about 100 bytes of tables and partial sums. Philox takes about a quarter of the exchange's instructions.
+weights costs about 100 bytes of tables and partial sums.
 
 A program handles one tile of philox.py, so that one call of the generator, on the counters of a group's 1024 lanes, serves
 the tile's eight groups and every access is to 1024 neighbouring elements.
@@ -25,6 +25,7 @@ from gapo_kernels.kernels import config
 from gapo_kernels.kernels.noise import fill_with_noise
 from gapo_kernels.kernels.primitives import (
     TYPES,
+    from_host,
     int32,
     joined,
     lanes_beside,
@@ -313,8 +314,7 @@ class Perturbation:
             self._launches.append(launch)
         if not rows:
             return
-        pinned = self._device.type != "cpu"
-        self._table = torch.tensor(rows, dtype=torch.int64, pin_memory=pinned).to(self._device, non_blocking=True)
+        self._table = from_host(rows, torch.int64, self._device)
         tiles_of_move = (self._table[:, NUMEL.value] + (philox.TILE - 1)) // philox.TILE
         # output_size: else the host would wait for the sum.
         self._move_of_tile = torch.repeat_interleave(tiles_of_move.int(), output_size=self._tiles)

@@ -3,6 +3,7 @@
 Names: i_ program or row index, o_ offsets, m_ masks, b_ values in registers.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -149,6 +150,11 @@ def lanes_beside(b_load):
 def int32(value: int) -> int:
     """The lowest 32 bits as a signed number: unsigned ones would be compiled anew from 2^31 on."""
     return (value + 2**31) % 2**32 - 2**31
+
+
+def from_host(numbers: Sequence, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """As a tensor on the device, for which the host does not wait."""
+    return torch.tensor(numbers, dtype=dtype, device="cpu", pin_memory=device.type != "cpu").to(device, non_blocking=True)
 
 
 def on_device(device: torch.device) -> AbstractContextManager:

@@ -29,8 +29,8 @@ from triton.errors import TritonError
 import gapo_kernels
 from gapo_kernels.kernels import config
 
-# (BLOCK, num_warps) to try beside the table's choice. As compiled for sm_90 and gfx942 (tests/compile) none spills and all
-# move 16 bytes at a time; the gradient in (8192, 4) is left out for its 168 registers.
+# (BLOCK, num_warps) to try beside the table's choice. As compiled in bfloat16 for sm_90 and gfx942 (tests/compile) none
+# spills and all move 16 bytes at a time; the gradient in (8192, 4) is left out for its 168 registers.
 TILES = {
     "statistics": ((2048, 4), (4096, 4), (8192, 4), (4096, 8), (8192, 8)),
     "gradient": ((2048, 4), (4096, 4), (4096, 8), (8192, 8)),
@@ -59,7 +59,7 @@ def tuned(kernel: str, device: torch.device, dtype: torch.dtype) -> dict[str, in
     if not _can_time(device):
         return None
     try:
-        return _save(device, _timed(device, [dtype], [kernel]), first=True)[name]["parameters"]
+        return _save(device, _timed(device, dtype, kernel), first=True)[name]["parameters"]
     except torch.OutOfMemoryError as error:
         warnings.warn(f"no memory to tune {name}, which runs untuned: {error}", stacklevel=2)
         return None
@@ -81,38 +81,39 @@ def tune(
     Returns {"statistics bfloat16": {"parameters": {...}, "milliseconds": [[parameters, time], ...]}, ...}.
     """
     device = torch.empty(0, device=device).device  # with its number, as launches ask for it
-    found = _timed(device, dtypes, kernels, scratch_bytes, measure)
-    _save(device, found)
-    config.forget()
+    found = {}
+    try:
+        for kernel, dtype in product(kernels, dtypes):  # each is kept, whatever becomes of the next
+            found |= (one := _timed(device, dtype, kernel, scratch_bytes, measure))
+            _save(device, one)
+    finally:
+        config.forget()
     return found
 
 
 def _timed(
     device: torch.device,
-    dtypes: Sequence[torch.dtype],
-    kernels: Sequence[str],
+    dtype: torch.dtype,
+    kernel: str,
     scratch_bytes: int = SCRATCH_BYTES,
     measure: Callable[[Callable[[], object]], float] | None = None,
 ) -> dict[str, dict]:
     measure = measure or _median
-    found = {}
+    times = []
     # Triton launches on the current device.
     with nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device):
-        for kernel, dtype in product(kernels, dtypes):
-            run = workload(kernel, device, dtype, scratch_bytes)
-            times = []
-            for parameters in candidates(kernel, config.architecture(device), dtype):
-                try:
-                    with config.forced(**{kernel: parameters}):
-                        times.append((parameters, measure(run)))
-                except TritonError:  # more shared memory or threads than this GPU has
-                    if not times:  # the table's choice: any launch would fail
-                        raise
-            best, time = min(times, key=lambda pair: pair[1])
-            if time > (1 - MARGIN) * times[0][1]:
-                best = times[0][0]
-            found[_name(kernel, dtype)] = {"parameters": best, "milliseconds": [list(pair) for pair in times]}
-    return found
+        run = workload(kernel, device, dtype, scratch_bytes)
+        for parameters in candidates(kernel, config.architecture(device), dtype):
+            try:
+                with config.forced(**{kernel: parameters}):
+                    times.append((parameters, measure(run)))
+            except TritonError:  # more shared memory or threads than this GPU has
+                if not times:  # the table's choice: any launch would fail
+                    raise
+    best, time = min(times, key=lambda pair: pair[1])
+    if time > (1 - MARGIN) * times[0][1]:
+        best = times[0][0]
+    return {_name(kernel, dtype): {"parameters": best, "milliseconds": [list(pair) for pair in times]}}
 
 
 def _name(kernel: str, dtype: torch.dtype) -> str:

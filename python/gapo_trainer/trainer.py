@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
-from gapo_kernels import GeometricAnchor, gapo_objective, gapo_step
+from gapo_kernels import GeometricAnchor, distributed, gapo_objective, gapo_step
 from gapo_kernels.layout import align_targets, sequence_count, sequence_of_rows
 
 from . import metrics
@@ -255,6 +255,7 @@ class GAPOTrainer(Trainer):
             self._follow_sharding()
             # The probe's gradient is averaged over the ranks in every micro-batch, so Trainer's no_sync is overruled.
             model.set_requires_gradient_sync(True)
+        self.anchor.replicas = distributed.replicas(model)  # wrapped when training begins
         with self.accelerator.autocast():  # where the anchor sees it, and leaves norms and embeddings in float32, too
             out = gapo_step(
                 lambda: self._logps(model, inputs),

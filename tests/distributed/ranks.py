@@ -135,13 +135,54 @@ def ddp_bfloat16(rank, fails=None):
     return moved
 
 
-def seeds_that_differ(rank):
+def seeds_that_differ(rank, kind):
     param = nn.Parameter(torch.ones(4))
+    anchor = GeometricAnchor([param], seed=rank - 1, direction="gaussian" if kind == "gaussian" else "pessimistic")
+    objective = param.sum()
+    if kind == "fsdp":
+        model = _shard(tiny_models.build("llama"))
+        anchor, objective = GeometricAnchor.from_model(model, scope="all", seed=rank - 1), logps_of(model, rank)().sum()
     try:
-        with GeometricAnchor([param], seed=rank - 1).perturbed(param.sum()):
+        with anchor.perturbed(objective):
             return "entered"
     except RuntimeError as error:
         return str(error)
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(tiny_models.VOCABULARY, 6), nn.Linear(6, tiny_models.VOCABULARY)
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, ids):
+        return self.head(self.embed(ids) * self.scale)
+
+
+def buffers_that_differ(rank):
+    """Gaps of a radius of 0 and the buffer that each forward had, where every step leaves a rank one of its own; and one that
+    a forward at an anchor of one's own had."""
+    (ids, labels), model = batch(rank), Scaled().double()
+    ddp = nn.parallel.DistributedDataParallel(model)
+    anchor, gaps, met = GeometricAnchor.from_model(ddp, scope="all", rho=0.0), [], []
+    for _ in range(3):
+        model.scale.fill_(1.0 + rank)
+        runs = []
+
+        def logps():
+            result = sequence_logps(ddp(ids), labels)
+            runs.append(model.scale.item())
+            return result
+
+        out = gapo_step(logps, anchor)
+        out.loss.backward()
+        gaps.append(out.gap)
+        met.append(runs)
+    with anchor.perturbed(grads=[torch.ones_like(param) for param in anchor.params]), torch.no_grad():
+        model.scale.fill_(1.0 + rank)
+        ddp(ids)
+    return gaps, met, model.scale.item()
 
 
 def unused_on_one_rank(rank):
@@ -540,7 +581,7 @@ def fsdp_refused(rank, what):
 def sharing_saturated(rank):
     """Steps of which one rank's probe has a pair without weight: it falls back to a real backward, the other does not."""
     model = tiny_models.build("gpt2")
-    model.register_buffer("of_ddp", torch.zeros(3))  # which DDP broadcasts in each forward with grad
+    model.register_buffer("of_ddp", torch.zeros(3))  # which DDP broadcasts
     wrapped = nn.parallel.DistributedDataParallel(model)
     anchor = GeometricAnchor.from_model(wrapped, rho=RHO)
     found, inner = [], logps_of(wrapped, rank)

@@ -246,8 +246,15 @@ def test_ranks_move_to_the_same_bfloat16_weights(on_two_ranks, fails):
     assert all(torch.equal(a, b) for a, b in zip(one, other))
 
 
-def test_all_ranks_refuse_seeds_that_differ(on_two_ranks):
-    for message in on_two_ranks("seeds_that_differ"):
+def test_ddp_broadcasts_buffers_before_the_clean_forward(on_two_ranks):
+    """And not before the anchor's, which would then compute another function."""
+    for rank, (gaps, met, own) in enumerate(on_two_ranks("buffers_that_differ")):
+        assert met == [[1.0, 1.0]] * 3 and not torch.cat(gaps).any() and own == 1.0 + rank
+
+
+@pytest.mark.parametrize("kind", ["whole", "gaussian", "fsdp"])
+def test_all_ranks_refuse_seeds_that_differ(on_two_ranks, kind):
+    for message in on_two_ranks("seeds_that_differ", kind=kind):
         assert f"seed to be the same on all ranks, got 0 to {2**64 - 1}: pass one" in message
 
 

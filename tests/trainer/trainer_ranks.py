@@ -32,6 +32,7 @@ def run(rank, world, folder, port, kind, settings):
     trainer.train(resume_from_checkpoint=checkpoint)
     if kind == "fsdp2":
         assert "DTensor" in type(trainer.anchor.params[0]).__name__, "nothing was sharded"
+    assert kind != "ddp" or len(trainer.anchor.replicas) == 1, "the anchor does not know of DDP, which broadcasts buffers"
     weights = {
         name.replace(".default", ""): (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
         for name, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters()
