@@ -102,7 +102,7 @@ bench: $(PEERS)
 	fi; \
 	run $(BIN)/python bench/anchor_rounding.py $(filter --quick,$(BENCH)); \
 	run $(BIN)/python -m bench.report; \
-	$(if $(filter --quick,$(BENCH)),,{ $(RUN_DEMO) && $(BIN)/python -m bench.report --demo; } || status=1;) \
+	$(if $(filter --quick,$(BENCH)),,{ $(RUN_DEMO) --time-limit 60 && $(BIN)/python -m bench.report --demo; } || status=1;) \
 	exit $$status
 
 # The tables in README.md and docs/ and the plots in docs/plots/, from bench/results/.
@@ -111,7 +111,7 @@ report: $(READY)
 
 # At most 8 minutes, in .venv, or where there is none, in PYTHON's own environment if it has what is needed.
 bench-gpu:
-	@if test -f $(READY) || ! $(PYTHON) -c "import torch, triton, pytest" 2>/dev/null; then \
+	@if test -f $(READY) || ! $(PYTHON) -c "import torch, triton, pytest, numpy" 2>/dev/null; then \
 		$(MAKE) $(READY) && { $(MAKE) $(PEERS) || echo "without the peers that could not be installed"; } && \
 			$(BIN)/python -m bench.gpu $(BENCH); \
 	else \

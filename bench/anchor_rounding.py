@@ -367,12 +367,12 @@ def _say(name: str, case: dict) -> None:
     sys.stdout.flush()
 
 
-def write_json(folder: Path, settings: dict, cases: list[dict]) -> Path:
+def write_json(folder: Path, origin: dict, settings: dict, cases: list[dict]) -> Path:
     """FOLDER/anchor-rounding-DEVICE.json, replaced as a whole."""
     path = folder / f"anchor-rounding-{harness.slug(harness.device_name())}.json"
     temporary = path.with_suffix(".tmp")
     command = " ".join(["python bench/anchor_rounding.py", *sys.argv[1:]])
-    content = {"environment": harness.environment(), "command": command, "settings": settings, "cases": cases}
+    content = {"environment": origin, "command": command, "settings": settings, "cases": cases}
     temporary.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(temporary, path)
     return path
@@ -392,7 +392,7 @@ def main() -> None:
 
     # The library says that nearest rounding loses the perturbation, which is what is measured here.
     warnings.filterwarnings("ignore", message="of a perturbation with norm")
-    begin = time.perf_counter()
+    origin, begin = harness.environment(), time.perf_counter()
     cases = tiny_models(arguments.seeds, arguments.pairs)
     if not arguments.quick:
         cases += smollm2(arguments.seeds, arguments.pairs)
@@ -402,7 +402,7 @@ def main() -> None:
     if arguments.quick and not arguments.output:
         print(f"{settings['seconds']} s; a quick run writes its results only with --output")
         return
-    print(f"{settings['seconds']} s, written to {write_json(results, settings, cases)}; `make report` draws the plot")
+    print(f"{settings['seconds']} s, written to {write_json(results, origin, settings, cases)}; `make report` draws the plot")
 
 
 if __name__ == "__main__":

@@ -261,7 +261,7 @@ def measure(
             "data": "random",
         },
         found.times[case.which] | {"copy": [size / found.copied * spent for spent in found.copies]},
-        {"copy": None},
+        ["copy"],
         copy_bandwidth_gb_per_s=found.copied / statistics.median(found.copies) / 1e9,
         peak_beyond_gradients_mib=found.peaks[case.which],
         absent=found.absent,

@@ -7,7 +7,8 @@ Contenders, on the same tensors and in turns:
     compiled        torch.compile of eager
     liger           LigerFusedLinearDPOLoss(average_log_prob=True), the anchor as the reference; on a GPU a pair at a time, its
                     default, on a CPU all pairs at once
-    liger-compiled  the same with compiled=True, its default
+    liger-all       the same with all pairs at once (GPU only)
+    liger-compiled  liger with compiled=True, its default
     trl             the log-probabilities of TRL's fused LM head (ChunkedLogProbFunction) as its trainers call it, then the
                     formula
     trl-1024        the same with the vocabulary in chunks of 1024 instead of 32768
@@ -102,8 +103,8 @@ def cases(where: torch.device, quick: bool = False) -> list[Case]:
     else:
         base = Case(2, 1024, 4096, 128256, BF16, 0.5, peers=GPU_PEERS, importance=1, seconds=6)
         # Compiling takes long, and is left to the cases with a goal.
-        goals = dict(goals={"trl": 1.25, "liger": 1.5, "liger-compiled": 1.5}, floor_goals={"whole": 1 / 1.15})
-        goals |= dict(peers=GPU_PEERS | {"liger-compiled"}, importance=0)
+        goals = dict(goals={"trl": 1.25, "liger": 1.5, "liger-all": 1.5, "liger-compiled": 1.5}, floor_goals={"whole": 1 / 1.15})
+        goals |= dict(peers=GPU_PEERS | {"liger-all", "liger-compiled"}, importance=0)
         wanted = [
             replace(base, ignored=0.0, **goals | dict(peers=goals["peers"] | {"compiled"})),
             # A pair's logits are 1.96 GiB: with less, some are made twice.
@@ -146,6 +147,10 @@ def make_batch(case: Case, where: torch.device, quick: bool) -> Batch:
 def clone(batch: Batch) -> Batch:
     hidden, weight, labels, anchor_hidden = (tensor.detach().clone() for tensor in batch)
     return Batch(hidden.requires_grad_(), weight.requires_grad_(), labels, anchor_hidden)
+
+
+def size_of(batch: Batch) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in batch)
 
 
 def ours(**options) -> peers.Loss:
@@ -211,24 +216,35 @@ def gemms_of(batch: Batch) -> harness.Contender:
 
 
 def head_of_step(batch: Batch, where: torch.device, rounds: int, seconds: float) -> dict:
-    """Of one forward and two backwards: summaries with d hidden shared and not, and their ratio."""
-    hidden, weight, labels, _ = (tensor.detach() for tensor in batch)
-    scale = torch.full(labels.shape[:1], 0.1, dtype=F32, device=where)
+    """Of one forward and two backwards: summaries with d hidden shared and not, and their ratio. Raises AssertionError if
+    the gradients differ."""
+    scale = torch.full(batch.labels.shape[:1], 0.1, dtype=F32, device=where)
     options, layout, backend = (None, 1.0, 2**30, None), (True, -100), ops.resolve_backend("auto", where)
     both, weight_only = [True, True, False], [False, True, False]
 
     def step(needs: list[bool]) -> harness.Contender:
-        def run(_):
+        def run(inputs: Batch) -> list[torch.Tensor]:
+            hidden, weight, labels, _ = (tensor.detach() for tensor in inputs)
             operands = (hidden, weight, labels, None, None)
             ending = (True, *layout, needs, True, backend)
             _, _, _, *saved = linear_logps_forward(*operands, None, None, *options, *ending)
             for factor in (1, 2):
-                linear_logps_backward(factor * scale, *operands, *saved, *options, *layout, both, False, None, backend)
+                found = None  # the first backward's, before the second's
+                found = linear_logps_backward(
+                    factor * scale, *operands, *saved, *options, *layout, both, False, None, backend
+                )
+            return found[:2]
 
         return harness.Contender(run)
 
     contenders = {"shared": step(both), "unshared": step(weight_only)}
-    times = harness.interleaved(contenders, [None], where, rounds, seconds=seconds)
+    for what, *pair in zip(("hidden", "weight"), *(contender.run(batch) for contender in contenders.values())):
+        shared, unshared = (gradient.float() for gradient in pair)
+        error = ((shared - unshared).norm() / unshared.norm()).item()
+        if not error <= (1e-5 if batch.hidden.dtype == F32 else 2e-2):
+            raise AssertionError(f"d {what} of a step with d hidden shared is off by {error:.2g}")
+    del pair, shared, unshared
+    times = harness.interleaved(contenders, harness.copies(batch, size_of(batch), clone, where), where, rounds, seconds=seconds)
     return {
         **{name: harness.summary(spent) for name, spent in times.items()},
         **harness.ratio(times["unshared"], times["shared"]),
@@ -255,6 +271,7 @@ def measure(
         "eager": lambda: peers.eager_from_hidden(GAMMA),
         "compiled": lambda: peers.compiled(peers.eager_from_hidden(GAMMA)),
         "liger": lambda: peers.liger_from_hidden(GAMMA, compiled=False, pairs=pairs_at_once),
+        "liger-all": lambda: peers.liger_from_hidden(GAMMA, compiled=False, pairs=case.pairs),
         "liger-compiled": lambda: peers.liger_from_hidden(GAMMA, compiled=True, pairs=pairs_at_once),
         "trl": lambda: peers.trl_from_hidden(GAMMA, pick),
         "trl-1024": lambda: peers.trl_from_hidden(GAMMA, pick, vocabulary_chunk=1024),
@@ -280,10 +297,9 @@ def measure(
         name: harness.Contender(lambda inputs, loss=loss: loss(inputs).backward(), restore=drop_gradients)
         for name, loss in found.losses.items()
     }
-    size = sum(tensor.numel() * tensor.element_size() for tensor in batch)
     times = harness.interleaved(
         {**contenders, "gemms": gemms_of(batch)},
-        harness.copies(batch, size, clone, where),
+        harness.copies(batch, size_of(batch), clone, where),
         where,
         rounds,
         warmup=1 if where.type == "cuda" else 0,  # a call is long on a CPU, and each has run
@@ -311,7 +327,7 @@ def measure(
             **({} if case.budget is None else {"budget": case.held}),
         },
         times,
-        {"gemms": None},
+        ["gemms"],
         peak_beyond_inputs_mib=found.peaks,
         errors=found.errors,
         absent=found.absent,

@@ -373,7 +373,7 @@ def measure(
             "implementation": type(model).__module__.split(".")[0],
         },
         times,
-        {},
+        [],
         peak_beyond_weights_mib=peaks,
         gap_errors=errors,
         absent=absent,

@@ -15,7 +15,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.measured, config.processes = {}, {}
+    config.measured, config.processes, config.origin = {}, {}, harness.environment()
 
 
 def pytest_generate_tests(metafunc):
@@ -66,4 +66,4 @@ def pytest_terminal_summary(terminalreporter, config):
         for case in cases:
             terminalreporter.write_line(harness.line(case))
         if config.getoption("--save-results") and not config.getoption("--quick"):
-            terminalreporter.write_line(f"written to {harness.write_results(suite, cases)}")
+            terminalreporter.write_line(f"written to {harness.write_results(suite, cases, origin=config.origin)}")

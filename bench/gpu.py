@@ -3,7 +3,7 @@
     python -m bench.gpu                        # or: make bench-gpu
     python -m bench.gpu --device cpu --quick   # tiny shapes on a CPU: whether everything runs
 
-It needs torch, triton and pytest; peers and models are measured where their packages are installed, and listed as absent
+It needs torch, triton, pytest and numpy; peers and models are measured where their packages are installed, and listed as absent
 or left out, with the reason, where they are not. bench/results/gpu-DEVICE.json and .csv are written anew after every case,
 so an interrupted run keeps what it has. After an error that leaves the device useless to this process another one goes on
 with the next case; a device that does not come back at all ends the run. The JSON file holds `tests` (what ran, how it
@@ -226,14 +226,13 @@ def tune(where: torch.device, quick: bool) -> dict[str, Any]:
         from gapo_kernels.kernels import config, tuning
     except ImportError as error:
         return {"absent": str(error)}
-    before = os.environ.get("GAPO_KERNELS_AUTOTUNE", "0")
     os.environ["GAPO_KERNELS_AUTOTUNE"] = "1"
     try:
         with harness.deadline(TO_TUNE):
             # On more rows than are split over programs. Every dtype that a case has: none is tuned, unrecorded, at its first launch.
             return tuning.tune(where, scratch_bytes=2**22 if quick else 2**32)
     except BaseException:  # the cases are measured with the table's choices, all of them
-        os.environ["GAPO_KERNELS_AUTOTUNE"] = before
+        os.environ["GAPO_KERNELS_AUTOTUNE"] = "0"
         config.forget()
         raise
 
@@ -308,9 +307,14 @@ def prepare(session: Session, end: float, tests: Sequence[Sequence[str]], quick:
     try:
         with not_for_ever(session, "tuning", TO_TUNE + HUNG):
             session.found["tuning"] = tune(session.where, quick)
-    except (Exception, harness.OutOfTime) as error:
+    except harness.OutOfTime:
+        session.found["left_out"]["tuning"] = f"not done in {TO_TUNE:.0f} s; measured with the table's parameters"
+    except Exception as error:
         session.found["failed"]["tuning"] = f"{type(error).__name__}: {error}"
+    session.origin["autotuned"] = os.environ.get("GAPO_KERNELS_AUTOTUNE") == "1"
     session.save()
+    if not answers(session.where):  # no case's fault
+        raise DeviceLost
 
 
 def missing(name: str) -> str | None:

@@ -199,6 +199,7 @@ def environment(where: torch.device | None = None) -> dict[str, str | int | dict
         "commit": commit or os.environ.get("GAPO_KERNELS_COMMIT", "unknown"),
         "versions": found,
         "allocator": allocator_settings(),
+        "autotuned": os.environ.get("GAPO_KERNELS_AUTOTUNE") == "1",
         "measured": datetime.now(timezone.utc).isoformat(timespec="minutes"),
     }
 
@@ -405,12 +406,12 @@ def mebibytes(size: int | None) -> float | None:
 
 
 def result(
-    suite: str, name: str, params: dict[str, Any], times: dict[str, list[float]], floors: dict[str, float], **more: Any
+    suite: str, name: str, params: dict[str, Any], times: dict[str, list[float]], floors: Sequence[str], **more: Any
 ) -> dict[str, Any]:
     """A case's dict, as the head of this file has it.
 
-    floors: {name: seconds} that no implementation can do without, or None where `times` has that name: the largest is
-    reported. What is in `floors` is no contender. more: further keys.
+    floors: which of `times` no implementation can do without, and are no contenders: the largest is reported. more: further
+    keys.
     """
     contenders = [name for name in times if name not in floors and name != "ours"]
     return {
@@ -421,7 +422,7 @@ def result(
         "times": {name: summary(seconds) for name, seconds in times.items()},
         "ratios": {name: ratio(times[name], times["ours"]) for name in contenders},
         "ratio_spread": {name: ratio_spread(times[name], times["ours"]) for name in contenders},
-        "floor": floor(times["ours"], {name: times.get(name, value) for name, value in floors.items()}),
+        "floor": floor(times["ours"], {name: times[name] for name in floors}),
         "versions": versions(),
         **more,
     }

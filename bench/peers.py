@@ -181,7 +181,7 @@ def eager_from_logits(gamma: float, sliced: bool) -> Loss:
 
 def trl_from_logits(gamma: float) -> Loss:
     """TRL's selective log-softmax: its fused log-prob kernel on a GPU, row by row in torch elsewhere. Given shifted labels
-    and their mask, so that neither is the slice of the logits copied nor is time spent on ignored rows."""
+    and their mask, so that the slice of the logits is not copied, nor by the kernel time spent on ignored rows."""
     from trl.trainer.utils import selective_log_softmax
 
     def loss(batch):

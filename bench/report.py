@@ -79,7 +79,7 @@ def adopt(demo: Path, folder: Path = ROOT / "bench" / "results") -> Path:
 
     metrics = json.loads((demo / "metrics.json").read_text(encoding="utf-8"))
     ended = metrics["stage"] == "finished" and not metrics["interrupted"] and not metrics["out_of_time"]
-    for where in ("output_dir", "cpu"):
+    for where in ("output_dir", "cpu", "time_limit"):
         del metrics["settings"][where]
     default = {name: value for name, value in vars(parse_arguments([])).items() if name in metrics["settings"]}
     if not ended or metrics["settings"] != default:
@@ -87,6 +87,8 @@ def adopt(demo: Path, folder: Path = ROOT / "bench" / "results") -> Path:
         raise SystemExit(f"expected a demo that ran to its end with the settings {default}, got {what}")
     on_cpu = metrics["device"].startswith("cpu")
     metrics["device"] = harness.device_name(torch.device("cpu") if on_cpu else None)
+    here = harness.environment()
+    metrics["environment"] = {name: here[name] for name in ("commit", "triton", "python", "measured")}
     path = folder / f"demo-{harness.slug(metrics['device'])}.json"
     path.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
     return path

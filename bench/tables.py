@@ -18,6 +18,7 @@ CONTENDERS = {
     "trl": "TRL",
     "trl-1024": "TRL, 1024 columns at a time",
     "liger": "Liger",
+    "liger-all": "Liger, all pairs at once",
     "liger-compiled": "Liger, compiled",
     "lce": "linear_cross_entropy",
     "lce-chunked": "linear_cross_entropy, chunked",
@@ -173,7 +174,8 @@ def _all(run: Run) -> Sequence[Case]:
 def _origin(run: Run) -> str:
     found = run.environment
     allocator = ", allocator told to keep freed memory" if run.tuned else ""
-    return f"**{run.device}**{allocator}, torch {found['torch']}, commit {found['commit']}"
+    tuned = ", launch parameters tuned" if found.get("autotuned") else ""
+    return f"**{run.device}**{allocator}{tuned}, torch {found['torch']}, commit {found['commit']}"
 
 
 def _shapes(cases: Sequence[Case]) -> tuple[str, list[str], list[Sequence[str]]]:
@@ -305,8 +307,14 @@ def peaks_of(case: Case) -> dict[str, float | None]:
 
 def _notes(cases: Sequence[Case]) -> str:
     """Below a table: who is absent and why, and how far the ratios moved while they were measured."""
-    absent = {name: reason for case in cases for name, reason in case["absent"].items()}
-    reasons = ", ".join(f"{CONTENDERS.get(name, name)} ({reason})" for name, reason in absent.items())
+    absent: dict[tuple[str, str], list[str]] = {}
+    for case in cases:
+        for name, reason in case["absent"].items():
+            absent.setdefault((name, reason), []).append(case["name"])
+    reasons = ", ".join(
+        CONTENDERS.get(name, name) + f" ({reason}" + (f": {'; '.join(names)}" if len(names) < len(cases) else "") + ")"
+        for (name, reason), names in absent.items()
+    )
     spreads = [value for case in cases for value in case["ratio_spread"].values() if value is not None]
     notes = [f"Not measured: {reasons}."] if absent else []
     notes += _goals(cases)

@@ -78,8 +78,8 @@ def test_without_a_gpu_it_says_so(arguments, message):
 
 
 def result_of(name):
-    times = {"ours": [1.0, 2.0], "peer": [2.0, 8.0]}
-    return harness.result("suite", name, {"dtype": "float32"}, times, {"copy": 0.5}, peak_mib={"ours": 1.0}, absent={})
+    times = {"ours": [1.0, 2.0], "peer": [2.0, 8.0], "copy": [0.5, 0.5]}
+    return harness.result("suite", name, {"dtype": "float32"}, times, ["copy"], peak_mib={"ours": 1.0}, absent={})
 
 
 @pytest.fixture
@@ -122,9 +122,13 @@ def test_what_fails_or_cannot_run_is_named_and_the_rest_is_measured(session):
     assert [case["name"] for case in content["cases"]] == ["third"] and not content["finished"]
 
 
-def test_without_launch_parameters_everything_else_is_measured(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error, kind, said",
+    [(RuntimeError("out of memory"), "failed", "RuntimeError: out of memory"), (harness.OutOfTime(), "left_out", "not done in 90 s")],
+)
+def test_without_launch_parameters_everything_else_is_measured(error, kind, said, tmp_path, monkeypatch):
     def tune(*_):
-        raise RuntimeError("out of memory")
+        raise error
 
     monkeypatch.setattr(gpu, "tune", tune)
     monkeypatch.setattr(torch.compiler, "set_stance", lambda stance: None)  # this process is the tests'
@@ -132,20 +136,24 @@ def test_without_launch_parameters_everything_else_is_measured(tmp_path, monkeyp
     suite = SimpleNamespace(SUITE="suite", ROUNDS=1, measure=lambda case, *_, **options: result_of(case))
     suite.cases = lambda where, quick: [Named("only", 0)]
     monkeypatch.setattr(gpu, "SUITES", (suite,))
-    assert gpu.main(["--device", "cpu", "--quick", "--no-tests", "--output", str(tmp_path)]) == 1
+    status = gpu.main(["--device", "cpu", "--quick", "--no-tests", "--output", str(tmp_path)])
     (file,) = tmp_path.glob("*.json")
     content = json.loads(file.read_text())
-    assert content["failed"] == {"tuning": "RuntimeError: out of memory"} and content["finished"]
+    assert content[kind].keys() == {"tuning"} and said in content[kind]["tuning"] and content["finished"]
+    assert status == (1 if kind == "failed" else 0)
     assert [case["name"] for case in content["cases"]] == ["only"]
 
 
-def test_another_process_goes_on_where_the_device_is_lost(tmp_path, monkeypatch):
-    started = []
+@pytest.mark.parametrize("where", ["tuning", "second"])
+def test_another_process_goes_on_where_the_device_is_lost(where, tmp_path, monkeypatch):
+    started, lost = [], []
+
+    def lose_it():
+        lost.append(where)
+        raise RuntimeError("an illegal memory access was encountered")
 
     def measure(case, *args, **options):
-        if case == "second":
-            raise RuntimeError("an illegal memory access was encountered")
-        return result_of(case)
+        return lose_it() if case == where else result_of(case)
 
     def execv(program, arguments):
         started.extend(arguments)
@@ -154,7 +162,8 @@ def test_another_process_goes_on_where_the_device_is_lost(tmp_path, monkeypatch)
     suite = SimpleNamespace(SUITE="suite", ROUNDS=1, measure=measure)
     suite.cases = lambda where, quick: [Named(name, number) for number, name in enumerate(["first", "second", "third"])]
     monkeypatch.setattr(gpu, "SUITES", (suite,))
-    monkeypatch.setattr(gpu, "answers", lambda where: False)
+    monkeypatch.setattr(gpu, "tune", lambda *_: lose_it() if where == "tuning" else {"absent": ""})
+    monkeypatch.setattr(gpu, "answers", lambda _: not lost)
     monkeypatch.setattr(os, "execv", execv)
     monkeypatch.setattr(torch.compiler, "set_stance", lambda stance: None)  # this process is the tests'
     monkeypatch.setitem(os.environ, "GAPO_KERNELS_CACHE_DIR", "")
@@ -163,11 +172,14 @@ def test_another_process_goes_on_where_the_device_is_lost(tmp_path, monkeypatch)
     program, flag, module, *arguments = started
     assert (program, flag, module) == (sys.executable, "-m", "bench.gpu")
     (file,) = tmp_path.glob("*.json")
-    assert [case["name"] for case in json.loads(file.read_text())["cases"]] == ["first"]
+    assert [case["name"] for case in json.loads(file.read_text())["cases"]] == ([] if where == "tuning" else ["first"])
+    lost.clear()
     assert gpu.main(arguments) == 1
     content = json.loads(file.read_text())
-    assert [case["name"] for case in content["cases"]] == ["first", "third"] and content["finished"]
-    assert content["failed"] == {"suite: second": "RuntimeError: an illegal memory access was encountered"}
+    done = [name for name in ("first", "second", "third") if name != where]
+    assert [case["name"] for case in content["cases"]] == done and content["finished"]
+    name = "tuning" if where == "tuning" else "suite: second"
+    assert content["failed"] == {name: "RuntimeError: an illegal memory access was encountered"}
 
 
 def test_a_recipe_of_the_step_that_fails_leaves_the_others(monkeypatch):
@@ -442,7 +454,7 @@ def test_close_contenders_have_rounds_by_themselves():
     contenders = {name: harness.Contender(lambda _, s=seconds: time.sleep(s)) for name, seconds in spent.items()}
     times = harness.interleaved(contenders, [None], CPU, 3, close=2.0)
     assert {name: len(seconds) for name, seconds in times.items()} == {"ours": 6, "near": 6, "far": 3}
-    case = harness.result("linear", "case", {}, times, {})
+    case = harness.result("linear", "case", {}, times, [])
     assert case["rounds"] == 6 and case["times"]["far"]["rounds"] == 3
     assert case["ratios"]["far"]["median"] > 2 > case["ratios"]["near"]["median"]
     times = {"ours": [1.0, 1.0, 1.0, 9.0, 9.0, 9.0], "far": [2.0, 2.0, 2.0]}

@@ -321,6 +321,27 @@ def nested(x, out, size, BLOCK: tl.constexpr):
     tl.store(out, tl.sum(b_sum, 0))
 
 
+@triton.jit
+def atomic(x, out, size, BLOCK: tl.constexpr):
+    """What not to do: sums in global memory."""
+    o = tl.arange(0, BLOCK)
+    for i in range(0, size, BLOCK):
+        tl.atomic_add(out + o, tl.exp(tl.load(x + i + o).to(tl.float32)), sem="relaxed")
+
+
+@triton.jit
+def twice(x, out, size, BLOCK: tl.constexpr):
+    """What not to do: the row read once more, an element at a time."""
+    o = tl.arange(0, BLOCK)
+    b_sum = tl.zeros([BLOCK], tl.float32)
+    for i in range(0, size, BLOCK):
+        b_sum += tl.exp(tl.load(x + i + o).to(tl.float32))
+    s = tl.sum(b_sum, 0)
+    for i in range(size):
+        s += tl.load(x + i).to(tl.float32)
+    tl.store(out, s)
+
+
 # A kernel, and what must be said of it.
 @pytest.mark.parametrize(
     "bad, target, complaints",
@@ -342,6 +363,10 @@ def nested(x, out, size, BLOCK: tl.constexpr):
             "sm_90",
             ["stores in another loop, 0 of them 16 bytes, 0", "BAR.SYNC.DEFER_BLOCKING in another", "1 loops beside"],
         ),
+        (atomic, "sm_90", ["ADD.F32"]),
+        (atomic, "gfx942", ["atomic_add_f32 in the hot loop"]),
+        (twice, "sm_90", ["FADD in another loop"]),
+        (twice, "gfx942", ["v_add_f32"]),
         (nested, "sm_90", ["1 loops within loops, 0 expected"]),
         (nested, "gfx942", ["1 loops within loops, 0 expected"]),
         (zeroing, "gfx942", ["stores in another loop, 0 of them 16 bytes, 0", "1 s_barrier in another loop"]),
