@@ -46,7 +46,7 @@ class Scope(NamedTuple):
 
 def find(model: nn.Module, scope: str | int) -> Scope:
     """The parameters of "backbone", "all" or of the decoder layers from a number on, the final norm and the head."""
-    model = _unwrapped(model)
+    copied, model = any(isinstance(module, nn.DataParallel) for module in model.modules()), _unwrapped(model)
     if scope == "all":
         return Scope(list(model.named_parameters()), [])
     if hasattr(model, "get_base_model"):  # PEFT keeps its adapters inside of the model that it wraps
@@ -61,7 +61,7 @@ def find(model: nn.Module, scope: str | int) -> Scope:
         return Scope(list(backbone.named_parameters()), [])
     if isinstance(scope, bool) or not isinstance(scope, int):
         raise ValueError(f"scope must be 'backbone', 'all' or the first layer's number, got {scope!r}")
-    return _upper(model, backbone, scope)
+    return _upper(model, backbone, scope, copied)
 
 
 def spared_by_autocast(model: nn.Module) -> list[nn.Parameter]:
@@ -164,7 +164,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def _upper(model: nn.Module, backbone: nn.Module, first: int) -> Scope:
+def _upper(model: nn.Module, backbone: nn.Module, first: int, copied: bool) -> Scope:
     backbone = _first_module(backbone, ("decoder",)) or backbone  # OPT
     layers = _first_module(backbone, ("layers", "h", "blocks"))
     norm = _first_module(backbone, ("norm", "ln_f", "norm_f", "final_layernorm", "final_layer_norm"))
@@ -190,6 +190,7 @@ def _upper(model: nn.Module, backbone: nn.Module, first: int) -> Scope:
     why = "they read a parameter that moves, as they do where the head is tied" if moved & below else ""
     why = "the model is compiled" if _compiled(model) else why
     why = "fully_shard has hooks on them" if distributed.is_sharded_model(model) else why
+    why = "DataParallel runs copies of them, in threads" if copied else why
     if kind not in PLAIN_DECODERS:
         why = f"model_type {kind!r} is none of those whose layers are known to pass on their output alone"
     if why and first:

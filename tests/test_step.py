@@ -1243,6 +1243,14 @@ def test_decoders_not_known_to_be_plain_run_every_layer_again(caplog):
     assert "the layers below 2 run at the anchor, too: model_type 'mixtral' is none of those" in message
 
 
+def test_layers_of_which_data_parallel_runs_copies_run_again(caplog):
+    caplog.set_level(logging.INFO, "gapo_kernels.scope")
+    model = nn.DataParallel(tiny_models.build("llama"))
+    anchor = GeometricAnchor.from_model(model, rho=RHO, scope=2)
+    assert anchor.unmoved_layers == [] and "run at the anchor, too: DataParallel runs copies" in caplog.messages[0]
+    assert gapo_step(language_logps(model), anchor).gap.abs().max() > 0
+
+
 def test_a_step_that_failed_after_its_use_of_the_anchor_is_repeated_with_the_same_noise(model, monkeypatch):
     logps = logps_fn(model, *batch())
 
