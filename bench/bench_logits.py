@@ -12,13 +12,20 @@ Floors: the bytes that must move (policy and anchor read once forward, the polic
 gradient written, of all rows on a GPU, on a CPU, whose system hands out zeros, of the kept ones) at the bandwidth of a
 copy, and on a CPU three passes of the exponential over the kept logits, in cache and on all threads: policy, anchor,
 gradient.
+
+On a CPU each contender has a process of its own. In a heap where another one has freed much, its tensors may lie without
+page faults: TRL's leave room for eager's, say, which then takes a third of the time that it takes by itself.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -28,6 +35,7 @@ from gapo_kernels import fused_gapo_loss, reference, threads
 
 SUITE = "logits"
 ROUNDS = 400
+FURTHER = 1.5  # times as long as rounds with everybody are those of ours and who has a goal, on a CPU
 GAMMA = 0.5
 UNEVEN = 0.3  # how far the prompts' lengths reach to either side of their mean, of it or of what is left beside it
 LEAST_TIMED = 2**27  # exponentials
@@ -71,10 +79,10 @@ def cases(where: torch.device, quick: bool = False) -> list[Case]:
     if where.type == "cpu":
         base = Case(2, 128, 32000, F32, 0.5, importance=2, seconds=3)
         wanted = [
-            Case(2, 256, 32000, F32, 0.0, seconds=90, goals={"eager": 4}),
-            Case(2, 256, 32000, F32, 0.5, seconds=90, goals={"eager": 6.5}),
-            Case(2, 256, 32000, BF16, 0.5, seconds=90, goals={"eager": 3.5}),
-            Case(2, 128, 128256, F32, 0.5, seconds=90, goals={"eager": 8}),
+            Case(2, 256, 32000, F32, 0.0, seconds=75, goals={"eager": 4}),
+            Case(2, 256, 32000, F32, 0.5, seconds=75, goals={"eager": 6.5}),
+            Case(2, 256, 32000, BF16, 0.5, seconds=75, goals={"eager": 3.5}),
+            Case(2, 128, 128256, F32, 0.5, seconds=75, goals={"eager": 8}),
             Case(4, None, 49152, F32, None, "smollm2", importance=1, seconds=60),
             *harness.sweep(
                 base,
@@ -159,10 +167,87 @@ def reference_of(batch: Batch) -> tuple[float, list[torch.Tensor]]:
     return total, [gradient.detach()]
 
 
-def expected(batch: Batch) -> peers.Expected:
+def expected(batch: Batch, known: tuple[float, list[torch.Tensor]] | None = None) -> peers.Expected:
+    """known: what `reference_of` says."""
     targets = peers.shifted(batch.labels).clamp(min=0).unsqueeze(-1)
     tolerances = (1e-5, 1e-4) if batch.logits.dtype == F32 else (1e-2, 0.25)
-    return peers.Expected(*reference_of(batch), lambda _, gradient: gradient.scatter_(-1, targets, 0.0), *tolerances)
+    return peers.Expected(*(known or reference_of(batch)), lambda _, gradient: gradient.scatter_(-1, targets, 0.0), *tolerances)
+
+
+PEERS = {
+    "eager": partial(peers.eager_from_logits, GAMMA, sliced=True),
+    "eager-view": partial(peers.eager_from_logits, GAMMA, sliced=False),
+    "compiled": lambda: peers.compiled(peers.eager_from_logits(GAMMA, sliced=False)),
+    "trl": partial(peers.trl_from_logits, GAMMA),
+    "liger": partial(peers.liger_from_logits, GAMMA),
+}
+
+
+def drop_gradient(used: Batch) -> None:
+    used.logits.grad = None
+
+
+def check(
+    names: Iterable[str], batch: Batch, exact: peers.Expected, where: torch.device
+) -> tuple[peers.Checked, dict[str, harness.Contender]]:
+    """Those that compute what is expected, ready to be timed."""
+    pristine = batch.logits.detach().clone() if "liger" in names else None
+
+    def mend(used: Batch) -> None:
+        with torch.no_grad():
+            used.logits.copy_(pristine)
+
+    def drop_and_mend(used: Batch) -> None:
+        drop_gradient(used)
+        mend(used)
+
+    found = peers.checked(
+        {"ours": ours} if "ours" in names else {},
+        {name: make for name, make in PEERS.items() if name in names},
+        batch,
+        [batch.logits],
+        exact,
+        where,
+        restore=lambda name: mend(batch) if name == "liger" else None,
+    )
+    return found, {
+        name: harness.Contender(
+            lambda inputs, loss=loss: loss(inputs).backward(), restore=drop_and_mend if name == "liger" else drop_gradient
+        )
+        for name, loss in found.losses.items()
+    }
+
+
+def lodge(name: str, file: Path) -> peers.Checked:
+    """A peer in this process, to be timed with the batch in the file, whose reference lies there, too; less its loss."""
+    content = torch.load(file)
+    batch = Batch(**content["batch"])
+    batch.logits.requires_grad_()
+    cpu = torch.device("cpu")
+    found, contenders = check([name], batch, expected(batch, content["known"]), cpu)
+    for contender in contenders.values():
+        harness.lodge(name, contender, with_other_prompts(batch), cpu)
+    return found._replace(losses={})
+
+
+def check_elsewhere(
+    names: Sequence[str], batch: Batch, known: tuple[float, list[torch.Tensor]], until_measured: ExitStack
+) -> tuple[peers.Checked, dict[str, harness.Elsewhere]]:
+    """`check` of peers, each in a process that `until_measured` ends."""
+    processes = {name: until_measured.enter_context(harness.another_process()) for name in names}
+    for process in processes.values():  # all start now
+        process.submit(torch.get_num_threads)
+    found, contenders = peers.Checked({}, {}, {}, {}), {}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "batch.pt")
+        torch.save({"batch": {name: one.detach() for name, one in batch._asdict().items()}, "known": known}, file)
+        for name, process in processes.items():
+            one = process.submit(lodge, name, file).result()
+            if name not in one.absent:
+                contenders[name] = harness.Elsewhere(process, name)
+            for whole, part in zip(found, one):
+                whole.update(part)
+    return found, contenders
 
 
 def measure(
@@ -178,46 +263,35 @@ def measure(
     in the end with the contender that is ours, and inputs for it."""
     where = where or harness.device()
     seconds = case.seconds if seconds is None else seconds
+    with ExitStack() as until_measured:
+        return _measure(case, rounds, where, seconds, quick, also, until_measured)
+
+
+def _measure(
+    case: Case,
+    rounds: int,
+    where: torch.device,
+    seconds: float,
+    quick: bool,
+    also: harness.Also | None,
+    until_measured: ExitStack,
+) -> dict:
     batch = make_batch(case, where, quick)
-    wanted = {"eager", "eager-view", *case.peers} - ({"liger"} if where.type == "cpu" else set())
-    pristine = batch.logits.detach().clone() if "liger" in wanted else None
-
-    def mend(used: Batch) -> None:
-        with torch.no_grad():
-            used.logits.copy_(pristine)
-
-    makers = {
-        "eager": lambda: peers.eager_from_logits(GAMMA, sliced=True),
-        "eager-view": lambda: peers.eager_from_logits(GAMMA, sliced=False),
-        "compiled": lambda: peers.compiled(peers.eager_from_logits(GAMMA, sliced=False)),
-        "trl": lambda: peers.trl_from_logits(GAMMA),
-        "liger": lambda: peers.liger_from_logits(GAMMA),
-    }
-    found = peers.checked(
-        {"ours": ours},
-        {name: make for name, make in makers.items() if name in wanted},
-        batch,
-        [batch.logits],
-        expected(batch),
-        where,
-        restore=lambda name: mend(batch) if name == "liger" else None,
-    )
-    if "liger" in case.peers and pristine is None:
+    on_cpu = where.type == "cpu"
+    wanted = [name for name in PEERS if name in case.peers or name.startswith("eager")]
+    if on_cpu:
+        wanted = [name for name in wanted if name != "liger"]
+        known = reference_of(batch)
+        found, contenders = check(["ours"], batch, expected(batch, known), where)
+        others, elsewhere = check_elsewhere(wanted, batch, known, until_measured)
+        del known
+        for whole, part in zip(found, others):
+            whole.update(part)
+        contenders |= elsewhere
+    else:
+        found, contenders = check(["ours", *wanted], batch, expected(batch), where)
+    if on_cpu and "liger" in case.peers:
         found.absent["liger"] = "runs on a GPU only"
-
-    def drop_gradient(used: Batch) -> None:
-        used.logits.grad = None
-
-    def drop_and_mend(used: Batch) -> None:
-        drop_gradient(used)
-        mend(used)
-
-    contenders = {
-        name: harness.Contender(
-            lambda inputs, loss=loss: loss(inputs).backward(), restore=drop_and_mend if name == "liger" else drop_gradient
-        )
-        for name, loss in found.losses.items()
-    }
     halves = {
         "forward": harness.Contender(ours),
         "backward": harness.Contender(lambda loss: loss.backward(), prepare=ours, restore=drop_gradient),
@@ -225,7 +299,6 @@ def measure(
     everything = batch.logits.numel() * batch.logits.element_size()
     kept = int((batch.labels[:, 1:] != -100).sum())
     kept_bytes = kept * batch.logits.shape[-1] * batch.logits.element_size()
-    on_cpu = where.type == "cpu"
     written = kept_bytes if on_cpu else everything
     copy, copied = harness.copying(where, quick)
     passes = {"copy": copy}
@@ -236,10 +309,15 @@ def measure(
         repeats = -(-LEAST_TIMED // count)
         passes["three exponentials"] = exponentials(repeats * count, where)
     times = harness.interleaved({**contenders, **passes}, inputs, where, rounds, seconds=seconds)
-    if on_cpu and case.goals:  # what a page costs moves a lot: ours and who has a goal take turns for twice as long
-        pair = {name: contenders[name] for name in ("ours", *case.goals) if name in contenders}
-        for name, spent in harness.interleaved(pair, inputs, where, rounds, seconds=2 * seconds).items():
-            times[name] += spent
+    more = {}
+    if on_cpu:
+        if case.goals and not harness.allocator_settings():
+            # What a page costs moves a lot: ours and who has a goal take turns for longer.
+            pair = {name: contenders[name] for name in ("ours", *case.goals) if name in contenders}
+            for name, spent in harness.interleaved(pair, inputs, where, rounds, seconds=FURTHER * seconds).items():
+                times[name] += spent
+        more["page_faults"] = {"ours": harness.page_faults(contenders["ours"], batch, where)}
+        more["page_faults"] |= {name: one.page_faults() for name, one in elsewhere.items()}
     bandwidth = copied / statistics.median(times["copy"])
     least = {"copy": (3 * kept_bytes + written) / copied}
     if on_cpu:
@@ -281,6 +359,7 @@ def measure(
         absent=found.absent,
         goals=case.goals,
         floor_goals=case.floor_goals,
+        **more,
     )
 
 

@@ -82,7 +82,7 @@ def cases(where: torch.device, quick: bool = False) -> list[Case]:
     if quick:
         return [Case("Llama-tiny", 2, 12, F32), Case("Llama-tiny", 2, 12, BF16)]
     if where.type == "cpu":
-        return [Case(SMOLLM2, 8, None, F32, seconds=700)]
+        return [Case(SMOLLM2, 8, None, F32, seconds=500)]
     goals = {"authors": 1.25, "authors-float32": 4}
     return [Case("Llama-1B", 2, 1024, BF16, seconds=30, goals=goals), Case(SMOLLM2, 16, None, BF16, 1, seconds=8)]
 

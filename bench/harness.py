@@ -12,6 +12,7 @@ Each bench_*.py has `cases(device, quick)` and `measure(case, rounds, ...)`, whi
                    same run
     parts          where measured, {"forward" or "backward": a summary like those in `times`, of ours, and its floor}
     peak_...       {contender: MiB at the worst moment beyond what the name says, None where it cannot be known}
+    page_faults    where measured, {contender: a call's}
     errors         {contender: {"loss", "gradient"}}: relative, against the reference; the latter of the largest entry
     absent         {contender: why it was not measured}
     goals          where there are some, {contender: the least that its ratio is to be}
@@ -33,6 +34,7 @@ import math
 import multiprocessing
 import os
 import platform
+import resource
 import signal
 import statistics
 import subprocess
@@ -207,7 +209,7 @@ def environment(where: torch.device | None = None) -> dict[str, str | int | dict
 # ---- processes ----
 
 # On a CPU what was freed before decides what a contender's large tensors cost: where the heap has room, they lie without
-# page faults. In a process of its own a case does not find what another one left.
+# page faults. In a process of its own neither a case nor a contender finds what another one left.
 
 
 def another_process() -> ProcessPoolExecutor:
@@ -242,6 +244,37 @@ def run_here() -> None:
         torch.cuda.synchronize()
 
 
+_lodgers: dict[str, tuple[Contender, Iterator[Any], torch.device]] = {}  # whom this process times for another one
+
+
+def lodge(name: str, contender: Contender, inputs: Sequence[Any], where: torch.device) -> None:
+    gc.disable()  # as while rounds are timed
+    _lodgers[name] = contender, itertools.cycle(inputs), where
+
+
+def seconds_here(name: str) -> float:
+    contender, turn, where = _lodgers[name]
+    return contender.seconds(next(turn), where)
+
+
+def faults_here(name: str) -> int:
+    contender, turn, where = _lodgers[name]
+    return page_faults(contender, next(turn), where)
+
+
+class Elsewhere(NamedTuple):
+    """A contender that lodges in another process, with inputs of its own."""
+
+    process: ProcessPoolExecutor
+    name: str
+
+    def seconds(self, inputs: Any, where: torch.device) -> float:
+        return self.process.submit(seconds_here, self.name).result()
+
+    def page_faults(self) -> int:
+        return self.process.submit(faults_here, self.name).result()
+
+
 # ---- time ----
 
 
@@ -265,7 +298,7 @@ def timed(function: Callable[[], object], where: torch.device) -> float:
 
 
 def interleaved(
-    contenders: dict[str, Contender],
+    contenders: dict[str, Contender | Elsewhere],
     inputs: Sequence[Any],
     where: torch.device,
     rounds: int,
@@ -391,6 +424,13 @@ def peak_bytes(function: Callable[[], object], where: torch.device) -> int | Non
         return None
     function()
     return _status("VmHWM") - before
+
+
+def page_faults(contender: Contender, inputs: Any, where: torch.device) -> int:
+    """Those of this process in a call, `prepare` and `restore` included, which read no file: a fresh page is one."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    contender.seconds(inputs, where)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
 def _status(field: str) -> int:

@@ -485,8 +485,8 @@ def test_the_peak_of_a_call_is_what_it_takes_at_its_worst_moment():
         assert size * 0.9 < peak < size * 1.6
 
 
-def logits_batch():
-    case = bench_logits.Case(2, 6, 31, torch.float32, 0.5)
+def logits_batch(dtype=torch.float32):
+    case = bench_logits.Case(2, 6, 31, dtype, 0.5)
     return bench_logits.make_batch(case, CPU, quick=True)
 
 
@@ -579,10 +579,30 @@ def test_a_peer_in_16_bits_may_round_but_not_leave_out(monkeypatch):
 
         return loss if sliced else made(gamma, sliced)
 
-    monkeypatch.setattr(bench_logits.peers, "eager_from_logits", half)
-    case = next(case for case in bench_logits.cases(CPU, True) if case.dtype == torch.bfloat16)
-    result = bench_logits.measure(case, 3, CPU, seconds=1, quick=True)
-    assert "eager-view" in result["times"] and re.search(r"its gradient by 0\.[45]", result["absent"]["eager"])
+    batch = logits_batch(torch.bfloat16)
+    monkeypatch.setitem(bench_logits.PEERS, "eager", partial(half, bench_logits.GAMMA, sliced=True))
+    monkeypatch.setitem(bench_logits.PEERS, "eager-view", partial(half, bench_logits.GAMMA, sliced=False))
+    found, contenders = bench_logits.check(["eager", "eager-view"], batch, bench_logits.expected(batch), CPU)
+    assert set(contenders) == {"eager-view"} and re.search(r"its gradient by 0\.[45]", found.absent["eager"])
+
+
+def test_every_contender_of_the_logits_path_has_a_process_of_its_own_on_a_cpu(monkeypatch):
+    started, another = [], harness.another_process
+
+    def counted():
+        started.append(another())
+        return started[-1]
+
+    monkeypatch.setattr(harness, "another_process", counted)
+    # So large that glibc maps each tensor of the logits' size anew, where its heap has no room for it.
+    case = bench_logits.Case(1, 97, 50_000, torch.float32, 0.5, peers=frozenset({"trl"}), goals={"eager": 1})
+    result = bench_logits.measure(case, 3, CPU, seconds=1)
+    assert {"ours", "eager", "eager-view", "trl"} <= set(result["times"]) and len(started) == 3
+    assert result["times"]["eager"]["rounds"] == 6 == 2 * result["times"]["trl"]["rounds"]
+    faults = result["page_faults"]
+    assert 2 * faults["ours"] < faults["eager-view"] < faults["eager"]  # whose slices are copies, forward and backward
+    with pytest.raises(RuntimeError, match="shutdown"):  # none outlives the measurement
+        started[0].submit(os.getpid)
 
 
 def rest(recipe, step):
