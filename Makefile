@@ -87,8 +87,8 @@ $(PEERS): $(READY) constraints.txt
 	touch $@
 
 # BENCH=--quick measures nothing that counts. On a CPU what was freed before decides what a contender's large tensors cost,
-# fresh pages or kept ones: a process for each case starts without any, and a second run keeps all freed memory; of the
-# linear path, whose cases take long, that measures the ones with a goal.
+# fresh pages or kept ones: a process of its own starts without any, and a second run keeps all freed memory; of the linear
+# path, whose cases take long, that measures the ones with a goal.
 bench: $(PEERS)
 	@$(GO_ON) \
 	for suite in anchor linear logits step; do \

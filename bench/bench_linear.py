@@ -94,7 +94,7 @@ def cases(where: torch.device, quick: bool = False) -> list[Case]:
     if where.type == "cpu":
         base = Case(1, 128, 576, 16384, F32, 0.5, peers=CPU_UNCOMPILED | {"compiled"}, importance=2, seconds=15)
         wanted = [
-            Case(4, 256, 576, 49152, F32, 0.5, seconds=280, goals=GOALS),
+            Case(4, 256, 576, 49152, F32, 0.5, seconds=240, goals=GOALS),
             Case(4, 256, 576, 49152, F32, 0.0, importance=1, seconds=50),
             Case(1, 256, 576, 49152, F32, 0.0, importance=1, seconds=50),
             Case(4, None, 576, 49152, F32, None, "smollm2", CPU_UNCOMPILED, 1, seconds=50),

@@ -13,8 +13,8 @@ gradient written, of all rows on a GPU, on a CPU, whose system hands out zeros, 
 copy, and on a CPU three passes of the exponential over the kept logits, in cache and on all threads: policy, anchor,
 gradient.
 
-On a CPU each contender has a process of its own. In a heap where another one has freed much, its tensors may lie without
-page faults: TRL's leave room for eager's, say, which then takes a third of the time that it takes by itself.
+On a CPU each peer has a process of its own, and ours the one that makes the batch and times the floors. In a heap where
+another one has freed much, a peer's tensors may lie without page faults: TRL's rows leave room for eager's, say.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -35,7 +37,7 @@ from gapo_kernels import fused_gapo_loss, reference, threads
 
 SUITE = "logits"
 ROUNDS = 400
-FURTHER = 1.5  # times as long as rounds with everybody are those of ours and who has a goal, on a CPU
+FURTHER = 1.5  # how long ours and who has a goal go on by themselves, on a CPU, of the time of the rounds with everybody
 GAMMA = 0.5
 UNEVEN = 0.3  # how far the prompts' lengths reach to either side of their mean, of it or of what is left beside it
 LEAST_TIMED = 2**27  # exponentials
@@ -79,11 +81,11 @@ def cases(where: torch.device, quick: bool = False) -> list[Case]:
     if where.type == "cpu":
         base = Case(2, 128, 32000, F32, 0.5, importance=2, seconds=3)
         wanted = [
-            Case(2, 256, 32000, F32, 0.0, seconds=75, goals={"eager": 4}),
-            Case(2, 256, 32000, F32, 0.5, seconds=75, goals={"eager": 6.5}),
-            Case(2, 256, 32000, BF16, 0.5, seconds=75, goals={"eager": 3.5}),
-            Case(2, 128, 128256, F32, 0.5, seconds=75, goals={"eager": 8}),
-            Case(4, None, 49152, F32, None, "smollm2", importance=1, seconds=60),
+            Case(2, 256, 32000, F32, 0.0, seconds=60, goals={"eager": 4}),
+            Case(2, 256, 32000, F32, 0.5, seconds=60, goals={"eager": 6.5}),
+            Case(2, 256, 32000, BF16, 0.5, seconds=60, goals={"eager": 3.5}),
+            Case(2, 128, 128256, F32, 0.5, seconds=60, goals={"eager": 8}),
+            Case(4, None, 49152, F32, None, "smollm2", importance=1, seconds=40),
             *harness.sweep(
                 base,
                 vocabulary=[4096, 50257, 128256],
@@ -126,7 +128,8 @@ def make_batch(case: Case, where: torch.device, quick: bool) -> Batch:
     logits = torch.empty(shape, dtype=case.dtype, device=where).normal_(std=3, generator=generator)
     anchor_logits = torch.empty_like(logits).normal_(std=0.01, generator=generator).add_(logits)
     labels = torch.randint(case.vocabulary, shape[:2], device=where, generator=generator)
-    prompts = case.length * (case.ignored + UNEVEN * torch.linspace(-1, 1, case.pairs).repeat(2) * min(case.ignored, 1 - case.ignored))
+    uneven = UNEVEN * torch.linspace(-1, 1, 2 * case.pairs) * min(case.ignored, 1 - case.ignored)
+    prompts = case.length * (case.ignored + uneven)
     labels[torch.arange(case.length, device=where) < prompts.round().to(where).unsqueeze(-1)] = -100
     targets, lift = peers.shifted(labels).clamp(min=0).unsqueeze(-1), peers.pessimism(labels).to(case.dtype).unsqueeze(-1)
     anchor_logits.scatter_add_(-1, targets, lift.expand(targets.shape))
@@ -218,33 +221,38 @@ def check(
     }
 
 
-def lodge(name: str, file: Path) -> peers.Checked:
+def lodge(name: str, file: Path, quick: bool) -> peers.Checked:
     """A peer in this process, to be timed with the batch in the file, whose reference lies there, too; less its loss."""
+    if quick:
+        torch.compiler.set_stance("force_eager")  # compiling takes seconds whatever the shape
     content = torch.load(file)
     batch = Batch(**content["batch"])
     batch.logits.requires_grad_()
     cpu = torch.device("cpu")
     found, contenders = check([name], batch, expected(batch, content["known"]), cpu)
     for contender in contenders.values():
-        harness.lodge(name, contender, with_other_prompts(batch), cpu)
+        harness.lodge(contender, with_other_prompts(batch), cpu)
     return found._replace(losses={})
 
 
 def check_elsewhere(
-    names: Sequence[str], batch: Batch, known: tuple[float, list[torch.Tensor]], until_measured: ExitStack
+    names: Sequence[str], batch: Batch, known: tuple[float, list[torch.Tensor]], quick: bool, until_measured: ExitStack
 ) -> tuple[peers.Checked, dict[str, harness.Elsewhere]]:
     """`check` of peers, each in a process that `until_measured` ends."""
     processes = {name: until_measured.enter_context(harness.another_process()) for name in names}
-    for process in processes.values():  # all start now
-        process.submit(torch.get_num_threads)
+    wait([process.submit(torch.get_num_threads) for process in processes.values()])  # they start side by side
     found, contenders = peers.Checked({}, {}, {}, {}), {}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "batch.pt")
         torch.save({"batch": {name: one.detach() for name, one in batch._asdict().items()}, "known": known}, file)
         for name, process in processes.items():
-            one = process.submit(lodge, name, file).result()
+            try:
+                one = process.submit(lodge, name, file, quick).result()
+            except BrokenProcessPool:
+                found.absent[name] = "its process died"
+                continue
             if name not in one.absent:
-                contenders[name] = harness.Elsewhere(process, name)
+                contenders[name] = harness.Elsewhere(process)
             for whole, part in zip(found, one):
                 whole.update(part)
     return found, contenders
@@ -278,20 +286,20 @@ def _measure(
 ) -> dict:
     batch = make_batch(case, where, quick)
     on_cpu = where.type == "cpu"
-    wanted = [name for name in PEERS if name in case.peers or name.startswith("eager")]
+    wanted = [name for name in PEERS if name in {"eager", "eager-view", *case.peers}]
     if on_cpu:
         wanted = [name for name in wanted if name != "liger"]
         known = reference_of(batch)
         found, contenders = check(["ours"], batch, expected(batch, known), where)
-        others, elsewhere = check_elsewhere(wanted, batch, known, until_measured)
+        others, elsewhere = check_elsewhere(wanted, batch, known, quick, until_measured)
         del known
         for whole, part in zip(found, others):
             whole.update(part)
         contenders |= elsewhere
+        if "liger" in case.peers:
+            found.absent["liger"] = "runs on a GPU only"
     else:
         found, contenders = check(["ours", *wanted], batch, expected(batch), where)
-    if on_cpu and "liger" in case.peers:
-        found.absent["liger"] = "runs on a GPU only"
     halves = {
         "forward": harness.Contender(ours),
         "backward": harness.Contender(lambda loss: loss.backward(), prepare=ours, restore=drop_gradient),
@@ -312,7 +320,7 @@ def _measure(
     more = {}
     if on_cpu:
         if case.goals and not harness.allocator_settings():
-            # What a page costs moves a lot: ours and who has a goal take turns for longer.
+            # What a fresh page costs moves a lot: ours and who has a goal take turns for longer.
             pair = {name: contenders[name] for name in ("ours", *case.goals) if name in contenders}
             for name, spent in harness.interleaved(pair, inputs, where, rounds, seconds=FURTHER * seconds).items():
                 times[name] += spent

@@ -12,7 +12,7 @@ Each bench_*.py has `cases(device, quick)` and `measure(case, rounds, ...)`, whi
                    same run
     parts          where measured, {"forward" or "backward": a summary like those in `times`, of ours, and its floor}
     peak_...       {contender: MiB at the worst moment beyond what the name says, None where it cannot be known}
-    page_faults    where measured, {contender: a call's}
+    page_faults    where measured, {contender: those of one call}
     errors         {contender: {"loss", "gradient"}}: relative, against the reference; the latter of the largest entry
     absent         {contender: why it was not measured}
     goals          where there are some, {contender: the least that its ratio is to be}
@@ -65,6 +65,7 @@ REPEATS = 3  # the thirds of a run whose ratios are compared
 # Where all calls are this long, none finds what it left in the caches one call ago: they are not run untimed before each
 # timing.
 LONG_CALL = 0.25
+THREADS_REST = 0.02  # seconds after which another process's threads no longer wait busily for more work
 LIBC = ctypes.CDLL(None)
 HOST_LEAD_CYCLES = 2_000_000  # about a millisecond
 RING_AGAIN = 1.0  # seconds
@@ -90,6 +91,12 @@ class Contender(NamedTuple):
         spent = timed(lambda: self.run(prepared), where)
         self.done(inputs)
         return spent
+
+    def turn(self, inputs: Iterator[Any], where: torch.device, warm: bool) -> float:
+        """Seconds of a call with the next of the inputs; where `warm`, after one untimed call."""
+        if warm:
+            self.seconds(next(inputs), where)
+        return self.seconds(next(inputs), where)
 
 
 Also = Callable[[Contender, Any], object]
@@ -209,7 +216,7 @@ def environment(where: torch.device | None = None) -> dict[str, str | int | dict
 # ---- processes ----
 
 # On a CPU what was freed before decides what a contender's large tensors cost: where the heap has room, they lie without
-# page faults. In a process of its own neither a case nor a contender finds what another one left.
+# page faults. In a process of its own a case, and of the logits path a contender, does not find what another one left.
 
 
 def another_process() -> ProcessPoolExecutor:
@@ -244,35 +251,37 @@ def run_here() -> None:
         torch.cuda.synchronize()
 
 
-_lodgers: dict[str, tuple[Contender, Iterator[Any], torch.device]] = {}  # whom this process times for another one
+_lodger: tuple[Contender, Iterator[Any], torch.device] | None = None  # whom this process times for another one
 
 
-def lodge(name: str, contender: Contender, inputs: Sequence[Any], where: torch.device) -> None:
+def lodge(contender: Contender, inputs: Sequence[Any], where: torch.device) -> None:
+    global _lodger
     gc.disable()  # as while rounds are timed
-    _lodgers[name] = contender, itertools.cycle(inputs), where
+    _lodger = contender, itertools.cycle(inputs), where
 
 
-def seconds_here(name: str) -> float:
-    contender, turn, where = _lodgers[name]
-    return contender.seconds(next(turn), where)
+def turn_here(warm: bool) -> float:
+    contender, inputs, where = _lodger
+    return contender.turn(inputs, where, warm)
 
 
-def faults_here(name: str) -> int:
-    contender, turn, where = _lodgers[name]
-    return page_faults(contender, next(turn), where)
+def faults_here() -> int:
+    contender, inputs, where = _lodger
+    return page_faults(contender, next(inputs), where)
 
 
 class Elsewhere(NamedTuple):
     """A contender that lodges in another process, with inputs of its own."""
 
     process: ProcessPoolExecutor
-    name: str
 
-    def seconds(self, inputs: Any, where: torch.device) -> float:
-        return self.process.submit(seconds_here, self.name).result()
+    def turn(self, inputs: Iterator[Any], where: torch.device, warm: bool) -> float:
+        spent = self.process.submit(turn_here, warm).result()
+        time.sleep(THREADS_REST)
+        return spent
 
     def page_faults(self) -> int:
-        return self.process.submit(faults_here, self.name).result()
+        return self.process.submit(faults_here).result()
 
 
 # ---- time ----
@@ -327,9 +336,7 @@ def interleaved(
                 break
             warm = min(last.values()) < LONG_CALL
             for name in names:
-                if warm:
-                    contenders[name].seconds(next(turn), where)
-                last[name] = contenders[name].seconds(next(turn), where)
+                last[name] = contenders[name].turn(turn, where, warm)
                 if number >= warmup:
                     times[name].append(last[name])
 

@@ -73,6 +73,7 @@ def blocks(results: Results, pictures: Mapping[str, tuple[str, str]]) -> dict[st
         "logits-table": lambda: _sections(runs("logits"), overview),
         "logits-floor": lambda: _sections(runs("logits"), _section(_headline, _floor, _ours, _fraction, _halves)),
         "logits-memory": lambda: _sections(runs("logits"), _section(_headline, _peaks)),
+        "logits-pages": lambda: "\n\n".join(map(_section(_with_faults, _faults), filter(_with_faults, runs("logits")))) or NOTHING,
         "logits-all": lambda: _sections(runs("logits"), _section(_all, _ours, _fraction, _quartiles)),
         "linear-table": lambda: _sections(runs("linear"), overview),
         "linear-floor": lambda: _sections(runs("linear"), partial(_linear_floor, runs("logits"))),
@@ -298,6 +299,17 @@ def _peaks(cases: Sequence[Case]) -> Columns:
 
 def _peak(case: Case, name: str) -> str:
     return mebibytes(peaks_of(case)[name]) if name in peaks_of(case) else NONE
+
+
+def _with_faults(run: Run) -> list[Case]:
+    return [case for case in run.headline() if "page_faults" in case]
+
+
+def _faults(cases: Sequence[Case]) -> Columns:
+    names = list(dict.fromkeys(name for case in cases for name in case["page_faults"]))
+    return [CONTENDERS.get(name, name) for name in names], lambda case: [
+        f"{case['page_faults'][name]:,}" if name in case["page_faults"] else NONE for name in names
+    ]
 
 
 def peaks_of(case: Case) -> dict[str, float | None]:

@@ -586,23 +586,48 @@ def test_a_peer_in_16_bits_may_round_but_not_leave_out(monkeypatch):
     assert set(contenders) == {"eager-view"} and re.search(r"its gradient by 0\.[45]", found.absent["eager"])
 
 
-def test_every_contender_of_the_logits_path_has_a_process_of_its_own_on_a_cpu(monkeypatch):
-    started, another = [], harness.another_process
+@pytest.mark.skipif(not hasattr(harness.LIBC, "malloc_trim"), reason="another allocator than glibc's")
+def test_each_peer_of_the_logits_path_has_a_process_of_its_own_on_a_cpu(monkeypatch):
+    pytest.importorskip("trl")
+    for name in harness.allocator_settings():
+        monkeypatch.delenv(name)
+    started, here, elsewhere = [], [], []
+    another, check, turn = harness.another_process, bench_logits.check, harness.Elsewhere.turn
 
     def counted():
         started.append(another())
         return started[-1]
 
+    def turn_elsewhere(self, *arguments):
+        elsewhere.append(started.index(self.process))
+        return turn(self, *arguments)
+
     monkeypatch.setattr(harness, "another_process", counted)
+    monkeypatch.setattr(bench_logits, "check", lambda names, *others: here.extend(names) or check(names, *others))
+    monkeypatch.setattr(harness.Elsewhere, "turn", turn_elsewhere)
     # So large that glibc maps each tensor of the logits' size anew, where its heap has no room for it.
     case = bench_logits.Case(1, 97, 50_000, torch.float32, 0.5, peers=frozenset({"trl"}), goals={"eager": 1})
     result = bench_logits.measure(case, 3, CPU, seconds=1)
-    assert {"ours", "eager", "eager-view", "trl"} <= set(result["times"]) and len(started) == 3
-    assert result["times"]["eager"]["rounds"] == 6 == 2 * result["times"]["trl"]["rounds"]
+    assert here == ["ours"] and {"eager", "eager-view", "trl"} < set(result["times"])
+    eager, *others = (elsewhere.count(number) for number in range(len(started)))
+    assert others == [4, 4] and eager == 8  # the first round of each is untimed, and of the further ones
+    assert result["times"]["eager"]["rounds"] == 6 and result["times"]["trl"]["rounds"] == 3
     faults = result["page_faults"]
     assert 2 * faults["ours"] < faults["eager-view"] < faults["eager"]  # whose slices are copies, forward and backward
-    with pytest.raises(RuntimeError, match="shutdown"):  # none outlives the measurement
-        started[0].submit(os.getpid)
+    for process in started:  # none outlives the measurement
+        with pytest.raises(RuntimeError, match="shutdown"):
+            process.submit(os.getpid)
+
+
+@pytest.mark.parametrize("pairs", [1, 2, 4, 16])
+@pytest.mark.parametrize("ignored", [0.0, 0.5, 0.9])
+def test_as_many_rows_are_ignored_as_the_case_says_and_other_ones_in_each_call(pairs, ignored):
+    batch = bench_logits.make_batch(bench_logits.Case(pairs, 128, 3, torch.float32, ignored), CPU, quick=True)
+    calls = bench_logits.with_other_prompts(batch)
+    for one, next_one in zip(calls, calls[1:]):
+        share = (one.labels[:, 1:] == -100).double().mean().item()
+        assert abs(share - ignored) < 1 / 128
+        assert ignored == 0 or not torch.equal(one.labels, next_one.labels)
 
 
 def rest(recipe, step):
