@@ -98,7 +98,7 @@ class Ours:
 
     def __init__(self, weights: Weights) -> None:
         moves = [
-            perturbation.Move(theta.view(-1), g.view(-1), g.view(-1), weights.dtype, number, 0)
+            perturbation.Move(theta.view(-1), g.view(-1), g.view(-1), weights.dtype, number)
             for number, (theta, g) in enumerate(zip(weights.thetas, [g.clone() for g in weights.gradients]))
         ]
         back_end = displacement._back_end(weights.thetas[0].device)

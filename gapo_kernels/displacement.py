@@ -58,7 +58,8 @@ class Displacement:
             flat = _flat(direction) if dense[number] else direction.contiguous().view(-1)
             fits = exclusive and dense[number] and flat.element_size() == theta.element_size()
             original = flat.view(theta.dtype) if fits else torch.empty_like(theta)
-            move = perturbation.Move(theta, flat, original, grids[number], number, distributed.shard_number(param))
+            place = distributed.place_of_shard(param)
+            move = perturbation.Move(theta, flat, original, grids[number], number, *place)
             groups.setdefault((tensor.device, distributed.shard_group(param)), []).append(move)
         self._parts = [
             (_back_end(device)(moves, geometry, stochastic), group) for (device, group), moves in groups.items()

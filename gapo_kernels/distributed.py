@@ -70,19 +70,17 @@ def shard_group(param: Tensor) -> torch.distributed.ProcessGroup | None:
     return None if dimension is None else param.device_mesh.get_group(dimension)
 
 
-def shard_number(param: Tensor) -> int:
-    dimension = shard_dimension(param)
-    return 0 if dimension is None else param.device_mesh.get_local_rank(dimension)
-
-
 def place_of_shard(param: Tensor) -> tuple[int, int]:
     """(the whole parameter's elements before this rank's, 0) where these lie one after another, as the rows do that FSDP2
     takes apart by itself; else (0, the shard's number)."""
     dimension = shard_dimension(param)
-    if dimension is None or not param.placements[dimension].is_shard(0):
-        return 0, shard_number(param)
+    if dimension is None:
+        return 0, 0
+    shard = param.device_mesh.get_local_rank(dimension)
+    if not param.placements[dimension].is_shard(0):
+        return 0, shard
     rows, ranks = param.shape[0], param.device_mesh.size(dimension)
-    return min(shard_number(param) * -(-rows // ranks), rows) * param.shape[1:].numel(), 0
+    return min(shard * -(-rows // ranks), rows) * param.shape[1:].numel(), 0
 
 
 def summed(value: Tensor, group: torch.distributed.ProcessGroup | None) -> Tensor:
@@ -326,8 +324,11 @@ class ShardedModel:
 
     def gradients(self, objective: Tensor, params: Sequence[nn.Parameter], retain_graph: bool) -> list[Tensor | None]:
         """The objective's gradients, averaged by FSDP; every .grad is what it was before."""
-        contexts = self._contexts()
-        leaves = list({id(leaf): leaf for leaf in (*self._params, *_leaves(objective))}.values())
+        contexts, gathered, wanted = self._contexts(), self.gathered(), set(map(id, params))
+        of_graph = list(_leaves(objective))
+        leaves = list({id(leaf): leaf for leaf in (*self._params, *of_graph)}.values())
+        # The backward goes no further down than these lie.
+        inputs = [leaf for leaf in of_graph if gathered.get(id(leaf), id(leaf)) in wanted]
         if any(leaf._post_accumulate_grad_hooks for leaf in leaves):
             raise RuntimeError(
                 "under FSDP2 the probe's backward would run the hooks of register_post_accumulate_grad_hook (an optimizer "
@@ -351,7 +352,7 @@ class ShardedModel:
                     context.is_last_backward = True  # else its reductions may still be under way
                 for leaf in leaves:
                     leaf.grad = None
-                objective.backward(retain_graph=retain_graph)
+                objective.backward(retain_graph=retain_graph, inputs=inputs or None)
                 return [param.grad for param in params]
             finally:
                 for leaf, grad in zip(leaves, aside):

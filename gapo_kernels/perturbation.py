@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 import torch
@@ -33,8 +33,9 @@ class Move(NamedTuple):
     direction: Tensor  # (n,) g, of any floating dtype
     original: Tensor  # (n,) of theta's dtype, takes theta's old values; may be direction's memory
     grid: torch.dtype  # what the forward computes with: theta~ lies on its grid, around theta cast to it
-    number: int  # the parameter's, for the random numbers
-    shard: int  # 0 for a whole parameter
+    number: int  # the parameter's, for the random numbers, as the two below
+    first: int = 0  # of a shard: the whole parameter's elements before these
+    shard: int = 0  # its number, where it is no run of rows
 
 
 class Chunk(NamedTuple):
@@ -67,8 +68,8 @@ class Perturbation:
         self._chunks: list[Chunk] = []
         for move in moves:
             size = _shortened(ROUNDED_CHUNK if stochastic and move.grid in HALF else CHUNK)
-            for start in range(0, move.theta.numel(), size):
-                stop = min(start + size, move.theta.numel())
+            begin, end = -move.first % SQUARED_TOGETHER, move.theta.numel()  # random numbers come in tiles of the whole
+            for start, stop in pairwise(sorted({0, *range(min(begin, end), end, size), end})):
                 self._chunks.append(Chunk(move, len(self._chunks), start, stop))
         self._size = max((chunk.stop - chunk.start for chunk in self._chunks), default=0)
         # Set for a chunk when its original is complete and before theta changes: a failure in between costs nothing.
@@ -161,7 +162,7 @@ class Perturbation:
         """x, theta + delta of a chunk, to the grid, in place."""
         move = chunk.move
         if move.grid in HALF and self._stochastic:
-            place = (chunk.start, chunk.stop - chunk.start, move.number, move.shard)
+            place = (move.first + chunk.start, chunk.stop - chunk.start, move.number, move.shard)
             bits = philox.bits16(*place, step, seed, self._device, *scratch.random())
             rounded = round_stochastically_(x.float(), move.grid, bits)  # in place, unless theta is float64
             if rounded is not x:
@@ -181,7 +182,8 @@ class _Scratch:
     """A thread's three buffers for each dtype, and those of its random numbers."""
 
     def __init__(self, device: torch.device, size: int) -> None:
-        self._device, self._size = device, -(-size // philox.TILE) * philox.TILE  # random numbers come in whole tiles
+        # Random numbers come in whole tiles, and a shard's first elements may reach into one more.
+        self._device, self._size = device, (-(-size // philox.TILE) + 1) * philox.TILE
         self._buffers: dict[torch.dtype, tuple[Tensor, ...]] = {}
         self._random: tuple[philox.Buffers, Tensor] | None = None
 

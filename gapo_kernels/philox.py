@@ -1,8 +1,9 @@
 """Philox-4x32-10, the counter-based generator of Salmon et al. (SC'11, "Parallel random numbers: as easy as 1, 2, 3").
 
-The random bits of an element are a function of (seed, step, parameter, shard, element): the same on every rank and
-device, in any order, and again after a resume. `kernels/perturbation.py` and `kernels/noise.py` draw the
-same words with tl.philox.
+The random bits of an element are a function of (seed, step, parameter, element): the same on every rank and device,
+however the parameter's rows are sharded, in any order, and again after a resume. (Shards that are no runs of rows count their
+own elements, and the shard's number comes in.) `kernels/perturbation.py` and `kernels/noise.py` draw the same words with
+tl.philox.
 
 An element's place in its parameter says which bits are its own. For rounding, elements come in tiles of 8 groups of 1024;
 counter number 1024 * tile + lane serves the 8 elements at that lane of the tile's groups: group k takes the lower (k even)
@@ -76,19 +77,21 @@ def bits16(
     buffers: Buffers | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """(count,) int32 in [0, 2^16) for the elements [start, start + count) of a parameter; start is a tile's first.
+    """(count,) int32 in [0, 2^16) for the elements [start, start + count) of a parameter.
 
-    `out`: int32 memory for the whole tiles.
+    `out`: int32 memory for all tiles that they touch.
     """
-    tiles = -(-count // TILE)
-    c0 = torch.arange(start // GROUPS, start // GROUPS + tiles * LANES, device=device).view(tiles, LANES)
+    first, last = start // TILE, -(-(start + count) // TILE)
+    tiles = last - first
+    c0 = torch.arange(first * LANES, last * LANES, device=device).view(tiles, LANES)
     if out is None:
         out = torch.empty(tiles * TILE, dtype=torch.int32, device=device)
     bits = out[: tiles * TILE].view(tiles, GROUPS, LANES)
     for i, word in enumerate(philox(c0, 2 * shard + ROUNDING, number, step, seed, buffers)):
         bits[:, 2 * i] = word  # the lower 32 bits
         torch.bitwise_right_shift(bits[:, 2 * i], 16, out=bits[:, 2 * i + 1])
-    return bits.bitwise_and_(0xFFFF).view(-1)[:count]
+    begin = start - first * TILE
+    return bits.bitwise_and_(0xFFFF).view(-1)[begin : begin + count]
 
 
 def normal(start: int, count: int, number: int, shard: int, step: int, seed: int, device: torch.device) -> Tensor:

@@ -4,6 +4,7 @@ Each back end is held to a float64 computation and to `philox.bits16`; the two a
 the interpreter. A compiled kernel fuses multiply and add, so a float32 anchor may differ in its last bit there.
 """
 
+import itertools
 import math
 
 import pytest
@@ -35,7 +36,7 @@ def perturbation(backend):
     return Perturbation
 
 
-def make_move(n, dtypes, device, number=3, shard=0, offset=0, alias=False, seed=0):
+def make_move(n, dtypes, device, number=3, first=0, shard=0, offset=0, alias=False, seed=0):
     """A move with theta, g of about 1, spread over some powers of two, in views that begin at `offset`."""
     theta_dtype, direction_dtype, grid = dtypes
     generator = torch.Generator().manual_seed(seed)
@@ -47,7 +48,7 @@ def make_move(n, dtypes, device, number=3, shard=0, offset=0, alias=False, seed=
 
     direction = place(g, direction_dtype)
     original = direction if alias else place(torch.zeros(n), theta_dtype)
-    return Move(place(theta * spread.exp(), theta_dtype), direction, original, grid, number, shard)
+    return Move(place(theta * spread.exp(), theta_dtype), direction, original, grid, number, first, shard)
 
 
 def exact(move, geometry, step_size):
@@ -114,7 +115,7 @@ def test_bits_are_those_of_philox(perturbation, device, grid, place):
         k = k // 8 * 8  # float32 has 13 bits more than float16
     step_above_1 = 2.0 ** -DIGITS[grid][0]
     g = (k.double() * 2**-16 * step_above_1).float().to(device)
-    move = Move(torch.ones(n, device=device), g, torch.empty(n, device=device), grid, number, shard)
+    move = Move(torch.ones(n, device=device), g, torch.empty(n, device=device), grid, number, shard=shard)
     perturbation([move], "sam", True).exchange(1.0, seed, step)
     random = philox.bits16(0, n, number, shard, step, seed, torch.device("cpu"))
     up = k + random >= 2**16 if grid == BF16 else random < k
@@ -141,8 +142,9 @@ def test_places_differ():
 
 def test_parts_draw_what_the_whole_draws():
     whole = philox.bits16(0, 3 * philox.TILE, 1, 2, 3, 4, torch.device("cpu"))
-    part = philox.bits16(philox.TILE, philox.TILE + 5, 1, 2, 3, 4, torch.device("cpu"))
-    assert torch.equal(whole[philox.TILE : 2 * philox.TILE + 5], part)
+    for start, stop in [(philox.TILE, 2 * philox.TILE + 5), (7, 9), (philox.TILE - 1, philox.TILE + 1), (5, 3 * philox.TILE)]:
+        part = philox.bits16(start, stop - start, 1, 2, 3, 4, torch.device("cpu"))
+        assert torch.equal(whole[start:stop], part)
 
 
 # ---- Noise ----
@@ -282,6 +284,27 @@ def test_back_ends_agree(perturbation, backend, device, interpreted, dtypes, geo
         torch.testing.assert_close(one.theta, other.theta, rtol=2.0 ** -DIGITS[one.theta.dtype][0], atol=1e-6)
 
 
+@pytest.mark.parametrize("cuts", [[8, 4096, 8192 + 1024, 3 * 8192], [1, 8191, 8192, 8201, 3 * 8192 + 1]], ids=["aligned", "odd"])
+@pytest.mark.parametrize("dtypes", [(BF16, BF16, BF16), (F32, BF16, F16), (BF16, F32, BF16), (F32, F32, F32)])
+def test_shards_move_as_the_whole_does(perturbation, device, dtypes, cuts):
+    """Wherever rows are cut apart: the same anchor bit for bit, and sums to match."""
+    n = 5 * 8192 + 17
+    whole, split = (make_move(n, dtypes, device) for _ in range(2))
+    before = split.theta.clone()
+    shards = [
+        split._replace(first=start, theta=split.theta[start:stop], direction=split.direction[start:stop], original=part)
+        for start, stop in itertools.pairwise([0, *cuts, n])
+        for part in [torch.empty_like(split.theta[start:stop])]
+    ]
+    one, other = perturbation([whole], "asam", True), perturbation(shards, "asam", True)
+    torch.testing.assert_close(one.squared_norm(), other.squared_norm(), rtol=1e-6, atol=0)
+    stats = [subject.exchange(0.03, 5, 1) for subject in (one, other)]
+    torch.testing.assert_close(*stats, rtol=1e-6, atol=0)
+    assert (bits(whole.theta) == bits(split.theta)).all() and (bits(split.theta) != bits(before)).any()
+    other.restore()
+    assert (bits(split.theta) == bits(before)).all()
+
+
 def test_step_size_on_the_device(perturbation, device):
     """The same as a float, and rounded to float32 before it is multiplied."""
     anchors = []
@@ -305,7 +328,7 @@ def test_repeats(perturbation, device):
         (5, 1, 4, 0),
         (5, 1, 3, 1),
     ]:
-        move = make_move(8200, (BF16, BF16, BF16), device, number, shard)
+        move = make_move(8200, (BF16, BF16, BF16), device, number, shard=shard)
         stats = perturbation([move], "asam", True).exchange(0.03, seed, step)
         outcomes.append((stats, move.theta))
     (stats, theta), (stats_again, theta_again), *others = outcomes
@@ -314,15 +337,15 @@ def test_repeats(perturbation, device):
         assert not any(torch.equal(one, other) for _, other in others[i:])
 
 
-@pytest.mark.parametrize("dtype", [BF16, torch.float64])
-def test_threads_change_nothing(dtype):
+@pytest.mark.parametrize("dtype, first", [(BF16, 0), (BF16, 12_345), (torch.float64, 0)])
+def test_threads_change_nothing(dtype, first):
     """Of the torch version, which shares its chunks out, shorter ones over more than four threads."""
     outcomes = []
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3, 8, 16):
             torch.set_num_threads(threads)
-            move = make_move(7 * torch_version.ROUNDED_CHUNK + 77, (dtype,) * 3, torch.device("cpu"))
+            move = make_move(7 * torch_version.ROUNDED_CHUNK + 77, (dtype,) * 3, torch.device("cpu"), first=first)
             subject = torch_version.Perturbation([move], "asam", True)
             outcomes.append((subject.squared_norm(), subject.exchange(0.03, 5, 1), move.theta))
     finally:
@@ -375,7 +398,7 @@ def test_stochastic_rounding_is_unbiased(perturbation, device, grid, exponent):
     place = (x - lower) / outward
     error = torch.zeros(16, dtype=F64)
     for seed in range(seeds):
-        move = Move(theta.float().to(device), g.to(device), torch.empty(n, device=device), grid, 0, 0)
+        move = Move(theta.float().to(device), g.to(device), torch.empty(n, device=device), grid, number=0)
         perturbation([move], "sam", True).exchange(1.0, seed, 0)
         up = (move.theta.cpu().double() - lower) / outward
         assert ((up == 0) | ((up == 1) & (place > 0))).all()
@@ -391,7 +414,7 @@ def test_values_on_the_grid_stay(perturbation, device, dtype):
     values = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     values = values[values.isfinite()].to(device)
     for stochastic in (True, False):
-        move = Move(values.clone(), torch.zeros_like(values), torch.empty_like(values), dtype, 0, 0)
+        move = Move(values.clone(), torch.zeros_like(values), torch.empty_like(values), dtype, number=0)
         stats = perturbation([move], "sam", stochastic).exchange(1.0, 3, 0)
         assert torch.equal(bits(move.theta), bits(values)) or torch.equal(move.theta, values)
         assert stats.tolist() == [0, 0, 0]
@@ -404,7 +427,7 @@ def test_ties_go_to_even(perturbation, device, dtype):
     theta = torch.randn(n, generator=torch.Generator().manual_seed(3), dtype=F64).to(dtype).float()
     middle = spacing(theta.double(), dtype) / 2
     g = (middle * torch.tensor([1.0, 1 + 2**-6, 1 - 2**-6, -1.0]).repeat(n // 4)).float()
-    move = Move(theta.clone().to(device), g.to(device), torch.empty(n, device=device), dtype, 0, 0)
+    move = Move(theta.clone().to(device), g.to(device), torch.empty(n, device=device), dtype, number=0)
     perturbation([move], "sam", False).exchange(1.0, 0, 0)
     assert torch.equal(move.theta.cpu(), (theta + g).to(dtype).float())
 

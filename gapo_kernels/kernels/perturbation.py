@@ -41,30 +41,34 @@ PAIR = tl.constexpr(2 * philox.LANES)
 TILE = tl.constexpr(philox.TILE)
 ROUNDING = tl.constexpr(philox.ROUNDING)
 
-# The table's columns, int64, a row for each parameter.
-COLUMNS = tl.constexpr(7)
+# The table's columns, int64, a row for each parameter, or shard of one: counted is from the whole one's first element.
+COLUMNS = tl.constexpr(8)
 THETA_ADDRESS = tl.constexpr(0)
 DIRECTION_ADDRESS = tl.constexpr(1)
 ORIGINAL_ADDRESS = tl.constexpr(2)
-NUMEL = tl.constexpr(3)
-NUMBER = tl.constexpr(4)
-SHARD = tl.constexpr(5)
-FIRST_TILE = tl.constexpr(6)
+FIRST = tl.constexpr(3)
+END = tl.constexpr(4)
+NUMBER = tl.constexpr(5)
+SHARD = tl.constexpr(6)
+TILES_BEFORE = tl.constexpr(7)
 
 
 @triton.jit
-def place_of_tile(table, move_of_tile, i_tile):
-    """The row of the tile's parameter, the tile's number in it, and how many elements it has."""
+def place_of_tile(table, move_of_tile, i_tile, CUT: tl.constexpr):
+    """The row of the tile's parameter, the tile's number in it, and which of its elements are there: those from `missing`
+    to below `left`. CUT: parameters may begin within a tile."""
     row = table + tl.load(move_of_tile + i_tile) * COLUMNS
-    i_own = i_tile - tl.load(row + FIRST_TILE)
-    left = tl.minimum(tl.load(row + NUMEL) - i_own * TILE, TILE).to(tl.int32)
-    return row, i_own, left
+    i_own = i_tile - tl.load(row + TILES_BEFORE)
+    left = tl.minimum(tl.load(row + END) - i_own * TILE, TILE).to(tl.int32)
+    missing = tl.maximum(tl.load(row + FIRST) - i_own * TILE, 0).to(tl.int32) if CUT else 0
+    return row, i_own, missing, left
 
 
 @triton.jit
-def tile_pointer(row, COLUMN: tl.constexpr, i_own, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The tile's first element. The address is complete before it is a pointer: see primitives.row_address."""
-    pointer = (tl.load(row + COLUMN) + i_own * TILE * (DTYPE.primitive_bitwidth // 8)).to(tl.pointer_type(DTYPE))
+def tile_pointer(row, COLUMN: tl.constexpr, i_own, missing, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The tile's element number `missing`. The address is complete before it is a pointer: see primitives.row_address."""
+    o_first = i_own * TILE + missing
+    pointer = (tl.load(row + COLUMN) + o_first * (DTYPE.primitive_bitwidth // 8)).to(tl.pointer_type(DTYPE))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
@@ -138,6 +142,29 @@ def perturb(
     )
 
 
+@triton.jit
+def exchange_masked(
+    theta,
+    direction,
+    original,
+    o_masked,
+    m_masked,
+    b_random,
+    step_size,
+    GRID: tl.constexpr,
+    ACC: tl.constexpr,
+    ASAM: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):
+    """The sums of `perturb`; zeros where masked: 0 moves by 0, which no rounding changes."""
+    b_theta = tl.load(theta + o_masked, mask=m_masked, other=0)
+    b_g = tl.load(direction + o_masked, mask=m_masked, other=0)
+    b_new, b_intended, b_applied, b_changed = perturb(b_theta, b_g, b_random, step_size, GRID, ACC, ASAM, STOCHASTIC)
+    tl.store(original + o_masked, b_theta, mask=m_masked)
+    tl.store(theta + o_masked, b_new, mask=m_masked)
+    return b_intended, b_applied, b_changed
+
+
 @triton.jit(do_not_specialize=["first"])
 def norm_kernel(
     table,  # (moves, COLUMNS) int64
@@ -148,13 +175,15 @@ def norm_kernel(
     DIRECTION: tl.constexpr,
     ACC: tl.constexpr,
     ASAM: tl.constexpr,
+    CUT: tl.constexpr,
     ALIGNED: tl.constexpr,
     VEC: tl.constexpr,
 ):
     i_tile = first + tl.program_id(0).to(tl.int64)
-    row, i_own, left = place_of_tile(table, move_of_tile, i_tile)
-    direction = tile_pointer(row, DIRECTION_ADDRESS, i_own, DIRECTION, ALIGNED)
-    theta = tile_pointer(row, THETA_ADDRESS, i_own, THETA, ALIGNED) if ASAM else direction
+    row, i_own, missing, left = place_of_tile(table, move_of_tile, i_tile, CUT)
+    left -= missing
+    direction = tile_pointer(row, DIRECTION_ADDRESS, i_own, missing, DIRECTION, ALIGNED)
+    theta = tile_pointer(row, THETA_ADDRESS, i_own, missing, THETA, ALIGNED) if ASAM else direction
     o_pair = vector_offsets(PAIR, VEC)
     whole = left // PAIR * PAIR
     b_sum = tl.zeros([PAIR // VEC], ACC)
@@ -190,23 +219,29 @@ def exchange_kernel(
     ACC: tl.constexpr,
     ASAM: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    CUT: tl.constexpr,
     ALIGNED: tl.constexpr,
     VEC: tl.constexpr,
 ):
     i_tile = first + tl.program_id(0).to(tl.int64)
-    row, i_own, left = place_of_tile(table, move_of_tile, i_tile)
-    theta = tile_pointer(row, THETA_ADDRESS, i_own, THETA, ALIGNED)
-    direction = tile_pointer(row, DIRECTION_ADDRESS, i_own, DIRECTION, ALIGNED)
-    original = tile_pointer(row, ORIGINAL_ADDRESS, i_own, THETA, ALIGNED)
+    row, i_own, missing, left = place_of_tile(table, move_of_tile, i_tile, CUT)
+    theta = tile_pointer(row, THETA_ADDRESS, i_own, 0, THETA, ALIGNED)
+    direction = tile_pointer(row, DIRECTION_ADDRESS, i_own, 0, DIRECTION, ALIGNED)
+    original = tile_pointer(row, ORIGINAL_ADDRESS, i_own, 0, THETA, ALIGNED)
     b_step = tl.load(step_size).to(ACC)
     o_group = vector_offsets(GROUP, VEC)
     if STOCHASTIC:
-        b_load = tl.load(theta + o_group, mask=o_group < left, other=0)
+        m_load = o_group < left
+        if CUT:
+            m_load &= o_group >= missing
+        b_load = tl.load(theta + o_group, mask=m_load, other=0)
         b_word, b_word1, b_word2, b_word3 = words_of_tile(row, i_own, seed_low, seed_high, step, b_load)
     else:
         b_word, b_word1, b_word2, b_word3 = o_group, o_group, o_group, o_group
 
     whole = left // PAIR * PAIR
+    if CUT:  # one tile of a shard
+        whole = tl.where(missing > 0, 0, whole)
     b_intended = tl.zeros([GROUP // VEC], ACC)
     b_applied = tl.zeros([GROUP // VEC], ACC)
     b_changed = tl.zeros([GROUP // VEC], ACC)
@@ -225,17 +260,24 @@ def exchange_kernel(
         tl.store(theta + o_odd, b_new)
         b_intended, b_applied, b_changed = b_intended + b_i, b_applied + b_a, b_changed + b_c
         b_word, b_word1, b_word2, b_word3 = b_word1, b_word2, b_word3, b_word
-    if whole < left:
+    if CUT:
+        for start in range(whole, left, PAIR):
+            for k in tl.static_range(2):
+                o_masked = start + k * GROUP + o_group
+                m_group = (o_masked >= missing) & (o_masked < left)
+                b_bits = (b_word >> 16 * k) & 0xFFFF
+                b_i, b_a, b_c = exchange_masked(
+                    theta, direction, original, o_masked, m_group, b_bits, b_step, GRID, ACC, ASAM, STOCHASTIC
+                )
+                b_intended, b_applied, b_changed = b_intended + b_i, b_applied + b_a, b_changed + b_c
+            b_word, b_word1, b_word2, b_word3 = b_word1, b_word2, b_word3, b_word
+    elif whole < left:
         for k in tl.static_range(2):
             o_masked = whole + k * GROUP + o_group
-            m_group = o_masked < left
-            b_theta = tl.load(theta + o_masked, mask=m_group, other=0)
-            b_g = tl.load(direction + o_masked, mask=m_group, other=0)
             b_bits = (b_word >> 16 * k) & 0xFFFF
-            b_new, b_i, b_a, b_c = perturb(b_theta, b_g, b_bits, b_step, GRID, ACC, ASAM, STOCHASTIC)
-            tl.store(original + o_masked, b_theta, mask=m_group)
-            tl.store(theta + o_masked, b_new, mask=m_group)
-            # zeros where masked: 0 moves by 0, which no rounding changes
+            b_i, b_a, b_c = exchange_masked(
+                theta, direction, original, o_masked, o_masked < left, b_bits, b_step, GRID, ACC, ASAM, STOCHASTIC
+            )
             b_intended, b_applied, b_changed = b_intended + b_i, b_applied + b_a, b_changed + b_c
     tl.store(exchanged + i_tile, 1)
     tl.store(partials + i_tile, tl.sum(b_intended, 0).to(tl.float64))
@@ -250,15 +292,17 @@ def restore_kernel(
     exchanged,  # (tiles,) int8, cleared
     first,  # the launch's first tile
     BITS: tl.constexpr,
+    CUT: tl.constexpr,
     ALIGNED: tl.constexpr,
     VEC: tl.constexpr,
 ):
     i_tile = first + tl.program_id(0).to(tl.int64)
     if tl.load(exchanged + i_tile) == 0:
         return
-    row, i_own, left = place_of_tile(table, move_of_tile, i_tile)
-    theta = tile_pointer(row, THETA_ADDRESS, i_own, BITS, ALIGNED)
-    original = tile_pointer(row, ORIGINAL_ADDRESS, i_own, BITS, ALIGNED)
+    row, i_own, missing, left = place_of_tile(table, move_of_tile, i_tile, CUT)
+    left -= missing
+    theta = tile_pointer(row, THETA_ADDRESS, i_own, missing, BITS, ALIGNED)
+    original = tile_pointer(row, ORIGINAL_ADDRESS, i_own, missing, BITS, ALIGNED)
     if left == TILE:
         o_tile = vector_offsets(TILE, VEC)
         tl.store(theta + o_tile, tl.load(original + o_tile))
@@ -277,15 +321,20 @@ _BITS = {2: tl.int16, 4: tl.int32, 8: tl.int64}
 class _Launch:
     """The moves that one launch takes, and its tiles among all tiles."""
 
-    def __init__(self, move: Move, aligned: bool, first: int) -> None:
+    def __init__(self, move: Move, cut: bool, aligned: bool, first: int) -> None:
         self.theta, self.direction, self.grid = move.theta.dtype, move.direction.dtype, move.grid
         self.accumulation, self._device = accumulation_dtype(move), move.theta.device
-        self.aligned, self.first, self.tiles = aligned, first, 0
+        self.cut, self.aligned, self.first, self.tiles = cut, aligned, first, 0
 
     @property
     def layout(self) -> dict[str, object]:
         parameters = config.launch("perturbation", self._device, self.theta)
-        return {"ALIGNED": self.aligned, "VEC": 16 // self.theta.itemsize, **parameters}
+        return {"CUT": self.cut, "ALIGNED": self.aligned, "VEC": 16 // self.theta.itemsize, **parameters}
+
+
+def _origins(move: Move) -> list[int]:
+    """The addresses that theta's, the direction's and the original's whole parameter would begin at."""
+    return [t.data_ptr() - move.first * t.itemsize for t in (move.theta, move.direction, move.original)]
 
 
 class Perturbation:
@@ -300,24 +349,25 @@ class Perturbation:
         groups: dict[tuple, list[Move]] = {}
         for move in moves:
             if move.theta.numel():
-                tensors = (move.theta, move.direction, move.original)
-                aligned = all(t.data_ptr() % 16 == 0 for t in tensors)
-                groups.setdefault((move.theta.dtype, move.direction.dtype, move.grid, aligned), []).append(move)
-        rows, self._launches, self._tiles = [], [], 0
-        for (*_, aligned), group in groups.items():
-            launch = _Launch(group[0], aligned, self._tiles)
+                addresses = (*_origins(move), *(t.data_ptr() for t in (move.theta, move.direction, move.original)))
+                kind = move.first % philox.TILE != 0, all(address % 16 == 0 for address in addresses)
+                groups.setdefault((move.theta.dtype, move.direction.dtype, move.grid, *kind), []).append(move)
+        rows, tiles, self._launches, self._tiles = [], [], [], 0
+        for (*_, cut, aligned), group in groups.items():
+            launch = _Launch(group[0], cut, aligned, self._tiles)
             for move in group:
-                addresses = (t.data_ptr() for t in (move.theta, move.direction, move.original))
-                rows.append((*addresses, move.theta.numel(), move.number, move.shard, self._tiles))
-                self._tiles += triton.cdiv(move.theta.numel(), philox.TILE)
+                before, end = move.first // philox.TILE, move.first + move.theta.numel()
+                rows.append((*_origins(move), move.first, end, move.number, move.shard, self._tiles - before))
+                tiles.append(triton.cdiv(end, philox.TILE) - before)
+                self._tiles += tiles[-1]
             launch.tiles = self._tiles - launch.first
             self._launches.append(launch)
         if not rows:
             return
         self._table = from_host(rows, torch.int64, self._device)
-        tiles_of_move = (self._table[:, NUMEL.value] + (philox.TILE - 1)) // philox.TILE
         # output_size: else the host would wait for the sum.
-        self._move_of_tile = torch.repeat_interleave(tiles_of_move.int(), output_size=self._tiles)
+        repeats = from_host(tiles, torch.int32, self._device)
+        self._move_of_tile = torch.repeat_interleave(repeats, output_size=self._tiles)
         self._exchanged = torch.zeros(self._tiles, dtype=torch.int8, device=self._device)
 
     def squared_norm(self) -> Tensor:

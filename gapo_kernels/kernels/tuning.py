@@ -140,7 +140,7 @@ def workload(kernel: str, device: torch.device, dtype: torch.dtype, scratch_byte
 
     if kernel == "perturbation":
         weights = max(1, scratch_bytes // (3 * dtype.itemsize))
-        move = perturbation.Move(normal(weights), normal(weights), normal(weights), dtype, number=0, shard=0)
+        move = perturbation.Move(normal(weights), normal(weights), normal(weights), dtype, number=0)
         subject = perturbation.Perturbation([move], "asam", stochastic=True)
         return lambda: (subject.squared_norm(), subject.exchange(1e-3, seed=0, step=0), subject.restore())
     logits = normal(1, max(1, scratch_bytes // (VOCABULARY * dtype.itemsize)), VOCABULARY)

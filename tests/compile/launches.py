@@ -69,7 +69,7 @@ def perturbation_path(
 
     def launch():
         subject = perturbation.Perturbation(
-            [Move(tensor(theta_dtype), tensor(direction_dtype), tensor(theta_dtype), grid, i, 0) for i in range(moves)],
+            [Move(tensor(theta_dtype), tensor(direction_dtype), tensor(theta_dtype), grid, i) for i in range(moves)],
             geometry,
             stochastic,
         )

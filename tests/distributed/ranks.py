@@ -542,16 +542,19 @@ def fsdp_mixed_precision(rank):
     return on_grid, unchanged, restored, anchor.stats.changed_fraction
 
 
-def fsdp_rounds(rank, seeds):
-    """This rank's gaps of weights that lie on bfloat16's grid: (1, pairs) not rounded, (seeds, pairs) and (1, pairs)."""
-    model = _shard(tiny_models.build("llama", torch.bfloat16).float())
+def fsdp_backwards(rank, scope):
+    """How many backwards have come to the lower layer: after a step, and after the loss's own."""
+    model = _shard(tiny_models.build("llama"))
+    anchor, seen = GeometricAnchor.from_model(model, rho=RHO, scope=scope), []
 
-    def gaps(seeds, dtype, rounding="stochastic"):
-        options = dict(rho=RHO, compute_dtype=dtype, rounding=rounding)
-        anchors = [GeometricAnchor.from_model(model, seed=seed, **options) for seed in range(seeds)]
-        return torch.stack([gapo_step(logps_of(model, rank), anchor).gap for anchor in anchors])
+    def watch(module, args, output):
+        if output.requires_grad:
+            output.register_hook(lambda gradient: seen.append(1))
 
-    return gaps(1, torch.float32), gaps(seeds, torch.bfloat16), gaps(1, torch.bfloat16, "nearest")
+    model.model.layers[0].mlp.register_forward_hook(watch)
+    loss, probed = gapo_step(logps_of(model, rank), anchor).loss, len(seen)
+    loss.backward()
+    return probed, len(seen)
 
 
 def fsdp_refused(rank, what):

@@ -79,9 +79,9 @@ def test_ddp(on_two_ranks, options):
     assert_steps_equal(found, options.get("model", "llama"), **rest)
 
 
-@pytest.mark.parametrize("kind, sharding", [("ddp", {}), ("fsdp", dict(mesh_shape=(2, 1)))])
-def test_whole_replicas_round_as_one_process_does(on_two_ranks, kind, sharding):
-    """Stochastically: the bits are the parameters', whoever has them."""
+@pytest.mark.parametrize("kind, sharding", [("ddp", {}), ("fsdp", dict(mesh_shape=(2, 1))), ("fsdp", {})])
+def test_ranks_round_as_one_process_does(on_two_ranks, kind, sharding):
+    """Stochastically: the bits are those of a weight's place in its whole parameter, whoever has it."""
     options = dict(compute_dtype=torch.bfloat16, seed=3)
     found = on_two_ranks(kind, **sharding, **options)
     anchor = GeometricAnchor.from_model(model := tiny_models.build("llama"), rho=ranks.RHO, **options)
@@ -98,6 +98,8 @@ FSDP = [
     dict(reshard=False, model="gemma2", checkpointing=True),
     dict(model="gpt2", scope="all"),
     dict(scope=1),
+    dict(scope=1, reshard=True),
+    dict(scope=1, reshard=False, checkpointing=True),
     dict(geometry="sam", direction="gaussian"),
     dict(frozen=True),
     dict(frozen=True, reshard=False, checkpointing=True, scope="all"),
@@ -122,21 +124,9 @@ def test_fsdp2(on_two_ranks, options):
 )
 @pytest.mark.parametrize("reshard, checkpointing", [(True, False), (False, False), (False, True)])
 def test_fsdp2_mixed_precision(on_two_ranks, masters, computed, tolerance, reshard, checkpointing):
-    """To nearest, for under FSDP2 the random bits depend on the shards."""
     policy = dict(param_dtype=computed, reduce_dtype=masters)
-    options = dict(rounding="nearest", reshard=reshard, checkpointing=checkpointing)
-    found = on_two_ranks("fsdp", dtype=masters, policy=policy, **options)
-    same = dict(dtype=masters, compute_dtype=computed, rounding="nearest")
-    assert_steps_equal(found, "llama", tolerance=tolerance, **same)
-
-
-def test_fsdp2_rounds_to_the_right_gaps_in_the_mean(on_two_ranks):
-    """Every shard has random bits of its own; to nearest, the gaps are others."""
-    seeds = 60
-    (exact,), stochastic, nearest = (torch.cat(gaps, 1) for gaps in zip(*on_two_ranks("fsdp_rounds", seeds=seeds)))
-    error = stochastic.std(0) / seeds**0.5
-    assert ((stochastic.mean(0) - exact).abs() < 4 * error).all()
-    assert (nearest - exact).norm() > 4 * error.norm()
+    found = on_two_ranks("fsdp", dtype=masters, policy=policy, reshard=reshard, checkpointing=checkpointing)
+    assert_steps_equal(found, "llama", tolerance=tolerance, dtype=masters, compute_dtype=computed)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
@@ -301,6 +291,11 @@ def test_a_group_of_each_rank_alone(on_two_ranks):
     for moved, grads in ((one, [torch.full((4,), 1.0), torch.zeros(3)]), (other, [torch.full((4,), 2.0), torch.arange(3.0)])):
         own = torch.cat(grads).double()
         torch.testing.assert_close(torch.cat(moved), ranks.RHO * own / own.norm(), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("scope, counts", [(1, (0, 1)), ("backbone", (1, 2))])
+def test_the_probes_backward_stops_where_the_scope_does(on_two_ranks, scope, counts):
+    assert on_two_ranks("fsdp_backwards", scope=scope) == [counts, counts]
 
 
 def test_shards_draw_numbers_of_their_own(on_two_ranks):
