@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from gapo_kernels import host_memory
 
-# Of the configurations of each back end. Those of `gapo_objective`, which has none, come on top.
+# Of the configurations of each back end. Those of `gapo_objective` and `gapo_step`, which have none, come on top.
 SHARES = {
     "fused_gapo_loss": 0.32,
     "sequence_logps": 0.16,
@@ -21,6 +21,7 @@ SHARES = {
     "linear_sequence_logps": 0.11,
     "GeometricAnchor": 0.16,
     "gapo_objective": 0.2,
+    "gapo_step": 0.2,
 }
 DEFAULTS = {"configurations": 60, "fuzz_seed": 0}
 ran = Counter()  # (function, back end)
