@@ -28,6 +28,7 @@ kept nothing is picked; eager and liger take whole sequences.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -252,19 +253,10 @@ def head_of_step(batch: Batch, where: torch.device, rounds: int, seconds: float)
     }
 
 
-def measure(
-    case: Case,
-    rounds: int = ROUNDS,
-    where: torch.device | None = None,
-    *,
-    seconds: float | None = None,
-    quick: bool = False,
-    also: harness.Also | None = None,
-) -> dict:
-    """One case's result (harness.py says what it holds). seconds: about how long the timed rounds may take. also: called
-    in the end with the contender that is ours, and inputs for it."""
-    where = where or harness.device()
-    batch = make_batch(case, where, quick)
+def losses(
+    case: Case, batch: Batch, where: torch.device
+) -> tuple[dict[str, peers.Loss], dict[str, Callable[[], peers.Loss]]]:
+    """Our own, and functions that make the others'."""
     pick = peers.of_kept_rows if (batch.labels[:, 1:] == -100).any() else peers.of_all_rows
     pairs_at_once = case.pairs if where.type == "cpu" else 1
     makers = {
@@ -281,14 +273,25 @@ def measure(
         "cce": lambda: peers.cut_cross_entropy(GAMMA, pick),
     }
     budget = {} if case.budget is None else {"max_logits_bytes": case.budget}
-    found = peers.checked(
-        {"ours": ours(**budget), "ours-64mib": ours(max_logits_bytes=SMALL_BUDGET)},
-        {name: make for name, make in makers.items() if name == "eager" or name in case.peers},
-        batch,
-        [batch.hidden, batch.weight],
-        expected(batch),
-        where,
-    )
+    own = {"ours": ours(**budget), "ours-64mib": ours(max_logits_bytes=SMALL_BUDGET)}
+    others = {name: make for name, make in makers.items() if name == "eager" or name in case.peers}
+    return own, others
+
+
+def measure(
+    case: Case,
+    rounds: int = ROUNDS,
+    where: torch.device | None = None,
+    *,
+    seconds: float | None = None,
+    quick: bool = False,
+    also: harness.Also | None = None,
+) -> dict:
+    """One case's result (harness.py says what it holds). seconds: about how long the timed rounds may take. also: called
+    in the end with the contender that is ours, and inputs for it."""
+    where = where or harness.device()
+    batch = make_batch(case, where, quick)
+    found = peers.checked(*losses(case, batch, where), batch, [batch.hidden, batch.weight], expected(batch), where)
 
     def drop_gradients(used: Batch) -> None:
         used.hidden.grad = used.weight.grad = None
@@ -328,7 +331,7 @@ def measure(
         },
         times,
         ["gemms"],
-        peak_beyond_inputs_mib=found.peaks,
+        peak_beyond_inputs_mib=found.peaks or peers.peaks(__name__, case, batch, found.losses, quick),
         errors=found.errors,
         absent=found.absent,
         goals=case.goals,

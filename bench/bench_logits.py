@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
@@ -79,7 +79,7 @@ def cases(where: torch.device, quick: bool = False) -> list[Case]:
         tiny = Case(1, 8, 211, F32, 0.5)
         return [tiny, replace(tiny, dtype=BF16), Case(1, None, 49152, F32, None, "smollm2", SELECTIVE)]
     if where.type == "cpu":
-        base = Case(2, 128, 32000, F32, 0.5, importance=2, seconds=3)
+        base = Case(2, 128, 32000, F32, 0.5, importance=2, seconds=10)
         wanted = [
             Case(2, 256, 32000, F32, 0.0, seconds=60, goals={"eager": 4}),
             Case(2, 256, 32000, F32, 0.5, seconds=60, goals={"eager": 6.5}),
@@ -184,6 +184,13 @@ PEERS = {
     "trl": partial(peers.trl_from_logits, GAMMA),
     "liger": partial(peers.liger_from_logits, GAMMA),
 }
+
+
+def losses(
+    case: Case, batch: Batch, where: torch.device
+) -> tuple[dict[str, peers.Loss], dict[str, Callable[[], peers.Loss]]]:
+    """Our own, and functions that make the others'."""
+    return {"ours": ours}, PEERS
 
 
 def drop_gradient(used: Batch) -> None:
@@ -334,6 +341,7 @@ def _measure(
     half_times = harness.interleaved(halves, inputs, where, rounds, seconds=seconds / 4)
     if also is not None:
         also(contenders["ours"], batch)
+    until_measured.close()
     share = {"forward": 2 / 3, "backward": 1 / 3}
     half_bytes = {"forward": 2 * kept_bytes, "backward": kept_bytes + written}
     parts = {
@@ -362,7 +370,7 @@ def _measure(
         list(least),
         parts=parts,
         copy_bandwidth_gb_per_s=bandwidth / 1e9,
-        peak_beyond_inputs_mib=found.peaks,
+        peak_beyond_inputs_mib=found.peaks or peers.peaks(__name__, case, batch, contenders, quick),
         errors=found.errors,
         absent=found.absent,
         goals=case.goals,

@@ -69,6 +69,7 @@ class Case:
     importance: int = 0
     seconds: float = 120.0
     goals: dict[str, float] = field(default_factory=dict)  # contender: how many times ours its time is to be, at least
+    share_goals: dict[str, float] = field(default_factory=dict)  # contender: the largest share of the authors' time
 
     def __str__(self) -> str:
         length = "" if self.length is None else f" of 2 x {self.length} tokens"
@@ -82,7 +83,7 @@ def cases(where: torch.device, quick: bool = False) -> list[Case]:
     if quick:
         return [Case("Llama-tiny", 2, 12, F32), Case("Llama-tiny", 2, 12, BF16)]
     if where.type == "cpu":
-        return [Case(SMOLLM2, 8, None, F32, seconds=500)]
+        return [Case(SMOLLM2, 8, None, F32, seconds=500, share_goals={"ours-eager-head": 0.85})]
     goals = {"authors": 1.25, "authors-float32": 4}
     return [Case("Llama-1B", 2, 1024, BF16, seconds=30, goals=goals), Case(SMOLLM2, 16, None, BF16, 1, seconds=8)]
 
@@ -378,6 +379,7 @@ def measure(
         gap_errors=errors,
         absent=absent,
         goals=case.goals,
+        share_goals=case.share_goals,
         **more,
     )
 

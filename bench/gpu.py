@@ -9,9 +9,12 @@ so an interrupted run keeps what it has. After an error that leaves the device u
 with the next case; a device that does not come back at all ends the run. The JSON file holds `tests` (what ran, how it
 ended, and what was printed where that was not well), `tuning` (the launch parameters that the cases were measured with,
 and what the others took), `cases`, and the names of those that are missing, with the reason: `left_out` for want of time
-or of a package, `failed`, runs of tests among them. `finished` is false until the end.
+or of a package, `failed`, runs of tests among them. `finished` is false until the end. Of a case that missed a goal on a GPU
+there is, if time was left, a `profile`: the kernels with the most device time in one call of ours, their milliseconds and
+share of the whole.
 
-Exit status: 0; 1 if a run of tests or a case failed; 2 if there is nothing to measure on; 130 after Ctrl-C.
+Exit status: 0; 1 if a run of tests or a case failed; 2 if there is nothing to measure on; 130 after Ctrl-C. Cases that were
+left out leave it at 0: the last line printed says MISSING, and names them.
 """
 
 from __future__ import annotations
@@ -31,8 +34,9 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -46,6 +50,7 @@ SECONDS = 450.0
 TEST_SHARE = 0.3  # of the time, at most
 MOST_PROCESSES = 8  # of tests, side by side
 TO_TUNE = 90.0  # seconds
+BUSIEST = 10  # kernels of a profile
 LAST_START = 5.0  # seconds: no case begins with less time left
 TO_SUM_UP = 10.0  # seconds that a run of tests has when its time is over, to say what failed
 HUNG = 20.0  # seconds beyond its time, after which a case will not end any more
@@ -288,6 +293,47 @@ def measure(session: Session, end: float, rounds: int | None, quick: bool) -> No
     data.smollm2_states.cache_clear()
 
 
+def busiest(averages: Iterable[Any]) -> list[dict[str, Any]]:
+    """Of a profiler's averages those with the most device time."""
+    times: Counter[str] = Counter()
+    for one in averages:
+        times[one.key] += one.self_device_time_total / 1e3
+    whole = times.total()
+    return [{"name": name, "ms": spent, "share": spent / whole} for name, spent in times.most_common(BUSIEST) if spent]
+
+
+def profile(ours: harness.Contender, inputs: Any) -> list[dict[str, Any]]:
+    """The busiest kernels of one call."""
+    prepared = ours.ready(inputs)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        ours.run(prepared)
+        torch.cuda.synchronize()
+    ours.done(inputs)
+    return busiest(seen.key_averages())
+
+
+def explain(session: Session, end: float, quick: bool) -> None:
+    """Profiles of ours where a goal is missed, until the clock says `end`. After everything else: once profiled, a process
+    may launch kernels more slowly."""
+    missed = {f"{case['suite']}: {case['name']}": case for case in session.cases if tables.misses(case)}
+    for module, case in in_order(session.where, quick):
+        name, left = f"{module.SUITE}: {case}", end - time.monotonic()
+        if name not in missed or left < LAST_START:
+            continue
+        found: list[Any] = []
+        alone = replace(case, peers=frozenset()) if hasattr(case, "peers") else case
+        try:
+            with not_for_ever(session, f"profile of {name}", left + HUNG), harness.deadline(left):
+                module.measure(
+                    alone, 1, session.where, seconds=0.0, quick=quick, also=lambda *ours: found.append(profile(*ours))
+                )
+        except (Exception, harness.OutOfTime) as error:
+            print(f"no profile of {name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        else:
+            missed[name]["profile"] = found[0]
+            session.save()
+
+
 def prepare(session: Session, end: float, tests: Sequence[Sequence[str]], quick: bool) -> None:
     """Tests, until the clock says `end`, and launch parameters."""
     tests = tests[:1] if quick else tests
@@ -360,6 +406,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.resume:
             prepare(session, begin + TEST_SHARE * options.seconds, () if options.no_tests else TESTS, options.quick)
         measure(session, end, options.rounds or (3 if options.quick else None), options.quick)
+        if where.type == "cuda":
+            explain(session, end, options.quick)
     except DeviceLost:
         print("the device is lost to this process; another one goes on", file=sys.stderr, flush=True)
         session.found["seconds"] += time.monotonic() - begin
@@ -377,6 +425,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for kind in ("left_out", "failed"):
         for name, why in session.found[kind].items():
             print(f"{kind.replace('_', ' ')}: {name}: {why}")
+    every = [f"{module.SUITE}: {case}" for module, case in in_order(where, options.quick)]
+    unmeasured = set(every) - {f"{case['suite']}: {case['name']}" for case in session.cases}
+    if unmeasured:
+        print(f"MISSING, {len(unmeasured)} of {len(every)} cases: {'; '.join(name for name in every if name in unmeasured)}")
     return 1 if session.found["failed"] else 0
 
 

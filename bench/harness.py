@@ -17,6 +17,8 @@ Each bench_*.py has `cases(device, quick)` and `measure(case, rounds, ...)`, whi
     absent         {contender: why it was not measured}
     goals          where there are some, {contender: the least that its ratio is to be}
     floor_goals    where there are some, {part, or "whole": the least share of its floor that it is to be}
+    share_goals    where there are some, {contender: the largest share of the authors' time that it is to take}
+    profile        of a GPU where a goal is missed: bench/gpu.py has it
     versions       {package: version}
 
 `write_results` puts cases into bench/results/SUITE-DEVICE.json and, a line for each contender, SUITE-DEVICE.csv.
@@ -67,6 +69,8 @@ REPEATS = 3  # the thirds of a run whose ratios are compared
 LONG_CALL = 0.25
 THREADS_REST = 0.02  # seconds after which another process's threads no longer wait busily for more work
 LIBC = ctypes.CDLL(None)
+M_MMAP_THRESHOLD = -3  # glibc's
+LEAST_MAPPED = 2**20  # bytes
 HOST_LEAD_CYCLES = 2_000_000  # about a millisecond
 RING_AGAIN = 1.0  # seconds
 MIB = 2**20
@@ -219,10 +223,16 @@ def environment(where: torch.device | None = None) -> dict[str, str | int | dict
 # page faults. In a process of its own a case, and of the logits path a contender, does not find what another one left.
 
 
-def another_process() -> ProcessPoolExecutor:
-    """With as many threads as this one."""
+def another_process(map_large: bool = False) -> ProcessPoolExecutor:
+    """With as many threads as this one. map_large: each large tensor is a mapping of its own there."""
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(1, context, torch.set_num_threads, (torch.get_num_threads(),))
+    return ProcessPoolExecutor(1, context, _begin_here, (torch.get_num_threads(), map_large))
+
+
+def _begin_here(count: int, map_large: bool) -> None:
+    torch.set_num_threads(count)
+    if map_large and hasattr(LIBC, "mallopt"):
+        LIBC.mallopt(M_MMAP_THRESHOLD, LEAST_MAPPED)  # which no longer grows, then
 
 
 _ours: tuple[Contender, Any, Any] | None = None  # and its inputs, as they are and as prepared, where a case was measured
@@ -425,12 +435,13 @@ def peak_bytes(function: Callable[[], object], where: torch.device) -> int | Non
         LIBC.malloc_trim(0)  # what glibc keeps of earlier calls would hide what this one takes
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts over from what is resident now
-        before = _status("VmRSS")
+        # Without pages of files, code above all, which the system may take and bring back whenever it likes.
+        before = _status("VmRSS") - _status("RssFile")
     except OSError:
         function()
         return None
     function()
-    return _status("VmHWM") - before
+    return _status("VmHWM") - _status("RssFile") - before
 
 
 def page_faults(contender: Contender, inputs: Any, where: torch.device) -> int:

@@ -6,8 +6,12 @@ the scalar loss. What cannot be imported, does not run or computes something els
 
 from __future__ import annotations
 
+import importlib
 import re
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -103,7 +107,7 @@ class Expected:
 class Checked(NamedTuple):
     losses: dict[str, Loss]  # those that compute what is expected
     absent: dict[str, str]  # of the others, why not
-    peaks: dict[str, float | None]  # MiB at the worst moment beyond the inputs
+    peaks: dict[str, float | None]  # MiB at the worst moment beyond the inputs; none on a CPU, where `peaks` measures them
     errors: dict[str, dict[str, float]]  # {"loss", "gradient"}, as the tolerances count them
 
 
@@ -135,10 +139,11 @@ def checked(
         try:
             with harness.deadline(TO_BEGIN, harness.TooLong):
                 loss = make()
-                first = harness.peak_bytes(lambda: call(loss), where)
+                call(loss)
+            if where.type == "cuda":
                 restore(name)
                 drop_gradients()
-            peak = harness.peak_bytes(lambda: call(loss), where)
+                found.peaks[name] = harness.mebibytes(harness.peak_bytes(lambda: call(loss), where))
             error = expected.errors(values[-1], [leaf.grad for leaf in leaves])
             limit = expected.tolerance if name in own else expected.loose
             if not all(value <= limit for value in error.values()):
@@ -147,12 +152,57 @@ def checked(
             if name in own:
                 raise
             found.absent[name] = _reason(problem)
+            found.peaks.pop(name, None)
         else:
             found.losses[name], found.errors[name] = loss, error
-            # The less of the two: the first may compile, the second meets a heap in which the first has left holes.
-            found.peaks[name] = harness.mebibytes(None if peak is None else min(first, peak))
         restore(name)
         drop_gradients()
+    return found
+
+
+_measured: tuple[Any, dict[str, Callable[[], Loss]]] | None = None  # a batch and who makes a loss of it, for `peak_here`
+
+
+def begin_here(suite: str, case: Any, file: Path, quick: bool) -> None:
+    global _measured
+    if quick:
+        torch.compiler.set_stance("force_eager")  # compiling takes seconds whatever the shape
+    module = importlib.import_module(suite)
+    batch = module.Batch(*torch.load(file))
+    own, others = module.losses(case, batch, torch.device("cpu"))
+    _measured = batch, {name: (lambda loss=loss: loss) for name, loss in own.items()} | others
+
+
+def peak_here(name: str) -> float | None:
+    batch, makers = _measured
+
+    def drop_gradients() -> None:
+        for tensor in batch:
+            tensor.grad = None
+
+    try:
+        with harness.deadline(TO_BEGIN, harness.TooLong):
+            loss = makers[name]()
+            loss(batch).backward()  # compiles
+        drop_gradients()
+        return harness.mebibytes(harness.peak_bytes(lambda: loss(batch).backward(), torch.device("cpu")))
+    except (Exception, harness.TooLong):
+        return None
+    finally:
+        drop_gradients()
+
+
+def peaks(suite: str, case: Any, batch: Any, names: Iterable[str], quick: bool) -> dict[str, float | None]:
+    """{contender: MiB at the worst moment of a call beyond the inputs; None where that cannot be known}, on a CPU: in a
+    process in which large tensors do not lie in the heap, where it would depend on the holes that others have left."""
+    found: dict[str, float | None] = dict.fromkeys(names)
+    with tempfile.TemporaryDirectory() as folder, harness.another_process(map_large=True) as process:
+        file = Path(folder, "batch.pt")
+        torch.save(tuple(batch), file)
+        with suppress(Exception):  # it may die
+            process.submit(begin_here, suite, case, file, quick).result()
+            for name in found:
+                found[name] = process.submit(peak_here, name).result()
     return found
 
 

@@ -336,13 +336,23 @@ def _notes(cases: Sequence[Case]) -> str:
 
 
 def _goals(cases: Sequence[Case]) -> list[str]:
-    goals = "; ".join(goals_of(case) for case in cases if case.get("goals"))
+    goals = "; ".join(goals_of(case) for case in cases if case.get("goals") or case.get("share_goals"))
     return [f"Goals, and how far the ratio moved between the thirds of the run: {goals}."] if goals else []
+
+
+def misses(case: Case) -> bool:
+    """Whether a goal for the ratios, or the floor, is missed."""
+    ratios = (case["ratios"][name]["median"] < least for name, least in case.get("goals", {}).items() if name in case["ratios"])
+    return any(ratios) or any(_floor_of(case, part)["fraction"] < least for part, least in case.get("floor_goals", {}).items())
+
+
+def _floor_of(case: Case, part: str) -> dict:
+    return case["floor"] if part == "whole" else case["parts"][part]["floor"]
 
 
 def goals_of(case: Case) -> str:
     found = []
-    for name, least in case["goals"].items():
+    for name, least in case.get("goals", {}).items():
         moved = case["ratio_spread"].get(name)
         if name not in case["ratios"]:
             found.append(f"{CONTENDERS.get(name, name)} not measured, of {least}x")
@@ -358,9 +368,17 @@ def goals_of(case: Case) -> str:
                 gaps += ": not comparable" if errors["ours"] > max(errors[name], COMPARABLE) else ""
             found.append(f"{CONTENDERS.get(name, name)} {reached} ({steady}{gaps})")
     for part, least in case.get("floor_goals", {}).items():
-        floor = case["floor"] if part == "whole" else case["parts"][part]["floor"]
+        floor = _floor_of(case, part)
         missed = ", missed" if floor["fraction"] < least else ""
         found.append(f"{part} {floor['fraction']:.0%} of the floor's {least:.0%}{missed}")
+    for name, most in case.get("share_goals", {}).items():
+        if share := case["of_authors"].get(name):
+            missed = ", missed" if share["median"] > most else ""
+            moved = "" if share["spread"] is None else f" (moved by {percent(share['spread'])})"
+            reached = f"{share['median']:.3f} of the authors' time, at most {most}{missed}{moved}"
+        else:
+            reached = f"not measured, at most {most} of the authors' time"
+        found.append(f"{CONTENDERS.get(name, name)} {reached}")
     return f"{case['name']}: {', '.join(found)}"
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,10 +18,11 @@ import pytest
 import torch
 import torch._dynamo  # takes long, and an alarm in the midst of it would leave half of it
 
-from bench import bench_anchor, bench_linear, bench_logits, bench_step, gpu, harness, llama, peers
+from bench import bench_anchor, bench_linear, bench_logits, bench_step, gpu, harness, llama, peers, tables
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
+CLEAR_REFS = Path("/proc/self/clear_refs")
 STATISTICS = {"median_ms", "quartile_1_ms", "quartile_3_ms", "min_ms", "max_ms", "rounds"}
 
 
@@ -54,6 +56,7 @@ def test_one_command_measures_every_suite_and_writes_it(tmp_path):
         assert case["floor"] is None or 0 < case["floor"]["fraction"]
         (peaks,) = (value for key, value in case.items() if key.startswith("peak"))
         assert set(peaks) == {"ours", *case["ratios"]}
+        assert None not in peaks.values() or not CLEAR_REFS.exists()
         assert not case["absent"].keys() & case["times"].keys()
         assert case["versions"]["torch"]
     with file.with_suffix(".csv").open() as lines:
@@ -144,6 +147,52 @@ def test_without_launch_parameters_everything_else_is_measured(error, kind, said
     assert [case["name"] for case in content["cases"]] == ["only"]
 
 
+def test_the_last_line_names_the_cases_that_are_missing(tmp_path, monkeypatch, capsys):
+    def measure(case, *_, **options):
+        if case == "second":
+            raise harness.OutOfTime
+        return result_of(case)
+
+    suite = SimpleNamespace(SUITE="suite", ROUNDS=1, measure=measure)
+    suite.cases = lambda where, quick: [Named(name, number) for number, name in enumerate(["first", "second", "third"])]
+    monkeypatch.setattr(gpu, "SUITES", (suite,))
+    monkeypatch.setattr(torch.compiler, "set_stance", lambda stance: None)  # this process is the tests'
+    monkeypatch.setitem(os.environ, "GAPO_KERNELS_CACHE_DIR", "")
+    assert gpu.main(["--device", "cpu", "--quick", "--no-tests", "--output", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "MISSING, 1 of 3 cases: suite: second"
+
+
+def test_the_busiest_kernels():
+    spent = {"gemm": 3000.0, "launch": 0.0, "softmax": 1000.0} | {f"small {n}": 10.0 * n for n in range(1, 20)}
+    found = gpu.busiest([SimpleNamespace(key=name, self_device_time_total=us) for name, us in spent.items()])
+    assert [one["name"] for one in found[:3]] == ["gemm", "softmax", "small 19"] and len(found) == 10
+    assert found[0]["ms"] == 3.0 and found[0]["share"] == pytest.approx(3000.0 / 5900.0)
+    twice = [SimpleNamespace(key=name, self_device_time_total=us) for name, us in (("a", 0.0), ("b", 1.0), ("b", 2.0))]
+    assert gpu.busiest(twice) == [{"name": "b", "ms": 0.003, "share": 1.0}] and gpu.busiest([]) == []
+
+
+def test_a_case_that_misses_a_goal_is_profiled_where_time_is_left(tmp_path, monkeypatch):
+    session = gpu.Session(CPU, tmp_path)
+    goals = {"missed": {"goals": {"peer": 4}}, "reached": {"goals": {"peer": 2}}, "broken": {"floor_goals": {"whole": 0.9}}}
+    session.cases = [result_of(name) | more for name, more in goals.items()]
+    assert session.cases[0]["ratios"]["peer"]["median"] == 3.0 and session.cases[0]["floor"]["fraction"] < 0.5
+
+    def measure(case, *_, also, **options):
+        if case == "broken":
+            raise RuntimeError("out of memory")
+        also(harness.Contender(lambda prepared: None), case)
+
+    suite = SimpleNamespace(SUITE="suite", measure=measure, cases=lambda *_: [Named(name, 0) for name in goals])
+    monkeypatch.setattr(gpu, "SUITES", (suite,))
+    monkeypatch.setattr(gpu, "profile", lambda ours, inputs: [f"kernels of {inputs}"])
+    gpu.explain(session, time.monotonic() + 1.0, True)
+    assert not any("profile" in case for case in session.cases)
+    gpu.explain(session, time.monotonic() + 60.0, True)
+    assert [case.get("profile") for case in session.cases] == [["kernels of missed"], None, None]
+    (file,) = tmp_path.glob("*.json")
+    assert json.loads(file.read_text())["cases"][0]["profile"] == ["kernels of missed"]
+
+
 @pytest.mark.parametrize("where", ["tuning", "second"])
 def test_another_process_goes_on_where_the_device_is_lost(where, tmp_path, monkeypatch):
     started, lost = [], []
@@ -199,7 +248,10 @@ def test_a_recipe_of_the_step_that_fails_leaves_the_others(monkeypatch):
     monkeypatch.setattr(bench_step.Recipe, "ours", without_sharing)
     monkeypatch.setattr(bench_step.Recipe, "authors", out_of_memory)
     case = next(case for case in bench_step.cases(CPU, True) if case.dtype == torch.bfloat16)
+    case = replace(case, share_goals={"ours-eager-head": 0.001, "ours-shared": 0.5})
     result = bench_step.measure(case, 3, CPU, seconds=1, quick=True)
+    said = r"ours, eager head [\d.]+ of the authors' time, at most 0.001, missed \(moved by .* %\), "
+    assert re.search(said + "ours, `share_backward` not measured, at most 0.5 of the authors' time$", tables.goals_of(result))
     assert result["times"].keys() == {"authors", "ours", "ours-logits", "ours-eager-head"}
     assert result["absent"] == {
         "ours-shared": "NotImplementedError: a layer of somebody else's",
@@ -257,6 +309,11 @@ def test_of_cases_with_one_name_the_first_stays_where_it_is():
         ("b", 0),
         ("a", 1),
     ]
+
+
+def test_what_the_issue_asks_of_cases_on_a_cpu():
+    assert min(case.seconds for case in bench_logits.cases(CPU)) >= 10  # for more than a few rounds
+    assert [case.share_goals for case in bench_step.cases(CPU)] == [{"ours-eager-head": 0.85}]
 
 
 def test_cases_run_in_order_of_importance():
@@ -473,7 +530,7 @@ def test_ratios_and_their_spread():
     assert floor == {"name": "timed", "ms": 1000.0, "fraction": 0.5, "spread": 0.0}
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+@pytest.mark.skipif(not CLEAR_REFS.exists(), reason="needs Linux's /proc")
 def test_the_peak_of_a_call_is_what_it_takes_at_its_worst_moment():
     size = 2**24
 
@@ -483,6 +540,50 @@ def test_the_peak_of_a_call_is_what_it_takes_at_its_worst_moment():
     for _ in range(2):
         peak = harness.peak_bytes(call, CPU)
         assert size * 0.9 < peak < size * 1.6
+
+
+@pytest.mark.skipif(not CLEAR_REFS.exists() or not hasattr(harness.LIBC, "mallopt"), reason="needs Linux and glibc")
+def test_peaks_on_a_cpu_are_those_of_the_tensors_that_live_at_once():
+    case = bench_linear.Case(1, 128, 192, 16384, torch.float32, 0.9, peers=frozenset())
+    batch = bench_linear.make_batch(case, CPU, quick=True)
+    found = peers.peaks("bench.bench_linear", case, batch, ["ours", "eager"], quick=True)
+    logits = 2 * 127 * case.vocabulary * 4 / harness.MIB
+    assert found["eager"] == pytest.approx(3 * logits, abs=1)  # log-probs, their gradient and the logits', of all rows
+    assert found["ours"] < 2 * logits
+
+
+SUITE = """
+import os, time
+import torch
+from bench import peers
+
+Batch = lambda *tensors: tensors
+
+def losses(case, batch, where):
+    right = lambda batch: (2 * batch[0]).sum()
+    def broken(*_):
+        peers.TO_BEGIN = 0.5  # of those after it
+        raise ImportError("no such package")
+    others = {
+        "compiled": lambda: torch.compile(right, backend=broken),
+        "broken": broken,
+        "fails": lambda: broken,
+        "slow": lambda: time.sleep(60),
+        "dies": lambda: os._exit(1),
+        "late": lambda: right,
+    }
+    return {"ours": right}, others
+"""
+
+
+@pytest.mark.skipif(not CLEAR_REFS.exists(), reason="needs Linux's /proc")
+def test_a_contender_whose_peak_cannot_be_measured_has_none(tmp_path, monkeypatch):
+    (tmp_path / "a_suite.py").write_text(SUITE)
+    monkeypatch.syspath_prepend(tmp_path)
+    names = ["ours", "compiled", "broken", "fails", "slow", "dies", "late"]
+    found = peers.peaks("a_suite", None, [torch.zeros(2**22, requires_grad=True)], names, quick=True)
+    assert list(found) == names and [name for name in names if found[name] is not None] == ["ours", "compiled"]
+    assert found["ours"] == pytest.approx(16, abs=1)  # the gradient, or before it the product
 
 
 def logits_batch(dtype=torch.float32):
@@ -509,7 +610,7 @@ def test_a_peer_that_computes_something_else_is_not_measured():
         "missing": unavailable,
     }
     found = check({"ours": bench_logits.ours}, others, batch)
-    assert set(found.losses) == set(found.peaks) == set(found.errors) == {"ours", "right"}
+    assert set(found.losses) == set(found.errors) == {"ours", "right"}
     assert found.absent["wrong-loss"].startswith("AssertionError: its loss is off by")
     for name in ("wrong-gradient", "wrong-gradient-of-an-ignored-row"):
         assert found.absent[name].startswith("AssertionError") and "its gradient by" in found.absent[name]
@@ -594,8 +695,8 @@ def test_each_peer_of_the_logits_path_has_a_process_of_its_own_on_a_cpu(monkeypa
     started, here, elsewhere = [], [], []
     another, check, turn = harness.another_process, bench_logits.check, harness.Elsewhere.turn
 
-    def counted():
-        started.append(another())
+    def counted(**options):
+        started.append(another(**options))
         return started[-1]
 
     def turn_elsewhere(self, *arguments):
@@ -610,7 +711,8 @@ def test_each_peer_of_the_logits_path_has_a_process_of_its_own_on_a_cpu(monkeypa
     result = bench_logits.measure(case, 3, CPU, seconds=1)
     assert here == ["ours"] and {"eager", "eager-view", "trl"} < set(result["times"])
     eager, *others = (elsewhere.count(number) for number in range(len(started)))
-    assert others == [4, 4] and eager == 8  # the first round of each is untimed, and of the further ones
+    # The first round of each is untimed, and of the further ones; the last process is that of the peaks.
+    assert others == [4, 4, 0] and eager == 8
     assert result["times"]["eager"]["rounds"] == 6 and result["times"]["trl"]["rounds"] == 3
     faults = result["page_faults"]
     assert 2 * faults["ours"] < faults["eager-view"] < faults["eager"]  # whose slices are copies, forward and backward
