@@ -314,10 +314,11 @@ class GeometricAnchor:
     def _grids(self, objective: Tensor | None = None) -> list[torch.dtype]:
         """The grid of each parameter's anchor: that of the dtype which the forward computes with, or the parameter's own
         if that is coarser. Asked anew each time: model.to(dtype) keeps its Parameter objects."""
-        grids, spared = [], set(map(id, self._spared_by_autocast or ()))
+        grids, spared = [], set()
         gathered_dtypes = {} if self._sharded is None else self._sharded.compute_dtypes()
         if self._spared_by_autocast is not None and self._has_masters():
             around = torch.is_autocast_enabled(self._computes_on(objective).type)
+            spared = set(map(id, self._spared_by_autocast))
             if isinstance(objective, Tensor):
                 gathered = {} if self._sharded is None else self._sharded.gathered()
                 spared = spared_in(objective, spared, around, gathered)

@@ -3,12 +3,13 @@
 import os
 
 import pytest
+import tiny_models
 import torch
 import torch._dynamo
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from batches import make_batch, run_logps, run_loss
-from gapo_kernels import fused_gapo_loss, gapo_objective, reference, sequence_logps
+from gapo_kernels import GeometricAnchor, distributed, fused_gapo_loss, gapo_objective, gapo_step, reference, sequence_logps
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiled in a plain process; test_ops.py checks the interpreter's operators", allow_module_level=True)
@@ -110,6 +111,26 @@ def test_generated_code_equals_eager():
         pytest.skip("torch.compile's default back end needs a C++ compiler, and there is none")
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(gradient, gradient_of(expected, logits))
+
+
+def test_generated_code_of_a_decoders_layers_in_a_step():
+    """Layer by layer: the second runs what was generated for the first. In float32, in which norms compute anyway."""
+    ids, labels = (tensor.to(DEVICE) for tensor in tiny_models.preference_batch())
+    results = []
+    for generated in (False, True):
+        model = tiny_models.build("llama", torch.float32, layers=2, width=32).to(DEVICE)
+        for layer in model.model.layers if generated else ():
+            layer.compile()
+        anchor = GeometricAnchor.from_model(model, rho=0.3)
+        try:
+            out = gapo_step(lambda: sequence_logps(model(ids, use_cache=False).logits, labels), anchor)
+        except torch._inductor.exc.InvalidCxxCompiler:
+            pytest.skip("torch.compile's default back end needs a C++ compiler, and there is none")
+        assert len(list(distributed.compiled(out.loss))) == 2 * generated and out.gap.abs().min() > 1e-3
+        out.loss.backward()
+        results.append([out.loss.detach(), out.anchor_margin, *(param.grad for param in model.parameters())])
+    for found, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 # One compilation for the first shape, one with sizes left open for the second, none for any after. (A size of 1 is

@@ -22,7 +22,9 @@ import torch
 from signalled import SignalAt
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from gapo_kernels import (
@@ -126,6 +128,13 @@ def authors_recipe(model, ids, labels, moved, geometry, probe, beta, gamma):
     return loss.detach(), anchor, gradients(model.parameters())
 
 
+def assert_equals_recipe(out, model, expected):
+    assert out.gap.abs().min() > 1e-3  # an anchor that did nothing would pass the rest too easily
+    torch.testing.assert_close(out.loss.detach(), expected[0], atol=1e-9, rtol=0)
+    torch.testing.assert_close(out.anchor_margin, expected[1], atol=1e-9, rtol=0)
+    assert_close(gradients(model.parameters()), expected[2], 1e-9)
+
+
 @pytest.fixture(scope="module", params=tiny_models.NAMES)
 def named_model(request):
     return request.param, tiny_models.build(request.param)
@@ -140,7 +149,7 @@ def test_it_equals_the_authors_recipe(named_model, geometry, probe, scope):
     options = dict(beta=2.5, gamma=0.4)
     moved = [p for n, p in model.named_parameters() if n.startswith(SCOPES[name][scope])]
     model.zero_grad()
-    loss, anchor_margin, expected = authors_recipe(model, ids, labels, moved, geometry, probe, **options)
+    expected = authors_recipe(model, ids, labels, moved, geometry, probe, **options)
 
     model.zero_grad()
     anchor = GeometricAnchor.from_model(model, scope=scope, rho=RHO, geometry=geometry)
@@ -148,10 +157,67 @@ def test_it_equals_the_authors_recipe(named_model, geometry, probe, scope):
     out.loss.backward()
 
     assert {id(p) for p in anchor.params} == {id(p) for p in moved}
-    assert out.gap.abs().min() > 1e-3  # an anchor that did nothing would pass the rest too easily
-    torch.testing.assert_close(out.loss.detach(), loss, atol=1e-9, rtol=0)
-    torch.testing.assert_close(out.anchor_margin, anchor_margin, atol=1e-9, rtol=0)
-    assert_close(gradients(model.parameters()), expected, 1e-9)
+    assert_equals_recipe(out, model, expected)
+
+
+@pytest.mark.parametrize("probe", ["loss", "margin"])
+@pytest.mark.parametrize("geometry", ["asam", "sam"])
+@pytest.mark.parametrize("name", tiny_models.NAMES)
+def test_with_lora_it_equals_the_authors_recipe(name, geometry, probe):
+    peft = pytest.importorskip("peft", reason="LoRA needs peft")
+    targets = dict(target_modules=["q_proj", "down_proj"])
+    if name == "gpt2":
+        targets = dict(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
+    model = peft.get_peft_model(tiny_models.build(name), peft.LoraConfig(r=2, init_lora_weights=False, **targets)).double()
+    adapters = {n: p for n, p in model.named_parameters() if "lora_" in n}
+    ids, labels = tiny_models.preference_batch()
+    options = dict(beta=2.5, gamma=0.4, probe=probe)
+    expected = authors_recipe(model, ids, labels, [*adapters.values()], geometry, **options)
+
+    model.zero_grad()
+    before, moved = {n: p.detach().clone() for n, p in model.named_parameters()}, []
+
+    def logps():
+        moved.append({n for n, p in model.named_parameters() if not torch.equal(p, before[n])})
+        return sequence_logps(model(ids).logits, labels)
+
+    out = gapo_step(logps, GeometricAnchor.from_model(model, rho=RHO, geometry=geometry), **options)
+    out.loss.backward()
+    assert moved == [set(), set(adapters)]
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == set(adapters)
+    assert_equals_recipe(out, model, expected)
+
+
+class Float64(TorchFunctionMode):
+    """Also where a model computes in float32 whatever its dtype, as transformers' norms and softmaxes do."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        args, kwargs = tree_map(lambda x: torch.float64 if x is torch.float32 else x, (args, kwargs or {}))
+        return (torch.Tensor.double if func is torch.Tensor.float else func)(*args, **kwargs)
+
+
+@pytest.mark.parametrize("probe", ["loss", "margin"])
+@pytest.mark.parametrize("geometry", ["asam", "sam"])
+@pytest.mark.parametrize("name", tiny_models.NAMES)
+def test_a_shared_backward_equals_the_authors_recipe(name, geometry, probe):
+    model = tiny_models.build(name)
+    ids, labels = tiny_models.preference_batch()
+    options = dict(beta=2.5, gamma=0.4, probe=probe)
+
+    def in_float64(ids, forward=model.forward):
+        with Float64():
+            return forward(ids)
+
+    model.forward = in_float64
+    moved = [p for n, p in model.named_parameters() if n.startswith(SCOPES[name]["backbone"])]
+    expected = authors_recipe(model, ids, labels, moved, geometry, **options)
+
+    model.zero_grad()
+    anchor = GeometricAnchor.from_model(model, rho=RHO, geometry=geometry)
+    out = gapo_step(lambda: sequence_logps(model(ids).logits, labels), anchor, share_backward=True, **options)
+    assert out.loss.grad_fn.name() == "_SharedLossBackward"
+    out.loss.backward()
+    assert_equals_recipe(out, model, expected)
 
 
 @pytest.mark.parametrize("logps", [sequence_logps, plain_logps], ids=["fused", "plain"])
@@ -593,6 +659,19 @@ def test_what_autocast_leaves_alone_moves_in_its_own_dtype(where, checkpointing)
     inside = False
     gapo_step(logps, anchor)  # without autocast everything is cast by somebody else
     assert all(torch.equal(weight, weight.bfloat16().float()) for weight in seen.values())
+
+
+def test_float64_masters_of_a_float32_forward_are_all_on_its_grid():
+    """Autocast, which leaves norms and embeddings alone, does not cast to float32."""
+    ids, labels = tiny_models.preference_batch()
+    model, seen = tiny_models.build("llama"), []
+
+    def logps():
+        seen.extend(p.detach().clone() for p in model.parameters() if not torch.is_grad_enabled())
+        return sequence_logps(model(ids).logits, labels)
+
+    gapo_step(logps, GeometricAnchor.from_model(model, rho=RHO, scope="all", compute_dtype=torch.float32))
+    assert seen and all(torch.equal(weight, weight.float().double()) for weight in seen)
 
 
 @pytest.mark.parametrize("where", ["around the step", "inside of logps_fn"])

@@ -8,10 +8,10 @@ LAYERS = 3
 NAMES = ("llama", "gemma2", "gpt2")
 
 
-def build(name: str, dtype: torch.dtype = torch.float64) -> torch.nn.Module:
+def build(name: str, dtype: torch.dtype = torch.float64, layers: int = LAYERS, width: int = 16) -> torch.nn.Module:
     """A causal language model: "llama" (its own head), "gemma2" (tied head, softcapping) or "gpt2" (tied head)."""
     transformers = pytest.importorskip("transformers", reason="these models are those of transformers")
-    size = dict(vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=LAYERS)
+    size = dict(vocab_size=VOCABULARY, hidden_size=width, intermediate_size=24, num_hidden_layers=layers)
     heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=4)
     tokens = dict(pad_token_id=0, bos_token_id=0, eos_token_id=0)
     if name == "llama":
@@ -21,7 +21,7 @@ def build(name: str, dtype: torch.dtype = torch.float64) -> torch.nn.Module:
         config = transformers.Gemma2Config(**size, **heads, **tokens, **caps, sliding_window=4, query_pre_attn_scalar=4)
     else:
         dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-        size = dict(vocab_size=VOCABULARY, n_embd=16, n_layer=LAYERS, n_head=4, n_positions=16)
+        size = dict(vocab_size=VOCABULARY, n_embd=width, n_layer=layers, n_head=4, n_positions=16)
         config = transformers.GPT2Config(**size, **dropout, **tokens)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype)

@@ -198,9 +198,11 @@ def test_what_was_tuned_is_compiled(tmp_path, monkeypatch):
         assert f"tensor<{expected['BLOCK'] // 8}x8xbf16" in artefact.ttgir
 
 
-def test_one_launch_per_pass():
-    """However many parameters there are, of one combination of dtypes and alignment; and one program that loads what
-    restores before the weights move. Noise has half as large tiles."""
+@pytest.mark.parametrize("others", [0, 6])
+@pytest.mark.parametrize("combinations", ["one", "many"])
+def test_one_launch_per_pass(combinations, others):
+    """However many parameters there are, one for each combination of dtypes, grid and alignment, and of the noise for each
+    of dtype and alignment; and one program that loads what restores before the weights move. Noise has half as large tiles."""
     launched = []
 
     class Counted:
@@ -208,15 +210,34 @@ def test_one_launch_per_pass():
             self.kernel = kernel
 
         def __getitem__(self, grid):
-            launched.append(grid)
+            launched.append((self.kernel.__name__, *grid))
             return lambda *args, **kwargs: None
 
+    def tensor(dtype, offset):
+        return torch.empty(offset + 8193, dtype=dtype)[offset:]
+
+    every = [(BF16, BF16, BF16, 0)]
+    if combinations == "many":
+        dtypes = (F32, BF16)
+        every = [(theta, g, grid, offset) for theta in dtypes for g in dtypes for grid in dtypes for offset in (0, 1)]
+    moves = [
+        perturbation.Move(tensor(theta, offset), tensor(direction, 0), tensor(theta, 0), grid, number)
+        for number, (theta, direction, grid, offset) in enumerate(every * (1 + others))  # each of them far from its like
+    ]
+    noise_of = {(theta, offset) for theta, _, _, offset in every}
     with pytest.MonkeyPatch.context() as patch:
         for name in PERTURBATION_KERNELS:
             module = noise if name == "noise_kernel" else perturbation
             patch.setattr(module, name, Counted(getattr(module, name)))
-        perturbation_path(BF16, BF16, BF16, n=8193, moves=7)()
-    assert launched == [(14,), (1,), (14,), (14,), (21,)]
+        subject = perturbation.Perturbation(moves, "asam", True)
+        subject.squared_norm()
+        subject.exchange(0.1, 5, 2)
+        subject.restore()
+        subject.fill_with_noise([move.theta for move in moves], [(0, move.number, 0) for move in moves], 2, 5)
+    passes = [("norm_kernel", 2), ("restore_kernel", None), ("exchange_kernel", 2), ("restore_kernel", 2)]
+    expected = [(name, tiles * (1 + others) if tiles else 1) for name, tiles in passes for _ in every]
+    own = len(every) // len(noise_of) * (1 + others)
+    assert launched == expected + [("noise_kernel", 3 * own)] * len(noise_of)
 
 
 # The gate itself: a kernel that is wrong in a known way is caught, and for that. ----------------------------------------

@@ -1,6 +1,7 @@
 """What each of two processes runs. Every function gets (rank, folder) and saves what it found as folder/RANK.pt."""
 
 import os
+import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -68,12 +69,15 @@ def logps_of(model, rank=None):
 def one_process(model, anchor, steps=1, lr=0.0, compute_dtype=None):
     """What the joined batch gives on one process: per step (gap, loss, gradients by name, statistics)."""
     logps = logps_of(model)
-    if compute_dtype is not None:  # as MixedPrecisionPolicy has it: every parameter is cast
-        ids, labels = batch()
+    if compute_dtype is not None:  # as MixedPrecisionPolicy has it: every parameter is cast, on each rank for its own pairs
 
         def logps():
-            cast = {name: param.to(compute_dtype) for name, param in model.named_parameters()}
-            return sequence_logps(torch.func.functional_call(model, cast, kwargs=dict(input_ids=ids)).logits, labels)
+            halves = []
+            for ids, labels in map(batch, range(RANKS)):
+                cast = {name: param.to(compute_dtype) for name, param in model.named_parameters()}
+                logits = torch.func.functional_call(model, cast, kwargs=dict(input_ids=ids)).logits
+                halves.append(sequence_logps(logits, labels).view(2, -1))
+            return torch.cat(halves, 1).flatten()
 
     return _train(model, anchor, logps, steps, lr)
 
@@ -355,12 +359,17 @@ def fsdp_fails_inside(rank, where):
     anchor = GeometricAnchor.from_model(model, rho=RHO)
     before = [p.detach().to_local().clone() for p in anchor.params]
     logps, calls = logps_of(model, rank), []
-    if where == "layer":
+    signals = {"Ctrl-C": 1, "two Ctrl-C": 2}.get(where, 0)  # the first waits for the weights, the second cuts the forward off
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signals or where == "layer":
 
         def out_of_memory(*_):
             if len(calls) == 2:
                 calls.append(1)
-                raise ValueError("in the middle of the anchor's forward")
+                for _ in range(signals):
+                    signal.raise_signal(signal.SIGINT)
+                if not signals:
+                    raise ValueError("in the middle of the anchor's forward")
 
         layers[1].mlp.register_forward_pre_hook(out_of_memory)
 
@@ -386,7 +395,7 @@ def fsdp_fails_inside(rank, where):
     try:
         gapo_step(failing, anchor)
         error = None
-    except Exception as raised:
+    except BaseException as raised:
         error = type(raised).__name__
     # Of the first forward what was gathered is still so: nothing had moved.
     restored = where == "first" or all(torch.equal(p.detach().to_local(), b) for p, b in zip(anchor.params, before))
@@ -399,14 +408,16 @@ def fsdp_fails_inside(rank, where):
 
 
 def _next_step(model, anchor, rank):
-    """How far gaps and gradients of a step are off those of one process. No .grad may be there before."""
+    """How far loss, gaps and gradients of a step are off those of one process. No .grad may be there before."""
     assert all(param.grad is None for param in model.parameters())
     out = gapo_step(logps_of(model, rank), anchor)
     out.loss.backward()
+    mean = out.loss.detach() / RANKS
+    distributed.all_reduce(mean)
     whole = tiny_models.build("llama")
-    ((gap, _, gradients, _),) = one_process(whole, GeometricAnchor.from_model(whole, rho=RHO))
+    ((gap, loss, gradients, _),) = one_process(whole, GeometricAnchor.from_model(whole, rho=RHO))
     off = [full(param.grad) - gradients[name] for name, param in model.named_parameters()]
-    return max(one.abs().max().item() for one in (*off, out.gap - gap.chunk(RANKS)[rank]))
+    return max(one.abs().max().item() for one in (*off, out.gap - gap.chunk(RANKS)[rank], mean - loss))
 
 
 def fsdp_fails_on_one_rank(rank, where):

@@ -117,16 +117,14 @@ def test_fsdp2(on_two_ranks, options):
     assert_steps_equal(found, options.get("model", "llama"), **rest)
 
 
-@pytest.mark.parametrize(
-    "masters, computed, tolerance",
-    [(torch.float64, torch.float32, 1e-5), (torch.float32, torch.bfloat16, 0.03)],
-    ids=str,
-)
+@pytest.mark.parametrize("masters, computed", [(torch.float64, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
 @pytest.mark.parametrize("reshard, checkpointing", [(True, False), (False, False), (False, True)])
-def test_fsdp2_mixed_precision(on_two_ranks, masters, computed, tolerance, reshard, checkpointing):
+def test_fsdp2_mixed_precision(on_two_ranks, masters, computed, reshard, checkpointing):
+    """Gaps and gradients are one process's bit for bit if it makes the same casts; the statistics and the mean of losses but
+    for their own last digits."""
     policy = dict(param_dtype=computed, reduce_dtype=masters)
     found = on_two_ranks("fsdp", dtype=masters, policy=policy, reshard=reshard, checkpointing=checkpointing)
-    assert_steps_equal(found, "llama", tolerance=tolerance, dtype=masters, compute_dtype=computed)
+    assert_steps_equal(found, "llama", tolerance=2e-7, dtype=masters, compute_dtype=computed)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
@@ -156,6 +154,8 @@ FAILURES = [
     ("anchor", "ValueError"),
     ("layer", "ValueError"),
     ("probe", "FloatingPointError"),
+    ("Ctrl-C", "KeyboardInterrupt"),
+    ("two Ctrl-C", "KeyboardInterrupt"),
 ]
 
 
