@@ -148,6 +148,7 @@ def test_candidates_of_the_perturbation():
         first, half = tuning.candidates("perturbation", architecture, BF16)
         assert first == config.entry("perturbation", architecture, BF16).parameters
         assert half == {"num_warps": first["num_warps"] // 2}
+    assert len(tuning.candidates("perturbation", "sm_100", BF16)) == 1  # half the warps spill
 
 
 def test_every_kernel_is_tuned_unless_said_otherwise():

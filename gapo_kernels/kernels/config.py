@@ -47,8 +47,8 @@ TABLE = {
         "sm_90": {2: Entry(4096, 4, 37, 7.4), 4: Entry(2048, 4, 32, 6.8)},
         "sm_100": {2: Entry(4096, 4, 46, 6.0), 4: Entry(2048, 4, 37, 6.1)},
         "sm_120": {2: Entry(4096, 4, 40, 7.3), 4: Entry(2048, 4, 38, 6.6)},
-        "gfx942": {2: Entry(4096, 4, 36, 6.0), 4: Entry(4096, 4, 46, 5.2)},
-        "gfx950": {2: Entry(4096, 4, 36, 6.0), 4: Entry(4096, 4, 46, 5.2)},
+        "gfx942": {2: Entry(4096, 4, 36, 6.1), 4: Entry(4096, 4, 46, 5.3)},
+        "gfx950": {2: Entry(4096, 4, 36, 6.1), 4: Entry(4096, 4, 46, 5.3)},
     },
     "gradient": {
         "sm_80": {2: Entry(4096, 8, 38, 10.2), 4: Entry(4096, 8, 45, 9.0)},
@@ -72,6 +72,10 @@ TABLE = {
 # rows are few such waits where a sequence is long. Of as many threads as AMD has; with two rows in each some spill.
 PAIRS = {"ROWS": 512, "num_warps": 16}
 
+# Of the perturbation where weights, direction or original begin elsewhere than at 16 bytes. Accesses are of one element
+# then: a vector would be spread over threads, and summed across them. More threads hold fewer addresses each.
+UNALIGNED = {"VEC": 1, "num_warps": 8}
+
 # Plain loads: where a release of Triton pipelines such loops, num_stages >= 2 turns their loads into copies through
 # shared memory, which is slower here.
 # Fusing multiply and add is said aloud because its default differs between Triton releases.
@@ -88,6 +92,15 @@ def launch(kernel: str, device: torch.device, dtype: torch.dtype) -> dict[str, o
     if kernel in _forced:
         return {**_forced[kernel], **OPTIONS}
     return _chosen(kernel, device, dtype)
+
+
+def pairs(device: torch.device, dtype: torch.dtype) -> dict[str, object]:
+    """What to launch the forward's second kernel with; `dtype` is the statistics'."""
+    parameters = {**PAIRS, **OPTIONS}
+    if dtype == torch.float64 and architecture(device).startswith("sm_"):
+        # All that 16 warps can have: untold, NVIDIA's assembler takes 64 or 40, for more programs at a time, and spills.
+        parameters["maxnreg"] = 128
+    return parameters
 
 
 @contextmanager

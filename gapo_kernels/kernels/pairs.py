@@ -387,8 +387,7 @@ def logps_forward(
             LENGTH_NORMALIZED=length_normalized,
             SHIFT=int(shift),
             PACKED=cu_seqlens is not None,
-            **config.PAIRS,
-            **config.OPTIONS,
+            **config.pairs(device, dtype),
         )
     return logps, counts, row_max, row_sum
 
@@ -465,7 +464,6 @@ def loss_forward(
         LENGTH_NORMALIZED=length_normalized,
         SHIFT=int(shift),
         PACKED=cu_seqlens is not None,
-        **config.PAIRS,
-        **config.OPTIONS,
+        **config.pairs(device, dtype),
     )
     return results, row_max, row_sum

@@ -42,15 +42,16 @@ TILE = tl.constexpr(philox.TILE)
 ROUNDING = tl.constexpr(philox.ROUNDING)
 
 # The table's columns, int64, a row for each parameter, or shard of one: counted is from the whole one's first element.
-COLUMNS = tl.constexpr(8)
+COLUMNS = tl.constexpr(9)  # with 8, rows of 64 bytes, NVIDIA's assembler spills in the exchange for sm_100
 THETA_ADDRESS = tl.constexpr(0)
 DIRECTION_ADDRESS = tl.constexpr(1)
 ORIGINAL_ADDRESS = tl.constexpr(2)
-FIRST = tl.constexpr(3)
-END = tl.constexpr(4)
-NUMBER = tl.constexpr(5)
-SHARD = tl.constexpr(6)
-TILES_BEFORE = tl.constexpr(7)
+END = tl.constexpr(3)
+NUMBER = tl.constexpr(4)
+SHARD = tl.constexpr(5)
+TILES_BEFORE = tl.constexpr(6)
+FIRST = tl.constexpr(7)
+TILES = tl.constexpr(8)
 
 
 @triton.jit
@@ -329,7 +330,8 @@ class _Launch:
     @property
     def layout(self) -> dict[str, object]:
         parameters = config.launch("perturbation", self._device, self.theta)
-        return {"CUT": self.cut, "ALIGNED": self.aligned, "VEC": 16 // self.theta.itemsize, **parameters}
+        vectors = {"VEC": 16 // self.theta.itemsize} if self.aligned else config.UNALIGNED
+        return {"CUT": self.cut, "ALIGNED": self.aligned, **parameters, **vectors}
 
 
 def _origins(move: Move) -> list[int]:
@@ -352,22 +354,21 @@ class Perturbation:
                 addresses = (*_origins(move), *(t.data_ptr() for t in (move.theta, move.direction, move.original)))
                 kind = move.first % philox.TILE != 0, all(address % 16 == 0 for address in addresses)
                 groups.setdefault((move.theta.dtype, move.direction.dtype, move.grid, *kind), []).append(move)
-        rows, tiles, self._launches, self._tiles = [], [], [], 0
+        rows, self._launches, self._tiles = [], [], 0
         for (*_, cut, aligned), group in groups.items():
             launch = _Launch(group[0], cut, aligned, self._tiles)
             for move in group:
                 before, end = move.first // philox.TILE, move.first + move.theta.numel()
-                rows.append((*_origins(move), move.first, end, move.number, move.shard, self._tiles - before))
-                tiles.append(triton.cdiv(end, philox.TILE) - before)
-                self._tiles += tiles[-1]
+                tiles = triton.cdiv(end, philox.TILE) - before
+                rows.append((*_origins(move), end, move.number, move.shard, self._tiles - before, move.first, tiles))
+                self._tiles += tiles
             launch.tiles = self._tiles - launch.first
             self._launches.append(launch)
         if not rows:
             return
         self._table = from_host(rows, torch.int64, self._device)
         # output_size: else the host would wait for the sum.
-        repeats = from_host(tiles, torch.int32, self._device)
-        self._move_of_tile = torch.repeat_interleave(repeats, output_size=self._tiles)
+        self._move_of_tile = torch.repeat_interleave(self._table[:, TILES.value].int(), output_size=self._tiles)
         self._exchanged = torch.zeros(self._tiles, dtype=torch.int8, device=self._device)
 
     def squared_norm(self) -> Tensor:

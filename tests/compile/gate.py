@@ -27,6 +27,7 @@ class Dialect(NamedTuple):
     floating: str  # arithmetic with floating-point numbers
     exp2: str
     multiply_add: str
+    detour: dict[str, int]  # through shared memory, of a staged gradient: for each 16 bytes at most as many
 
 
 CUDA = Dialect(
@@ -41,7 +42,8 @@ CUDA = Dialect(
     across=r"SHFL|BAR|LDS|LDSM|STS|STSM|LDGSTS|SYNCS|WARPSYNC|VOTE|MATCH|RED\w*|ATOM\w*|LD|ST",
     floating=r"[FD](?:ADD|MUL|FMA|MNMX|SETP|SET)\w*|H(?:ADD|MUL|MNMX|SETP|SET)\w*|MUFU",  # by HFMA2 constants are loaded, too
     exp2=r"MUFU\.EX2",
-    multiply_add=r"(?:FFMA|FMUL)\w*",
+    multiply_add=r"[FD](?:FMA|MUL)\w*",
+    detour={"BAR": 2, "STS|STSM": 1, "LDS|LDSM": 1},
 )
 AMD = Dialect(
     threads=64,
@@ -56,6 +58,7 @@ AMD = Dialect(
     floating=r"v_(?:pk_)?(?:add|sub|mul|fma|fmac|max|min|exp|cmp_\w+)_(?:f|bf)(?:16|32|64)\w*",
     exp2=r"v_exp_f32\w*",
     multiply_add=r"v_(?:pk_)?(?:fma|mul)\w*",
+    detour={"s_barrier": 1, r"ds_write\w*": 4, r"ds_read\w*": 2},
 )
 
 
@@ -87,10 +90,22 @@ if not NEW_ENOUGH:  # Triton 3.6, on AMD: 177 for float16, and 14.5 in two candi
 STAGED_REGISTERS, STAGED_INSTRUCTIONS = {"REG": 96, "vgpr_count": 128}, 24
 # By target and a logit's bytes. float32 takes 100 on sm_120: two programs of 8 warps run side by side up to 128.
 STAGED_MORE = {("sm_120", 4): {"REG": 104}}
+# float64, for gradcheck: exp is a polynomial in registers of two words.
+FLOAT64_REGISTERS = {
+    **REGISTERS,
+    "statistics_kernel": {"REG": 128, "vgpr_count": 144},
+    "gradient_kernel": {"REG": 152, "vgpr_count": 128},
+    "norm_kernel": {"REG": 104, "vgpr_count": 104},
+    "restore_kernel": {"REG": 152, "vgpr_count": 152},
+}
+FLOAT64_STAGED_REGISTERS = {"REG": 128, "vgpr_count": 224}
+FLOAT64_INSTRUCTIONS = {"statistics_kernel": 72, "gradient_kernel": 52, "norm_kernel": 8, "exchange_kernel": 36}
+if not NEW_ENOUGH:  # Triton 3.6, on sm_120: 173 and 122
+    FLOAT64_INSTRUCTIONS |= {"statistics_kernel": 180, "gradient_kernel": 128}
+CUT_REGISTERS = {"REG": 144, "vgpr_count": 152}  # of the exchange
+# An address for each element.
+UNALIGNED_INSTRUCTIONS = {"norm_kernel": 12, "exchange_kernel": 44}
 TABLE_LOADS = 7  # of noise_kernel: the tile's row, and its columns
-# Bytes that a thread may put on the stack where nothing is asked of the speed. The perturbation of unaligned weights has an
-# address for each access, of which Triton 3.6 spills two; float64, for gradcheck, has 24 (sm_120) in the loss.
-UNALIGNED_SPILLS, FLOAT64_SPILLS = 16, 32
 
 
 class Stream(NamedTuple):
@@ -98,11 +113,13 @@ class Stream(NamedTuple):
 
     elements: int
     loads: int  # of 16 bytes
-    stores: int | None  # of 16 bytes; None: however it likes
-    exponentials: int
+    stores: int  # of 16 bytes
+    exponentials: int  # of float32: float64's have no instruction
     ceiling: float  # instructions for each element
     zeros: int = 0  # stores of 16 bytes that zero a tile, in a loop of their own, which the compiler may unroll
-    narrow_loads: int = 0  # of fewer bytes: a direction's that is narrower than theta
+    narrow_loads: int = 0  # of fewer bytes: a direction's that is narrower than theta, or of unaligned weights
+    narrow_stores: int = 0  # a staged gradient's, or of unaligned weights
+    detours: int = 0  # 16 bytes that go through shared memory
 
 
 class Weights(NamedTuple):
@@ -110,6 +127,8 @@ class Weights(NamedTuple):
 
     direction: int  # bytes of an element
     asam: bool = True
+    aligned: bool = True
+    cut: bool = False  # of shards that begin within a tile
 
 
 def stream(
@@ -122,34 +141,42 @@ def stream(
     weights: Weights | None = None,
 ) -> Stream | None:
     """Of a kernel of the library. `itemsize`: of a logit or of theta. `block`: elements of a row in flight per program."""
-    ceiling = STAGED_INSTRUCTIONS if staged else INSTRUCTIONS.get(name)
-    if ceiling is None:
+    ceilings = FLOAT64_INSTRUCTIONS if itemsize == 8 else INSTRUCTIONS
+    if name not in ceilings:
         return None
+    ceiling = STAGED_INSTRUCTIONS if staged and itemsize < 8 else ceilings[name]
     threads = dialect(target).threads * artefact.num_warps
     if name in ("norm_kernel", "exchange_kernel"):
         weights = weights or Weights(itemsize)
-        elements = 2 * philox.LANES // threads
+        elements, exchanges = 2 * philox.LANES // threads, name == "exchange_kernel"
+        if not weights.aligned:
+            loads, stores = (1 + (exchanges or weights.asam)) * elements, 2 * elements * exchanges
+            ceiling = UNALIGNED_INSTRUCTIONS[name]
+            return Stream(elements, 0, 0, 0, ceiling, narrow_loads=loads, narrow_stores=stores)
         of_theta = elements * itemsize // 16
         of_direction = elements * max(weights.direction, itemsize) // 16
-        exchanges, narrow = name == "exchange_kernel", weights.direction < itemsize
+        narrow = weights.direction < itemsize
         loads = of_theta * (exchanges or weights.asam) + of_direction * (not narrow)
         return Stream(elements, loads, 2 * of_theta * exchanges, 0, ceiling, narrow_loads=of_direction * narrow)
     elements = block // threads
-    accesses = elements * itemsize // 16
+    accesses, exponentials = elements * itemsize // 16, elements * (itemsize < 8)
     if name == "statistics_kernel":
-        return Stream(elements, accesses, 0, elements, ceiling)
-    return Stream(elements, accesses, None if staged else accesses, elements, ceiling, zeros=accesses)
+        return Stream(elements, accesses, 0, exponentials, ceiling)
+    if staged:
+        return Stream(elements, accesses, 0, exponentials, ceiling, zeros=accesses, narrow_stores=elements, detours=accesses)
+    return Stream(elements, accesses, accesses, exponentials, ceiling, zeros=accesses)
 
 
 def unrolled(artefact: Artefact, target: str, expected: Stream) -> Stream:
     """`expected` of a loop that only loads, which the compiler may unroll."""
     loads = expected.loads + expected.narrow_loads
-    if not loads or expected.stores != 0 or expected.exponentials:
+    if not loads or expected.stores or expected.narrow_stores or expected.exponentials:
         return expected
     code = dialect(target)
     times, rest = divmod(count(artefact.hot_loop, code.load), loads)
-    # More loads are more rounds only if there are as many more sums of squares.
-    if rest or times < 2 or count(artefact.hot_loop, code.multiply_add) < times * expected.elements:
+    # More loads are more rounds only if there are as many more sums of squares; float64's exponentials are a lot more.
+    each = count(artefact.hot_loop, code.multiply_add) / (max(1, times) * expected.elements)
+    if rest or times < 2 or not 1 <= each <= 4:
         return expected
     return expected._replace(
         elements=times * expected.elements, loads=times * expected.loads, narrow_loads=times * expected.narrow_loads
@@ -170,15 +197,20 @@ def loop_problems(artefact: Artefact, target: str, expected: Stream) -> list[str
     code, loop = dialect(target), artefact.hot_loop
     problems = []
     expected = unrolled(artefact, target, expected)
-    accesses = [("loads", code.load, code.wide_load, expected.loads, expected.narrow_loads)]
-    if expected.stores is not None:
-        accesses.append(("stores", code.store, code.wide_store, expected.stores, 0))
+    accesses = [
+        ("loads", code.load, code.wide_load, expected.loads, expected.narrow_loads),
+        ("stores", code.store, code.wide_store, expected.stores, expected.narrow_stores),
+    ]
     for what, any_width, wide, wanted, narrow in accesses:
         found, found_wide = count(loop, any_width), count(loop, wide)
         if not (found_wide == wanted and found == wanted + narrow):
-            problems.append(f"{found} {what} in the hot loop, {found_wide} of them 16 bytes, {wanted} expected")
-    unwanted = code.spill if expected.stores is None else f"{code.spill}|{code.across}"
-    problems += unwanted_problems(loop, unwanted, "the hot loop")
+            others = f" and {narrow} narrower" if narrow else ""
+            problems.append(f"{found} {what} in the hot loop, {found_wide} of them 16 bytes, {wanted}{others} expected")
+    for step, times in code.detour.items() if expected.detours else ():
+        if (found := count(loop, step)) > (most := times * expected.detours):
+            problems.append(f"{found} {step} in the hot loop, at most {most} expected")
+        loop = [instruction for instruction in loop if not count([instruction], step)]
+    problems += unwanted_problems(loop, f"{code.spill}|{code.across}", "the hot loop")
     # One an element, and those by which a running sum is scaled when its maximum grows: not one for each element.
     if not expected.exponentials <= (found := count(loop, code.exp2)) <= 1.5 * expected.exponentials:
         problems.append(f"{found} exponentials in the hot loop, {expected.exponentials} expected")
@@ -214,30 +246,43 @@ def other_loop_problems(artefact: Artefact, target: str, expected: Stream) -> li
     return problems
 
 
-def whole_tile_problems(name: str, artefact: Artefact, target: str, itemsize: int) -> list[str]:
+def whole_tile_problems(name: str, artefact: Artefact, target: str, itemsize: int, aligned: bool) -> list[str]:
     """restore_kernel and noise_kernel have their whole tile in hand at once."""
     code, restores = dialect(target), name == "restore_kernel"
-    wanted = (philox.TILE if restores else philox.NOISE_TILE) * itemsize // (16 * code.threads * artefact.num_warps)
+    load, store, width = (code.wide_load, code.wide_store, 16) if aligned else (code.load, code.store, itemsize)
+    wanted = (philox.TILE if restores else philox.NOISE_TILE) * itemsize // (width * code.threads * artefact.num_warps)
     if not restores:  # whose branch around whole tiles is made of predicates
-        stores = count(artefact.instructions, code.wide_store)
-        problems = [f"{stores} stores of 16 bytes, {wanted} expected"] if stores != wanted else []
+        stores, most = count(artefact.instructions, store), wanted if aligned else 2 * wanted  # the other branch's, too
+        problems = [] if wanted <= stores <= most else [f"{stores} stores of {width} bytes, {wanted} expected"]
+        if not aligned and (wide := count(artefact.instructions, code.wide_store)):
+            problems.append(f"{wide} stores of 16 bytes, 0 expected")
         # Of its table; what it loads of the noise for the sake of a layout must be gone.
         if (loads := count(artefact.instructions, code.load)) > TABLE_LOADS:
             problems.append(f"{loads} loads, at most {TABLE_LOADS} expected")
         return problems + unwanted_problems(artefact.instructions, code.across, "the kernel")
     unmasked = [instruction for instruction in artefact.instructions if not instruction.startswith("@")]
-    found = {"loads": count(unmasked, code.wide_load), "stores": count(unmasked, code.wide_store)}
-    problems = [f"{n} {what} of 16 bytes, {wanted} expected" for what, n in found.items() if n < wanted]
+    found = {"loads": count(unmasked, load), "stores": count(unmasked, store)}
+    problems = [f"{n} {what} of {width} bytes, {wanted} expected" for what, n in found.items() if n < wanted]
     # One barrier: behind it the tile's mark is taken back.
     unwanted = unwanted_problems(artefact.instructions, code.across, "the kernel")
     return problems + [problem for problem in unwanted if not re.match(r"1 (?:BAR|s_barrier)\b", problem)]
 
 
-def spill_problems(artefact: Artefact, target: str, allowed: int = 0) -> list[str]:
+def without_cut(artefact: Artefact, target: str) -> tuple[Artefact, list[str]]:
+    """An exchange of shards that begin within a tile, less its loop over such a tile's groups; and what is wrong with that:
+    it goes element by element, behind masks."""
+    code, masked = dialect(target), artefact.hot_loop
+    expected = 2 * 2 * philox.LANES // (code.threads * artefact.num_warps)
+    problems = unwanted_problems(masked, f"{code.spill}|{code.across}", "the loop over a cut tile")
+    found = {"loads": count(masked, code.load), "stores": count(masked, code.store)}
+    problems += [f"{n} {what} in the loop over a cut tile, {expected} expected" for what, n in found.items() if n != expected]
+    return artefact._replace(loops=[loop for loop in artefact.loops if loop is not masked]), problems
+
+
+def spill_problems(artefact: Artefact, target: str) -> list[str]:
     code = dialect(target)
-    limits = {name: allowed // 4 if name.endswith("_count") else allowed for name in code.spills}  # a register has 4 bytes
-    problems = [f"{n} {artefact.resources[n]} (spilled)" for n in code.spills if artefact.resources[n] > limits[n]]
-    if found := 0 if allowed else count(artefact.instructions, code.spill):
+    problems = [f"{artefact.resources[n]} {n} (spilled)" for n in code.spills if artefact.resources[n]]
+    if found := count(artefact.instructions, code.spill):
         problems.append(f"{found} instructions that spill")
     return problems
 
@@ -257,12 +302,18 @@ def problems(
     staged: bool = False,
     weights: Weights | None = None,
 ) -> list[str]:
-    """All that is wrong with a kernel of the library on memory of its dtype's alignment."""
+    """All that is wrong with a kernel of the library."""
     found = spill_problems(artefact, target)
-    ceilings = STAGED_MORE.get((target, itemsize), STAGED_REGISTERS) if staged else REGISTERS[name]
+    ceilings = (FLOAT64_REGISTERS if itemsize == 8 else REGISTERS)[name]
+    if staged:
+        ceilings = FLOAT64_STAGED_REGISTERS if itemsize == 8 else STAGED_MORE.get((target, itemsize), STAGED_REGISTERS)
+    if name == "exchange_kernel" and weights and weights.cut:
+        ceilings = CUT_REGISTERS
+        artefact, more = without_cut(artefact, target)
+        found += more
     found += register_problems(artefact, target, ceilings)
     if expected := stream(name, artefact, target, itemsize, block, staged, weights):
         found += loop_problems(artefact, target, expected)
     if name in ("restore_kernel", "noise_kernel"):
-        found += whole_tile_problems(name, artefact, target, itemsize)
+        found += whole_tile_problems(name, artefact, target, itemsize, weights is None or weights.aligned)
     return found

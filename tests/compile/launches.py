@@ -62,21 +62,21 @@ def linear_path(dtype, rows=3, vocabulary=50257, first=1) -> Launch:
 
 
 def perturbation_path(
-    theta_dtype, direction_dtype, grid, geometry="asam", stochastic=True, n=3 * 8192 + 17, offset=0, seed=5, step=2, moves=1
+    theta_dtype, direction_dtype, grid, geometry="asam", stochastic=True, n=3 * 8192 + 17, offset=0, first=0, seed=5, step=2, moves=1
 ) -> Launch:
     def tensor(dtype):
         return torch.empty(offset + n, dtype=dtype)[offset:]
 
     def launch():
         subject = perturbation.Perturbation(
-            [Move(tensor(theta_dtype), tensor(direction_dtype), tensor(theta_dtype), grid, i) for i in range(moves)],
+            [Move(tensor(theta_dtype), tensor(direction_dtype), tensor(theta_dtype), grid, i, first) for i in range(moves)],
             geometry,
             stochastic,
         )
         subject.squared_norm()
         subject.exchange(0.1, seed, step)
         subject.restore()
-        subject.fill_with_noise([tensor(direction_dtype) for _ in range(moves)], [(offset, i, 0) for i in range(moves)], step, seed)
+        subject.fill_with_noise([tensor(direction_dtype) for _ in range(moves)], [(first, i, 0) for i in range(moves)], step, seed)
 
     return launch
 
@@ -92,6 +92,7 @@ LOSS_CASES = {
     "packed": dict(packed=True),
     "packed, hinge, summed, given margin": dict(packed=True, others=True),
 }
+LINEAR_CASES = {ORDINARY: dict(first=0), UNALIGNED: dict()}
 # Sizes that the JIT could make constants of, or take for divisible by 16. They must compile to the first case's binaries.
 LOSS_SIZES = {
     "B = 1, T = 1": dict(pairs=1, length=1),
@@ -115,12 +116,16 @@ PERTURBATION_CASES = {
     "wider grid": ((BF16, BF16, F32), dict()),
     "sam": ((BF16, BF16, BF16), dict(geometry="sam")),
     "nearest": ((BF16, BF16, BF16), dict(stochastic=False)),
+    "shard": ((BF16, BF16, BF16), dict(first=2 * 8192 + 16)),
 }
-# Held only to what no kernel may do.
-PERTURBATION_OTHERS = {
-    "float64": ((F64, F64, F64), dict()),
+# With accesses of one element each, and for gradcheck.
+UNALIGNED_CASES = {
     "unaligned": ((BF16, BF16, BF16), dict(offset=1)),
+    "unaligned float16": ((F16, F16, F16), dict(offset=1)),
+    "unaligned float32": ((F32, F32, F32), dict(offset=1)),
+    "unaligned shard": ((BF16, BF16, BF16), dict(first=2 * 8192 + 1)),
 }
+PERTURBATION_CASES |= UNALIGNED_CASES | {"float64": ((F64, F64, F64), dict())}
 # A new seed, step, number or size of parameters must not compile again.
 PERTURBATION_SIZES = {
     "zeros": dict(seed=0, step=0),
@@ -149,24 +154,18 @@ class Job(NamedTuple):
         return "-".join(self)
 
 
-# The two for which every case is compiled in float16, too, and tuning's candidates. Elsewhere float16 has the first two
-# cases, as float64 has everywhere. float32 and bfloat16 have all.
-EXHAUSTIVE = {"sm_90", "gfx942"}
-
-
 def loss_launches(target: str, what: str) -> dict[str, Launch]:
-    dtype, cases = DTYPES[what], LOSS_CASES
-    if dtype == F64 or dtype == F16 and target not in EXHAUSTIVE:
-        cases = {case: cases[case] for case in (ORDINARY, UNALIGNED)}
-    return {case: loss_path(dtype, **options) for case, options in (cases | LOSS_SIZES).items()}
+    every = (LOSS_CASES | LOSS_SIZES).items()
+    # float64 is for gradcheck: never that large
+    return {case: loss_path(DTYPES[what], **o) for case, o in every if what != "float64" or not o.get("large")}
 
 
 def linear_launches(target: str, what: str) -> dict[str, Launch]:
-    return {"a tile of kept logits": linear_path(DTYPES[what])}
+    return {case: linear_path(DTYPES[what], **options) for case, options in LINEAR_CASES.items()}
 
 
 def perturbation_launches(target: str, what: str) -> dict[str, Launch]:
-    dtypes, options = (PERTURBATION_CASES | PERTURBATION_OTHERS)[what]
+    dtypes, options = PERTURBATION_CASES[what]
     sizes = PERTURBATION_SIZES if what == "bfloat16" else {}
     return {case: perturbation_path(*dtypes, **options, **size) for case, size in ({ORDINARY: {}} | sizes).items()}
 
@@ -189,25 +188,26 @@ GROUPS = {
     "candidates": candidate_launches,
 }
 JOBS = [
-    *(Job("loss", target, what) for target in artefacts.TARGETS for what in DTYPES),
-    *(Job("linear", target, what) for target in artefacts.TARGETS for what in ("bfloat16", "float16", "float32")),
+    *(Job(group, target, what) for group in ("loss", "linear") for target in artefacts.TARGETS for what in DTYPES),
     *(Job("perturbation", target, what) for target in artefacts.TARGETS for what in PERTURBATION_CASES),
-    *(Job("perturbation", target, what) for target in artefacts.TARGETS for what in PERTURBATION_OTHERS),
-    *(Job("candidates", target, "bfloat16") for target in EXHAUSTIVE),
+    *(Job("candidates", target, "bfloat16") for target in artefacts.TARGETS),
+    *(Job("candidates", target, "float32") for target in ("sm_90", "gfx942")),
 ]
 # Whose instructions are looked at. The second launch of the forward reads some bytes a row.
 STREAMING = {"statistics_kernel", "gradient_kernel", "norm_kernel", "exchange_kernel", "restore_kernel", "noise_kernel"}
 
 
+# By their hash: cases and jobs share kernels, and to disassemble one takes longer than to compile it.
+_read: dict[str, artefacts.Artefact] = {}
+
+
 def compile_job(job: Job) -> dict[str, dict[str, artefacts.Artefact]]:
     """Case -> kernel -> what came out."""
-    seen: dict[str, artefacts.Artefact] = {}
     result = {}
     for case, launch in GROUPS[job.group](job.target, job.what).items():
         compiled = artefacts.compile_launches(launch, job.target)
         for name, kernel in compiled.items():
-            if kernel.hash not in seen:
-                streaming = name in STREAMING and job.what not in ("float64", *PERTURBATION_OTHERS)
-                seen[kernel.hash] = artefacts.read(kernel, job.target, disassemble=streaming)
-        result[case] = {name: seen[kernel.hash] for name, kernel in compiled.items()}
+            if kernel.hash not in _read:
+                _read[kernel.hash] = artefacts.read(kernel, job.target, disassemble=name in STREAMING)
+        result[case] = {name: _read[kernel.hash] for name, kernel in compiled.items()}
     return result

@@ -1,8 +1,9 @@
 """The compile gate: what the compilers make of every kernel, for GPUs that are not there.
 
-No spills; loads and stores of 16 bytes, and no step across threads, in the loops that stream; registers and instructions
-within bounds; one binary for all sizes. The launchers' arguments go through the JIT's own specialisation; only the launch
-is left out. A failure names the kernel, the target, the dtype, the case, and what was counted.
+No spills; loads and stores of 16 bytes, or as many narrower ones as memory that is not aligned takes, and no step across
+threads, in the loops that stream; registers and instructions within bounds; one binary for all sizes. The launchers'
+arguments go through the JIT's own specialisation; only the launch is left out. A failure names the kernel, the target, the
+dtype, the case, and what was counted.
 """
 
 import os
@@ -26,7 +27,7 @@ import triton.language as tl
 
 import artefacts
 import gate
-from gapo_kernels.kernels import config, noise, perturbation, statistics, tuning
+from gapo_kernels.kernels import config, gradient, noise, perturbation, statistics, tuning
 from launches import (
     BF16,
     DTYPES,
@@ -35,9 +36,9 @@ from launches import (
     LOSS_SIZES,
     ORDINARY,
     PERTURBATION_CASES,
-    PERTURBATION_OTHERS,
     PERTURBATION_SIZES,
     UNALIGNED,
+    UNALIGNED_CASES,
     candidates,
     compile_job,
     linear_path,
@@ -105,12 +106,9 @@ def test_logits_kernels(job, compiled):
             found += compiled_anew(job, case, compiled)
             continue
         for name, artefact in kernels.items():
-            if dtype == torch.float64:  # for gradcheck: nothing is asked of its speed
-                problems = gate.spill_problems(artefact, job.target, gate.FLOAT64_SPILLS)
-            else:
-                staged = name == "gradient_kernel" and case == UNALIGNED
-                block = block_of(name, job.target, dtype)
-                problems = gate.problems(name, artefact, job.target, dtype.itemsize, block, staged)
+            staged = name == "gradient_kernel" and case == UNALIGNED and job.group == "loss"  # the head's is in place
+            block = block_of(name, job.target, dtype)
+            problems = gate.problems(name, artefact, job.target, dtype.itemsize, block, staged)
             found += complain(job, case, name, problems)
     assert not found, "\n".join(found)
 
@@ -124,21 +122,12 @@ def test_perturbation_kernels(job, compiled):
             found += compiled_anew(job, case, compiled)
             continue
         (theta, direction, _), options = PERTURBATION_CASES[job.what]
-        weights = gate.Weights(direction.itemsize, options.get("geometry") != "sam")
+        aligned = job.what not in UNALIGNED_CASES
+        weights = gate.Weights(direction.itemsize, options.get("geometry") != "sam", aligned, "first" in options)
         for name, artefact in kernels.items():
             itemsize = direction.itemsize if name == "noise_kernel" else theta.itemsize
             problems = gate.problems(name, artefact, job.target, itemsize, weights=weights)
             found += complain(job, case, name, problems)
-    assert not found, "\n".join(found)
-
-
-@jobs("perturbation", what=PERTURBATION_OTHERS)
-def test_other_perturbation_kernels(job, compiled):
-    allowed = gate.UNALIGNED_SPILLS if job.what == "unaligned" else 0
-    assert compiled[ORDINARY].keys() == PERTURBATION_KERNELS
-    found = []
-    for name, artefact in compiled[ORDINARY].items():
-        found += complain(job, ORDINARY, name, gate.spill_problems(artefact, job.target, allowed))
     assert not found, "\n".join(found)
 
 
@@ -161,7 +150,7 @@ def test_the_evidence_is_what_is_compiled(job, compiled):
 def test_candidates_of_tuning(job, compiled):
     """What tuning may choose spills nothing either, and moves 16 bytes at a time; only registers may be more."""
     dtype, every, found = DTYPES[job.what], candidates(job.target, job.what), []
-    assert compiled.keys() == every.keys() and len(every) >= 11
+    assert compiled.keys() == every.keys() and len(every) >= 10
     for case, kernels in compiled.items():
         _, parameters = every[case]
         for name, artefact in kernels.items():
@@ -173,14 +162,15 @@ def test_candidates_of_tuning(job, compiled):
     assert not found, "\n".join(found)
 
 
-@jobs("perturbation", what=[*PERTURBATION_CASES, *PERTURBATION_OTHERS])
+@jobs("perturbation", what=PERTURBATION_CASES)
 def test_a_thread_stores_what_it_loaded(job, compiled):
     """`original` may lie over `direction`: no thread may store there what another has still to load."""
     ir = compiled[ORDINARY]["exchange_kernel"].ttgir
     accesses = [line for line in ir.splitlines() if re.search(r"\b(?:tt|amdg)\.\w*(load|store)\b.*tensor<", line)]
     layouts = {layout for line in accesses for layout in re.findall(r"(#\w+)>(?!>)", line)}
     assert len(accesses) >= 16 and len(layouts) == 1, (len(accesses), layouts)
-    assert "convert_layout" not in ir
+    # Of one element a thread two layouts may be alike: there the loops show that nothing moves.
+    assert "convert_layout" not in ir or job.what in UNALIGNED_CASES
 
 
 def test_what_was_tuned_is_compiled(tmp_path, monkeypatch):
@@ -268,6 +258,30 @@ def test_narrow_accesses_of_the_library_are_caught(target):
         artefact = compile_one(perturbation_path(BF16, BF16, BF16), "exchange_kernel", target)
     problems = gate.problems("exchange_kernel", artefact, target, 2)
     assert_said(["loads in the hot loop, 0 of them 16 bytes", "stores in the hot loop, 0 of them 16 bytes"], problems)
+
+
+@pytest.mark.parametrize("target, step", [("sm_120", "SHFL"), ("gfx942", "_dpp")])
+def test_vectors_of_unaligned_weights_are_caught(monkeypatch, target, step):
+    """Spread over threads, across which they are then added up."""
+    monkeypatch.setattr(config, "UNALIGNED", {"VEC": 8, "num_warps": 4})
+    artefact = compile_one(perturbation_path(BF16, BF16, BF16, offset=1), "exchange_kernel", target)
+    problems = gate.problems("exchange_kernel", artefact, target, 2, weights=gate.Weights(2, aligned=False))
+    assert_said([step], [problem for problem in problems if "in the hot loop" in problem])
+
+
+@triton.jit
+def summed_across(b_x, o_column, b_label, m, inverse_s, scale):
+    """What not to do: a sum across threads for each tile of a gradient."""
+    return (tl.exp2(b_x.to(m.dtype) - m) * inverse_s - tl.sum(b_x.to(m.dtype))) * scale
+
+
+@pytest.mark.parametrize("target, step, detour", [("sm_90", "SHFL", "STS|STSM"), ("gfx942", "_dpp", "s_barrier")])
+def test_more_than_a_staged_gradients_detour_is_caught(monkeypatch, target, step, detour):
+    monkeypatch.setattr(gradient, "softmax_minus_onehot", summed_across)
+    monkeypatch.setattr(gradient, "gradient_kernel", triton.jit(gradient.gradient_kernel.fn))
+    artefact = compile_one(loss_path(BF16, offset=3), "gradient_kernel", target)
+    problems = gate.problems("gradient_kernel", artefact, target, 2, 4096, staged=True)
+    assert_said([step, f"{detour} in the hot loop, at most 2 expected"], problems)
 
 
 def test_too_few_wide_accesses_in_a_whole_tile_are_caught():
@@ -433,7 +447,7 @@ def test_loops_are_found():
 
 
 def test_loops_of_amd_are_found():
-    """By LLVM's mark: a branch back may also belong to a block that was laid out later."""
+    """By LLVM's marks: a branch back may also belong to a block that was laid out later, and a loop's head lie below it."""
     listing = """.LBB0_1:
 \ts_mov_b32 s0, 0
 .LBB0_2:                                ; %.lr.ph
@@ -442,15 +456,21 @@ def test_loops_of_amd_are_found():
 \tbuffer_load_dwordx4 v[12:15], v10, s[4:7], 0 offen
 \ts_cbranch_scc0 .LBB0_3
 \tv_exp_f32_e32 v1, v1
-.LBB0_3:
+.LBB0_3:                                ;   in Loop: Header=BB0_2 Depth=1
 \ts_cbranch_scc1 .LBB0_2
+; %bb.4:                                ; %._crit_edge
 \tglobal_load_ushort v1, v[2:3], off
-\ts_branch .LBB0_1
+\ts_branch .LBB0_6
+.LBB0_5:                                ;   in Loop: Header=BB0_6 Depth=1
+\ts_cbranch_scc1 .LBB0_1
+.LBB0_6:                                ; =>This Inner Loop Header: Depth=1
+\ts_branch .LBB0_5
 """
-    ((load, *_, last),) = artefacts.parse_amdgcn(listing).loops
+    (load, *_, last), below = artefacts.parse_amdgcn(listing).loops
+    assert below == ["s_cbranch_scc1 .LBB0_1", "s_branch .LBB0_5"]
     assert load == "buffer_load_dwordx4 v[12:15], v10, s[4:7], 0 offen" and last == "s_cbranch_scc1 .LBB0_2"
     instructions = artefacts.parse_amdgcn(listing).instructions
-    assert len(instructions) == 7 and artefacts.count(instructions, gate.AMD.exp2) == 1
+    assert len(instructions) == 9 and artefacts.count(instructions, gate.AMD.exp2) == 1
     assert artefacts.count(instructions, gate.AMD.load) == 2 and artefacts.count(instructions, gate.AMD.wide_load) == 1
 
 
@@ -458,7 +478,7 @@ def test_loops_of_amd_are_found():
 def test_every_loop_of_the_source_is_found(job, compiled):
     """gradient_kernel has three: over the tiles, over the zeros of a row that predicts nothing, and for packed rows the
     search for a row's sequence; statistics_kernel the first and the last."""
-    (kernels,) = compiled.values()
+    kernels = compiled[UNALIGNED]
     code = gate.dialect(job.target)
     tiles = [loop for loop in kernels["gradient_kernel"].loops if artefacts.count(loop, code.store)]
     tiles, zeros = sorted(tiles, key=len, reverse=True)
