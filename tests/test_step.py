@@ -15,6 +15,7 @@ import signal
 import sys
 import types
 import warnings
+from functools import partial
 
 import pytest
 import tiny_models
@@ -220,15 +221,23 @@ def test_a_shared_backward_equals_the_authors_recipe(name, geometry, probe):
     assert_equals_recipe(out, model, expected)
 
 
-@pytest.mark.parametrize("logps", [sequence_logps, plain_logps], ids=["fused", "plain"])
+def head_logps(model, ids, labels):
+    """By the fused head."""
+    hidden = model.base_model(ids).last_hidden_state
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+    return linear_sequence_logps(hidden, model.get_output_embeddings().weight, labels, softcap=softcap)
+
+
+@pytest.mark.parametrize("logps", [sequence_logps, plain_logps, head_logps], ids=["fused", "plain", "head"])
 @pytest.mark.parametrize("name", tiny_models.NAMES)
 def test_the_kept_graph_gives_bitwise_the_gradients_of_a_second_clean_forward(name, logps):
     model = tiny_models.build(name, torch.float32)
     ids, labels = tiny_models.preference_batch()
     anchor = GeometricAnchor.from_model(model, rho=RHO)
+    run = partial(head_logps, model, ids, labels) if logps is head_logps else lambda: logps(model(ids).logits, labels)
 
     def margin():
-        chosen, rejected = logps(model(ids).logits, labels).chunk(2)
+        chosen, rejected = run().chunk(2)
         return chosen - rejected
 
     grads = torch.autograd.grad(gapo_objective(margin())[0], anchor.params, allow_unused=True)
@@ -239,7 +248,7 @@ def test_the_kept_graph_gives_bitwise_the_gradients_of_a_second_clean_forward(na
     expected = gradients(model.parameters())
 
     model.zero_grad()
-    out = gapo_step(lambda: logps(model(ids).logits, labels), anchor)
+    out = gapo_step(run, anchor)
     out.loss.backward()
     assert torch.equal(out.loss, loss) and torch.equal(out.anchor_margin, anchor_margin)
     assert all(torch.equal(*two) for two in zip(gradients(model.parameters()), expected))
