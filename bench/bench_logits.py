@@ -228,10 +228,8 @@ def check(
     }
 
 
-def lodge(name: str, file: Path, quick: bool) -> peers.Checked:
+def lodge(name: str, file: Path) -> peers.Checked:
     """A peer in this process, to be timed with the batch in the file, whose reference lies there, too; less its loss."""
-    if quick:
-        torch.compiler.set_stance("force_eager")  # compiling takes seconds whatever the shape
     content = torch.load(file)
     batch = Batch(**content["batch"])
     batch.logits.requires_grad_()
@@ -243,7 +241,7 @@ def lodge(name: str, file: Path, quick: bool) -> peers.Checked:
 
 
 def check_elsewhere(
-    names: Sequence[str], batch: Batch, known: tuple[float, list[torch.Tensor]], quick: bool, until_measured: ExitStack
+    names: Sequence[str], batch: Batch, known: tuple[float, list[torch.Tensor]], until_measured: ExitStack
 ) -> tuple[peers.Checked, dict[str, harness.Elsewhere]]:
     """`check` of peers, each in a process that `until_measured` ends."""
     processes = {name: until_measured.enter_context(harness.another_process()) for name in names}
@@ -254,7 +252,7 @@ def check_elsewhere(
         torch.save({"batch": {name: one.detach() for name, one in batch._asdict().items()}, "known": known}, file)
         for name, process in processes.items():
             try:
-                one = process.submit(lodge, name, file, quick).result()
+                one = process.submit(lodge, name, file).result()
             except BrokenProcessPool:
                 found.absent[name] = "its process died"
                 continue
@@ -296,17 +294,18 @@ def _measure(
     wanted = [name for name in PEERS if name in {"eager", "eager-view", *case.peers}]
     if on_cpu:
         wanted = [name for name in wanted if name != "liger"]
+    if on_cpu and not quick:
         known = reference_of(batch)
         found, contenders = check(["ours"], batch, expected(batch, known), where)
-        others, elsewhere = check_elsewhere(wanted, batch, known, quick, until_measured)
+        others, elsewhere = check_elsewhere(wanted, batch, known, until_measured)
         del known
         for whole, part in zip(found, others):
             whole.update(part)
         contenders |= elsewhere
-        if "liger" in case.peers:
-            found.absent["liger"] = "runs on a GPU only"
     else:
         found, contenders = check(["ours", *wanted], batch, expected(batch), where)
+    if on_cpu and "liger" in case.peers:
+        found.absent["liger"] = "runs on a GPU only"
     halves = {
         "forward": harness.Contender(ours),
         "backward": harness.Contender(lambda loss: loss.backward(), prepare=ours, restore=drop_gradient),
@@ -332,6 +331,7 @@ def _measure(
             for name, spent in harness.interleaved(pair, inputs, where, rounds, seconds=FURTHER * seconds).items():
                 times[name] += spent
         more["page_faults"] = {"ours": harness.page_faults(contenders["ours"], batch, where)}
+        elsewhere = {name: one for name, one in contenders.items() if isinstance(one, harness.Elsewhere)}
         more["page_faults"] |= {name: one.page_faults() for name, one in elsewhere.items()}
     bandwidth = copied / statistics.median(times["copy"])
     least = {"copy": (3 * kept_bytes + written) / copied}

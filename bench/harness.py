@@ -245,6 +245,8 @@ def measure_here(suite: str, case: Any, rounds: int, quick: bool) -> dict[str, A
         global _ours
         _ours = ours, inputs, None
 
+    if quick:
+        torch.compiler.set_stance("force_eager")  # compiling takes seconds whatever the shape
     return importlib.import_module(suite).measure(case, rounds, quick=quick, also=keep)
 
 

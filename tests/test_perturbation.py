@@ -284,11 +284,11 @@ def test_back_ends_agree(perturbation, backend, device, interpreted, dtypes, geo
         torch.testing.assert_close(one.theta, other.theta, rtol=2.0 ** -DIGITS[one.theta.dtype][0], atol=1e-6)
 
 
-@pytest.mark.parametrize("cuts", [[8, 4096, 8192 + 1024, 3 * 8192], [1, 8191, 8192, 8201, 3 * 8192 + 1]], ids=["aligned", "odd"])
+@pytest.mark.parametrize("cuts", [[8, 4096, 8192 + 1024, 2 * 8192], [1, 8191, 8192, 8201, 2 * 8192 + 1]], ids=["aligned", "odd"])
 @pytest.mark.parametrize("dtypes", [(BF16, BF16, BF16), (F32, BF16, F16), (BF16, F32, BF16), (F32, F32, F32)])
 def test_shards_move_as_the_whole_does(perturbation, device, dtypes, cuts):
     """Wherever rows are cut apart: the same anchor bit for bit, and sums to match."""
-    n = 5 * 8192 + 17
+    n = 3 * 8192 + 17
     whole, split = (make_move(n, dtypes, device) for _ in range(2))
     before = split.theta.clone()
     shards = [
@@ -297,9 +297,9 @@ def test_shards_move_as_the_whole_does(perturbation, device, dtypes, cuts):
         for part in [torch.empty_like(split.theta[start:stop])]
     ]
     one, other = perturbation([whole], "asam", True), perturbation(shards, "asam", True)
-    torch.testing.assert_close(one.squared_norm(), other.squared_norm(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(one.squared_norm(), other.squared_norm(), rtol=1e-5, atol=0)
     stats = [subject.exchange(0.03, 5, 1) for subject in (one, other)]
-    torch.testing.assert_close(*stats, rtol=1e-6, atol=0)
+    torch.testing.assert_close(*stats, rtol=1e-5, atol=0)
     assert (bits(whole.theta) == bits(split.theta)).all() and (bits(split.theta) != bits(before)).any()
     other.restore()
     assert (bits(split.theta) == bits(before)).all()
