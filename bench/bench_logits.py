@@ -294,6 +294,7 @@ def _measure(
     wanted = [name for name in PEERS if name in {"eager", "eager-view", *case.peers}]
     if on_cpu:
         wanted = [name for name in wanted if name != "liger"]
+    elsewhere: dict[str, harness.Elsewhere] = {}
     if on_cpu and not quick:
         known = reference_of(batch)
         found, contenders = check(["ours"], batch, expected(batch, known), where)
@@ -331,7 +332,6 @@ def _measure(
             for name, spent in harness.interleaved(pair, inputs, where, rounds, seconds=FURTHER * seconds).items():
                 times[name] += spent
         more["page_faults"] = {"ours": harness.page_faults(contenders["ours"], batch, where)}
-        elsewhere = {name: one for name, one in contenders.items() if isinstance(one, harness.Elsewhere)}
         more["page_faults"] |= {name: one.page_faults() for name, one in elsewhere.items()}
     bandwidth = copied / statistics.median(times["copy"])
     least = {"copy": (3 * kept_bytes + written) / copied}
