@@ -100,9 +100,9 @@ bench: $(PEERS)
 			run env $(KEEP_MEMORY) $(BIN)/python -m pytest -q bench/bench_$$1.py $$2 --save-results $(BENCH); \
 		done; \
 	fi; \
+	$(if $(filter --quick,$(BENCH)),,{ $(RUN_DEMO) --time-limit 60 && $(BIN)/python -m bench.report --demo; } || status=1;) \
 	run $(BIN)/python bench/anchor_rounding.py $(filter --quick,$(BENCH)); \
 	run $(BIN)/python -m bench.report; \
-	$(if $(filter --quick,$(BENCH)),,{ $(RUN_DEMO) --time-limit 60 && $(BIN)/python -m bench.report --demo; } || status=1;) \
 	exit $$status
 
 # The tables in README.md and docs/ and the plots in docs/plots/, from bench/results/.

@@ -331,7 +331,7 @@ def measure(
         },
         times,
         ["gemms"],
-        peak_beyond_inputs_mib=found.peaks or peers.peaks(__name__, case, batch, found.losses, quick),
+        peak_beyond_inputs_mib=found.peaks or (peers.quick_peaks(__name__, case, found.losses) if quick else {}),
         errors=found.errors,
         absent=found.absent,
         goals=case.goals,

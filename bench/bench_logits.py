@@ -370,7 +370,7 @@ def _measure(
         list(least),
         parts=parts,
         copy_bandwidth_gb_per_s=bandwidth / 1e9,
-        peak_beyond_inputs_mib=found.peaks or peers.peaks(__name__, case, batch, contenders, quick),
+        peak_beyond_inputs_mib=found.peaks or (peers.quick_peaks(__name__, case, contenders) if quick else {}),
         errors=found.errors,
         absent=found.absent,
         goals=case.goals,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench import harness
+from bench import harness, peers
 
 
 def pytest_addoption(parser):
@@ -15,7 +15,11 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.measured, config.processes, config.origin = {}, {}, harness.environment()
+    config.measured, config.processes, config.peaks, config.origin = {}, {}, peers.Peaks(), harness.environment()
+
+
+def pytest_unconfigure(config):
+    config.peaks.close()
 
 
 def pytest_generate_tests(metafunc):
@@ -54,6 +58,8 @@ def measured(request, benchmark):
                 config.processes[module] = other
             else:
                 other.shutdown()
+        if result.get("peak_beyond_inputs_mib") == {}:  # not measured with the rest
+            result["peak_beyond_inputs_mib"] = config.peaks.of(module.__name__, case, result["errors"])
         benchmark.extra_info.update(result)
         config.measured.setdefault(module.SUITE, []).append(result)
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import importlib
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
-from pathlib import Path
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -107,7 +105,7 @@ class Expected:
 class Checked(NamedTuple):
     losses: dict[str, Loss]  # those that compute what is expected
     absent: dict[str, str]  # of the others, why not
-    peaks: dict[str, float | None]  # MiB at the worst moment beyond the inputs; none on a CPU, where `peaks` measures them
+    peaks: dict[str, float | None]  # MiB at the worst moment beyond the inputs; none on a CPU, where `Peaks` has them
     errors: dict[str, dict[str, float]]  # {"loss", "gradient"}, as the tolerances count them
 
 
@@ -163,12 +161,13 @@ def checked(
 _measured: tuple[Any, dict[str, Callable[[], Loss]]] | None = None  # a batch and who makes a loss of it, for `peak_here`
 
 
-def begin_here(suite: str, case: Any, tensors: Path | Sequence[Tensor]) -> None:
-    """tensors: a batch's, or a file with them."""
+def begin_here(suite: str, case: Any, quick: bool = False) -> None:
     global _measured
-    module = importlib.import_module(suite)
-    batch = module.Batch(*(torch.load(tensors) if isinstance(tensors, Path) else tensors))
-    own, others = module.losses(case, batch, torch.device("cpu"))
+    _measured = None  # its memory first
+    torch.compiler.reset()  # the losses of all cases have the same code, which is not compiled for many
+    module, cpu = importlib.import_module(suite), torch.device("cpu")
+    batch = module.make_batch(case, cpu, quick)
+    own, others = module.losses(case, batch, cpu)
     _measured = batch, {name: (lambda loss=loss: loss) for name, loss in own.items()} | others
 
 
@@ -191,21 +190,36 @@ def peak_here(name: str) -> float | None:
         drop_gradients()
 
 
-def peaks(suite: str, case: Any, batch: Any, names: Iterable[str], quick: bool) -> dict[str, float | None]:
-    """{contender: MiB at the worst moment of a call beyond the inputs; None where that cannot be known}, on a CPU: in a
-    process in which large tensors do not lie in the heap, where it would depend on the holes that others have left."""
-    found: dict[str, float | None] = dict.fromkeys(names)
-    if quick:  # whose figures do not count
-        begin_here(suite, case, batch)
-        return {name: peak_here(name) for name in found}
-    with tempfile.TemporaryDirectory() as folder, harness.another_process(map_large=True) as process:
-        file = Path(folder, "batch.pt")
-        torch.save(tuple(batch), file)
-        with suppress(Exception):  # it may die
-            process.submit(begin_here, suite, case, file).result()
+def quick_peaks(suite: str, case: Any, names: Iterable[str]) -> dict[str, float | None]:
+    """In this process: where figures do not count."""
+    begin_here(suite, case, quick=True)
+    return {name: peak_here(name) for name in names}
+
+
+class Peaks:
+    """MiB at the worst moment of a call beyond the inputs, on a CPU, in a process in which large tensors do not lie in the
+    heap, where it would depend on the holes that others have left. It goes on from case to case: importing the peers takes
+    longer than most calls."""
+
+    def __init__(self) -> None:
+        self._process: ProcessPoolExecutor | None = None
+
+    def of(self, suite: str, case: Any, names: Iterable[str]) -> dict[str, float | None]:
+        """{contender: MiB, None where that cannot be known}."""
+        found: dict[str, float | None] = dict.fromkeys(names)
+        self._process = self._process or harness.another_process(map_large=True)
+        try:
+            self._process.submit(begin_here, suite, case).result()
             for name in found:
-                found[name] = process.submit(peak_here, name).result()
-    return found
+                found[name] = self._process.submit(peak_here, name).result()
+        except Exception:  # it may die
+            self.close()
+        return found
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.shutdown()
+            self._process = None
 
 
 def _reason(error: BaseException) -> str:

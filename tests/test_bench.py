@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -545,8 +546,8 @@ def test_the_peak_of_a_call_is_what_it_takes_at_its_worst_moment():
 @pytest.mark.skipif(not CLEAR_REFS.exists() or not hasattr(harness.LIBC, "mallopt"), reason="needs Linux and glibc")
 def test_peaks_on_a_cpu_are_those_of_the_tensors_that_live_at_once():
     case = bench_linear.Case(1, 128, 192, 16384, torch.float32, 0.9, peers=frozenset())
-    batch = bench_linear.make_batch(case, CPU, quick=True)
-    found = peers.peaks("bench.bench_linear", case, batch, ["ours", "eager"], quick=False)
+    with closing(peers.Peaks()) as peaks:
+        found = peaks.of("bench.bench_linear", case, ["ours", "eager"])
     logits = 2 * 127 * case.vocabulary * 4 / harness.MIB
     assert found["eager"] == pytest.approx(3 * logits, abs=1)  # log-probs, their gradient and the logits', of all rows
     assert found["ours"] < 2 * logits
@@ -557,7 +558,8 @@ import os, time
 import torch
 from bench import peers
 
-Batch = lambda *tensors: tensors
+def make_batch(case, where, quick):
+    return [torch.zeros(2**22, requires_grad=True)]
 
 def losses(case, batch, where):
     right = lambda batch: (2 * batch[0]).sum()
@@ -581,9 +583,12 @@ def test_a_contender_whose_peak_cannot_be_measured_has_none(tmp_path, monkeypatc
     (tmp_path / "a_suite.py").write_text(SUITE)
     monkeypatch.syspath_prepend(tmp_path)
     names = ["ours", "right", "broken", "fails", "slow", "dies", "late"]
-    found = peers.peaks("a_suite", None, [torch.zeros(2**22, requires_grad=True)], names, quick=False)
+    with closing(peers.Peaks()) as peaks:
+        found = peaks.of("a_suite", None, names)
+        again = peaks.of("a_suite", None, ["ours"])  # in another process, after the one that died
     assert list(found) == names and [name for name in names if found[name] is not None] == ["ours", "right"]
-    assert found["ours"] == pytest.approx(16, abs=1)  # the gradient, or before it the product
+    for one in (found, again):
+        assert one["ours"] == pytest.approx(16, abs=1)  # the gradient, or before it the product
 
 
 def logits_batch(dtype=torch.float32):
@@ -706,7 +711,6 @@ def test_each_peer_of_the_logits_path_has_a_process_of_its_own_on_a_cpu(monkeypa
     monkeypatch.setattr(harness, "another_process", counted)
     monkeypatch.setattr(bench_logits, "check", lambda names, *others: here.extend(names) or check(names, *others))
     monkeypatch.setattr(harness.Elsewhere, "turn", turn_elsewhere)
-    monkeypatch.setattr(peers, "peaks", lambda *_: {"ours": None})  # for which there would be another process
     # So large that glibc maps each tensor of the logits' size anew, where its heap has no room for it.
     case = bench_logits.Case(1, 97, 50_000, torch.float32, 0.5, peers=frozenset({"trl"}), goals={"eager": 1})
     result = bench_logits.measure(case, 3, CPU, seconds=1)
