@@ -38,6 +38,7 @@ SHAPES = {
 }
 STEP_SIZE = 0.05  # delta is a twentieth of theta^2 g: large enough to be seen in bfloat16
 BYTES_A_WEIGHT = {"norm": 2, "exchange": 4, "restore": 2}  # in units of the dtype's own
+GPU_GOAL = 0.8  # the exchange's least share of a copy's bandwidth, of the larger model
 
 
 @dataclass(frozen=True)
@@ -265,6 +266,7 @@ def measure(
         copy_bandwidth_gb_per_s=found.copied / statistics.median(found.copies) / 1e9,
         peak_beyond_gradients_mib=found.peaks[case.which],
         absent=found.absent,
+        floor_goals={"whole": GPU_GOAL} if where.type == "cuda" and case.which == "exchange" and not case.importance else {},
     )
 
 

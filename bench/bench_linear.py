@@ -102,7 +102,7 @@ def cases(where: torch.device, quick: bool = False) -> list[Case]:
             *harness.sweep(base, vocabulary=[4096, 49152], length=[64, 256], ignored=[0.0, 0.9], pairs=[2, 4]),
         ]
     else:
-        base = Case(2, 1024, 4096, 128256, BF16, 0.5, peers=GPU_PEERS, importance=1, seconds=6)
+        base = Case(2, 1024, 4096, 128256, BF16, 0.5, peers=GPU_PEERS, importance=1, seconds=5)
         # Compiling takes long, and is left to the cases with a goal.
         goals = dict(goals={"trl": 1.25, "liger": 1.5, "liger-all": 1.5, "liger-compiled": 1.5}, floor_goals={"whole": 1 / 1.15})
         goals |= dict(peers=GPU_PEERS | {"liger-all", "liger-compiled"}, importance=0)
@@ -114,7 +114,7 @@ def cases(where: torch.device, quick: bool = False) -> list[Case]:
             replace(base, ignored=0.0, length=4096, **goals),
             replace(base, length=4096),
             replace(base, ignored=0.0, pairs=4, vocabulary=151936),  # the shape of the measurements that TRL published
-            Case(16, None, 576, 49152, BF16, None, "smollm2", GPU_PEERS, 1, seconds=6),
+            Case(16, None, 576, 49152, BF16, None, "smollm2", GPU_PEERS, 1, seconds=5),
             *(
                 replace(one, importance=2)
                 for one in harness.sweep(base, ignored=[0.9], pairs=[1, 4], length=[256], vocabulary=[32000])

@@ -96,16 +96,16 @@ def cases(where: torch.device, quick: bool = False) -> list[Case]:
             ),
         ]
     else:
-        base = Case(4, 1024, 32000, BF16, 0.5, peers=SELECTIVE, importance=2, seconds=3)
+        base = Case(4, 1024, 32000, BF16, 0.5, peers=SELECTIVE, importance=2, seconds=2)
         halves = {"forward": 0.85, "backward": 0.85}
         wanted = [
             Case(4, 1024, 128256, BF16, 0.0, goals={"eager": 4, "compiled": 1.5}, floor_goals=halves),
             # TRL's own benchmark has as many tokens and this vocabulary.
             Case(4, 1024, 151936, BF16, 0.0, goals={"eager": 4, "compiled": 1.5, "trl": 1}, floor_goals=halves),
-            Case(4, 1024, 128256, BF16, 0.5, peers=SELECTIVE, importance=1, seconds=8),
-            Case(4, 1024, 50257, BF16, 0.0, peers=SELECTIVE, importance=1, seconds=8),
-            Case(4, 1024, 128256, F32, 0.0, peers=SELECTIVE, importance=1, seconds=8),
-            Case(16, None, 49152, BF16, None, "smollm2", importance=1, seconds=8),
+            Case(4, 1024, 128256, BF16, 0.5, peers=SELECTIVE, importance=1, seconds=5),
+            Case(4, 1024, 50257, BF16, 0.0, peers=SELECTIVE, importance=1, seconds=5),
+            Case(4, 1024, 128256, F32, 0.0, peers=SELECTIVE, importance=1, seconds=5),
+            Case(16, None, 49152, BF16, None, "smollm2", importance=1, seconds=5),
             *harness.sweep(
                 base,
                 vocabulary=[4096, 50257, 128256, 262144],

@@ -85,7 +85,7 @@ def cases(where: torch.device, quick: bool = False) -> list[Case]:
     if where.type == "cpu":
         return [Case(SMOLLM2, 8, None, F32, seconds=500, share_goals={"ours-eager-head": 0.85})]
     goals = {"authors": 1.25, "authors-float32": 4}
-    return [Case("Llama-1B", 2, 1024, BF16, seconds=30, goals=goals), Case(SMOLLM2, 16, None, BF16, 1, seconds=8)]
+    return [Case("Llama-1B", 2, 1024, BF16, seconds=25, goals=goals), Case(SMOLLM2, 16, None, BF16, 1, seconds=8)]
 
 
 def load(case: Case, where: torch.device) -> tuple[torch.nn.Module, data.Tokens]:

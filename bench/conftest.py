@@ -15,7 +15,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.measured, config.processes, config.peaks, config.origin = {}, {}, peers.Peaks(), harness.environment()
+    config.measured, config.failed, config.processes = {}, {}, {}
+    config.peaks, config.origin = peers.Peaks(), harness.environment()
 
 
 def pytest_unconfigure(config):
@@ -53,6 +54,10 @@ def measured(request, benchmark):
             )
         except harness.Unavailable as error:
             pytest.skip(str(error))
+        except Exception as error:
+            first = (str(error).splitlines() or [""])[0]
+            config.failed.setdefault(module.SUITE, {})[str(case)] = f"{type(error).__name__}: {first}"
+            raise
         finally:
             if shared:
                 config.processes[module] = other
@@ -72,4 +77,5 @@ def pytest_terminal_summary(terminalreporter, config):
         for case in cases:
             terminalreporter.write_line(harness.line(case))
         if config.getoption("--save-results") and not config.getoption("--quick"):
-            terminalreporter.write_line(f"written to {harness.write_results(suite, cases, origin=config.origin)}")
+            more = {"failed": config.failed[suite]} if suite in config.failed else {}
+            terminalreporter.write_line(f"written to {harness.write_results(suite, cases, origin=config.origin, **more)}")

@@ -284,7 +284,7 @@ def measure(session: Session, end: float, rounds: int | None, quick: bool) -> No
         else:
             session.cases.append(result)
             print(f"{module.SUITE}: {harness.line(result)}", flush=True)
-            if result.get("goals"):
+            if result.get("goals") or result.get("floor_goals"):
                 print(f"    goals of {tables.goals_of(result)}", flush=True)
         session.save()
         gc.collect()

@@ -1,7 +1,7 @@
 """The plots of docs/plots/: what they show as plain data, and how it is drawn.
 
-A picture's file carries a digest of its data and of this module, so that whether it is up to date can be told without
-drawing it anew: the same need not give the same bytes with another version of matplotlib.
+A picture's file carries a digest of its data, of the names in it and of this module, so that whether it is up to date can
+be told without drawing it anew: the same need not give the same bytes with another version of matplotlib.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class Picture(NamedTuple):
     draw: Callable[[Any], Any]  # data -> matplotlib's Figure
 
     def digest(self) -> str:
-        source = Path(__file__).read_bytes()
-        return hashlib.sha256(source + json.dumps(self.data, sort_keys=True).encode()).hexdigest()[:16]
+        shown = json.dumps([self.data, CONTENDERS, PARAMETERS], sort_keys=True)
+        return hashlib.sha256(Path(__file__).read_bytes() + shown.encode()).hexdigest()[:16]
 
 
 def pictures(results: Results) -> dict[str, Picture]:

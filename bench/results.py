@@ -24,6 +24,7 @@ class Run(NamedTuple):
     environment: dict[str, Any]
     command: str
     cases: list[Case]
+    failed: dict[str, str] = {}  # case: why
 
     @property
     def device(self) -> str:
@@ -62,7 +63,8 @@ def _alike(case: Case, other: Case) -> bool:
 def _neighbours(base: Case, cases: list[Case]) -> list[Case]:
     found = {}
     for case in cases:
-        differing = {name: value for name, value in case["params"].items() if base["params"].get(name) != value}
+        names = base["params"] | case["params"]
+        differing = {name: case["params"].get(name) for name in names if base["params"].get(name) != case["params"].get(name)}
         if len(differing) == 1 and set(differing) <= set(AXES):
             # Of two cases with the same parameters, the one that was measured as the base was.
             key = next(iter(differing.items()))
@@ -85,7 +87,8 @@ def kept_logits(case: Case) -> float:
 def csv_of(content: dict[str, Any]) -> str:
     """A file's cases as a table: a line for each contender, for each of our parts and for each floor that was timed."""
     rows = [row for case in content["cases"] for row in _lines(case)]
-    common = {name: content["environment"][name] for name in ("device", "commit", "torch", "triton", "gapo_kernels")}
+    origin = content["environment"]
+    common = {name: origin.get(name) for name in ("device", "commit", "measured", "python", "gapo_kernels")} | origin["versions"]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, [*columns, *common], lineterminator="\n")
@@ -153,7 +156,8 @@ class Results:
                 self.tables[path.with_suffix(".csv")] = csv_of(content)
                 for suite in SUITES:
                     if cases := [case for case in content["cases"] if case.get("suite") == suite]:
-                        run = Run(suite, slug, content["environment"], content["command"], cases)
+                        failed = {} if kind == "gpu" else content.get("failed", {})  # a whole run's are told by themselves
+                        run = Run(suite, slug, content["environment"], content["command"], cases, failed)
                         runs[suite, slug] = run  # the slug tells a tuned allocator from an untouched one
         self._runs = sorted(runs.values(), key=lambda run: (SUITES.index(run.suite), run.on_gpu, run.slug))
 

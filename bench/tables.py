@@ -38,6 +38,8 @@ CONTENDERS = {
 # The gaps' error up to which a step in 16 bits may be measured by one in float32: what rounding activations takes
 # (docs/anchor.md), with some room. To nearest, the weights' rounding takes more.
 COMPARABLE = 0.4
+SHOWN_KERNELS = 3  # of a profile
+GOALS = ("goals", "floor_goals", "share_goals")
 STEADY = 0.15  # how far a ratio with a goal may move between the thirds of a run
 # Of the authors' time, with the same head: forwards' worth of work.
 STEP_FLOORS = {"ours-eager-head": 6 / 7, "ours-shared-eager-head": 5 / 7}
@@ -158,7 +160,7 @@ def _section(
         groups = [make(chosen) for make in columns]
         titles = [*titles, *(title for group, _ in groups for title in group)]
         rows = [[*shape, *(cell for _, cells in groups for cell in cells(case))] for shape, case in zip(shapes, chosen)]
-        notes = _notes(chosen) if {_multiples, _quartiles} & set(columns) else ""
+        notes = _notes(chosen, run.failed) if {_multiples, _quartiles} & set(columns) else ""
         return f"{_origin(run)}{shared}:\n\n{table(titles, rows)}{notes}"
 
     return body
@@ -317,8 +319,8 @@ def peaks_of(case: Case) -> dict[str, float | None]:
     return next(value for key, value in case.items() if key.startswith("peak_"))
 
 
-def _notes(cases: Sequence[Case]) -> str:
-    """Below a table: who is absent and why, and how far the ratios moved while they were measured."""
+def _notes(cases: Sequence[Case], failed: Mapping[str, str]) -> str:
+    """Below a table: who is absent and why, which cases failed, and how far the ratios moved while they were measured."""
     absent: dict[tuple[str, str], list[str]] = {}
     for case in cases:
         for name, reason in case["absent"].items():
@@ -329,14 +331,18 @@ def _notes(cases: Sequence[Case]) -> str:
     )
     spreads = [value for case in cases for value in case["ratio_spread"].values() if value is not None]
     notes = [f"Not measured: {reasons}."] if absent else []
-    notes += _goals(cases)
+    notes += _failures(failed) + _goals(cases)
     if spreads:
         notes.append(_moved("ratios", spreads))
     return f"\n\n{' '.join(notes)}" if notes else ""
 
 
+def _failures(failed: Mapping[str, str]) -> list[str]:
+    return [f"Failed: {'; '.join(f'{name} ({reason})' for name, reason in failed.items())}."] if failed else []
+
+
 def _goals(cases: Sequence[Case]) -> list[str]:
-    goals = "; ".join(goals_of(case) for case in cases if case.get("goals") or case.get("share_goals"))
+    goals = "; ".join(goals_of(case) for case in cases if any(case.get(kind) for kind in GOALS))
     return [f"Goals, and how far the ratio moved between the thirds of the run: {goals}."] if goals else []
 
 
@@ -379,7 +385,9 @@ def goals_of(case: Case) -> str:
         else:
             reached = f"not measured, at most {most} of the authors' time"
         found.append(f"{CONTENDERS.get(name, name)} {reached}")
-    return f"{case['name']}: {', '.join(found)}"
+    busiest = [f"{kernel['name']} {percent(kernel['share'])}" for kernel in case.get("profile", [])[:SHOWN_KERNELS]]
+    said = f" (most of the time in {', '.join(busiest)})" if busiest else ""
+    return f"{case['name']}: {', '.join(found)}{said}"
 
 
 def _moved(what: str, spreads: Sequence[float]) -> str:
@@ -420,7 +428,7 @@ def _steps(run: Run) -> str:
     spreads = [share["spread"] for case in run.cases for share in case["of_authors"].values()]
     if None not in spreads:
         notes.insert(0, _moved("shares", spreads))
-    notes += _goals(run.cases)
+    notes += _failures(run.failed) + _goals(run.cases)
     return f"{_origin(run)}:\n\n{table(titles, rows)}\n\n{' '.join(notes)}"
 
 

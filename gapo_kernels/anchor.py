@@ -60,28 +60,57 @@ class _Claim:
         self._memory = []  # a traceback may keep this object for long
 
 
-class AnchorStats:
-    """What the last perturbation did. Kept on the device; reading a field waits for it."""
+class _Alarm:
+    """An anchor's, which rings once."""
 
-    def __init__(self, grad_norm: float, squares: Tensor, elements: int) -> None:
+    rung = False
+
+
+class AnchorStats:
+    """What the last perturbation did. Kept on the device; reading a field waits for it, and draws the anchor's warning if
+    rounding has lost the perturbation."""
+
+    def __init__(self, grad_norm: float, squares: Tensor, elements: int, alarm: _Alarm | None) -> None:
+        """alarm: None where rounding is by lot, which loses nothing on average."""
         self.grad_norm = grad_norm
         self._squares = squares  # (3,) float64: ||delta||^2, ||theta~ - theta||^2, the number of changed weights
-        self._elements = elements
+        self._elements, self._alarm = elements, alarm
+
+    @property
+    def _may_warn(self) -> bool:
+        return self._alarm is not None and not self._alarm.rung
+
+    def _warn_of_loss(self, squares: Sequence[float]) -> None:
+        """Once, when rounding to nearest has taken more than half of the perturbation, be it to 32 bits, as rounding by lot
+        does, too."""
+        if self._may_warn and squares[1] < 0.25 * squares[0]:
+            self._alarm.rung = True
+            warnings.warn(
+                f"of a perturbation with norm {math.sqrt(squares[0]):.3g} only {math.sqrt(squares[1]):.3g} was left after "
+                "rounding to the weights' dtype: the Anchor Gap is mostly lost. Use rounding='stochastic' for 16-bit weights, "
+                "or a larger rho",
+                stacklevel=1,
+            )
+
+    def _read(self) -> list[float]:
+        squares = self._squares.tolist()
+        self._warn_of_loss(squares)
+        return squares
 
     @property
     def intended_norm(self) -> float:
         """||delta||_2 as computed."""
-        return math.sqrt(self._squares[0].item())
+        return math.sqrt(self._read()[0])
 
     @property
     def applied_norm(self) -> float:
         """||theta~ - cast(theta)||_2 as it stood in the weights, after rounding to the grid of the compute dtype."""
-        return math.sqrt(self._squares[1].item())
+        return math.sqrt(self._read()[1])
 
     @property
     def changed_fraction(self) -> float:
         """The share of the weights in scope that differed from cast(theta)."""
-        return self._squares[2].item() / max(1, self._elements)
+        return self._read()[2] / max(1, self._elements)
 
     def __repr__(self) -> str:
         names = ("grad_norm", "intended_norm", "applied_norm", "changed_fraction")
@@ -101,8 +130,9 @@ class GeometricAnchor:
             perturbation there. On float32 and float64 grids both round to nearest.
         compute_dtype: the dtype that the forward computes with; default: the parameter's own, or that of FSDP2's
             MixedPrecisionPolicy. With float32 masters and compute_dtype=torch.bfloat16 every weight's anchor is a
-            bfloat16 value, kept as float32, but for what autocast leaves as it is of `from_model`'s model, norms say,
-            where it is on around the step or seen in the objective's graph; no other weight may be used uncast.
+            bfloat16 value, kept as float32, but for what autocast leaves as it is, norms say, where it is on around the
+            step or seen in the objective's graph; no other weight may be used uncast. Of compiled code and others'
+            functions, and without an objective, only the modules tell, which `from_model` knows.
         process_group: the data-parallel ranks over which the probe's gradient is averaged; default: those of the
             DistributedDataParallel that `from_model` is given, or all ranks, if torch.distributed runs. A group of one
             rank alone averages nothing.
@@ -148,7 +178,7 @@ class GeometricAnchor:
         self.compute_dtype, self.process_group = compute_dtype, process_group
         self.names, self.params = _collect(params)
         self._sharded: distributed.ShardedModel | None = None
-        self._spared_by_autocast: list[nn.Parameter] | None = None  # known of a model
+        self._spared_by_autocast: list[nn.Parameter] = []  # as far as a model's modules tell
         if not isinstance(params, _OfShardedModel):
             for name, param in zip(self.names, self.params):
                 if distributed.is_sharded(param):
@@ -158,8 +188,7 @@ class GeometricAnchor:
                     )
         self._grids()  # raises where a grid does not fit
         self._step = 0
-        self._warned = False
-        self._by_lot = False  # whether the last use rounded so
+        self._alarm = _Alarm()
 
     @classmethod
     def from_model(cls, model: nn.Module, *, scope: str | int = "backbone", **kwargs) -> GeometricAnchor:
@@ -255,10 +284,10 @@ class GeometricAnchor:
                     stochastic=self.rounding == "stochastic",
                 )
                 norm = self._finite_norm(move)
-                self._by_lot = self.rounding == "stochastic" and any(grid in HALF for grid in grids)
+                by_lot = self.rounding == "stochastic" and any(grid in HALF for grid in grids)
                 squares = move.exchange(self.rho / (norm + EPSILON), self.seed % 2**64, self._step)
-                self.stats = AnchorStats(norm, squares, elements)
-                self._warn_at_once(squares)
+                self.stats = AnchorStats(norm, squares, elements, None if by_lot else self._alarm)
+                self._warn_at_once()
                 self._drop_copies()
                 with self.buffers_held():
                     yield self
@@ -316,7 +345,7 @@ class GeometricAnchor:
         if that is coarser. Asked anew each time: model.to(dtype) keeps its Parameter objects."""
         grids, spared = [], set()
         gathered_dtypes = {} if self._sharded is None else self._sharded.compute_dtypes()
-        if self._spared_by_autocast is not None and self._has_masters():
+        if self._has_masters():
             around = torch.is_autocast_enabled(self._computes_on(objective).type)
             spared = set(map(id, self._spared_by_autocast))
             if isinstance(objective, Tensor):
@@ -438,9 +467,11 @@ class GeometricAnchor:
         """||theta * g|| (or ||g||). Its check is the step's one wait for the device, but for ranks that compare their seeds
         and which gradients they have; what was left unread of the last use comes along."""
         square = move.squared_norm()
-        pending = [] if self._warned or self.stats is None else [self.stats._squares.to(square.device)]
+        unread = self.stats is not None and self.stats._may_warn
+        pending = [self.stats._squares.to(square.device)] if unread else []
         square, *last = torch.cat([square[None], *pending]).tolist()
-        self._warn_of_loss(last)
+        if unread:
+            self.stats._warn_of_loss(last)
         norm = math.sqrt(square) if square >= 0 else square  # NaN stays NaN
         if not math.isfinite(norm):
             raise FloatingPointError(
@@ -449,23 +480,10 @@ class GeometricAnchor:
             )
         return norm
 
-    def _warn_of_loss(self, squares: Sequence[float]) -> None:
-        """Once, when rounding to nearest has taken more than half of the perturbation, be it to 32 bits, as rounding by lot
-        does, too. `squares`: AnchorStats', or nothing."""
-        if self._warned or self._by_lot or not squares or squares[1] >= 0.25 * squares[0]:
-            return
-        self._warned = True
-        warnings.warn(
-            f"of a perturbation with norm {math.sqrt(squares[0]):.3g} only {math.sqrt(squares[1]):.3g} was left after "
-            "rounding to the weights' dtype: the Anchor Gap is mostly lost. Use rounding='stochastic' for 16-bit weights, "
-            "or a larger rho",
-            stacklevel=1,
-        )
-
-    def _warn_at_once(self, squares: Tensor) -> None:
-        """On the CPU, where reading costs nothing; elsewhere the next use, which waits anyway, reads them."""
-        if squares.device.type == "cpu":
-            self._warn_of_loss(squares.tolist())
+    def _warn_at_once(self) -> None:
+        """On the CPU, where reading costs nothing; elsewhere who reads `stats` is told, or the next use, which waits anyway."""
+        if self.stats._squares.device.type == "cpu":
+            self.stats._read()
 
     def _drop_copies(self) -> None:
         """What was made of the weights as they stood before a move: autocast's casts, FSDP's gathered parameters."""
@@ -474,17 +492,20 @@ class GeometricAnchor:
             self._sharded.reshard()
 
     def _warn_of_autocast(self, grids: list[torch.dtype], objective: Tensor | None) -> None:
-        """Where it is on, or at the first use the objective's graph shows casts of parameters."""
-        if self.compute_dtype in HALF or any(grid in HALF for grid in grids):
+        """Where it is on, or at the first use the objective's graph shows casts of parameters, to another dtype than the
+        anchor's."""
+        in_half = self.compute_dtype in HALF
+        if in_half and not self._has_masters() or not in_half and any(grid in HALF for grid in grids):
             return
         device, dtype = self._computes_on(objective).type, None
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         elif self.stats is None and isinstance(objective, Tensor):
             dtype = cast_in(objective, self.params)
-        if dtype is not None:
+        if dtype is not None and dtype != self.compute_dtype:
+            moved = self.compute_dtype if in_half else grids[0]
             warnings.warn(
-                f"autocast computes with {dtype} while the anchor moves the parameters in {grids[0]}: the gap is mostly "
+                f"autocast computes with {dtype} while the anchor moves the parameters in {moved}: the gap is mostly "
                 f"the casts' rounding. Pass compute_dtype={dtype} to the anchor, or train without autocast",
                 stacklevel=1,
             )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gapo_kernels import distributed, ownership, perturbation
 
 RESTORE_ATTEMPTS = 3
+REORDERED_AT_ONCE = 2**24  # bytes of a gradient whose elements lie in another order than its parameter's
 logger = logging.getLogger(__name__)
 
 
@@ -43,7 +44,7 @@ class Displacement:
         tensors = [distributed.local(param) for param in params]
         self._memory = list(zip(params, tensors))
         _check_apart(tensors)
-        dense = [torch.empty_like(tensor, device="meta").stride() == tensor.stride() for tensor in tensors]
+        dense = [_is_dense(tensor) for tensor in tensors]
         groups: dict[tuple, list[perturbation.Move]] = {}
         free = ownership.exclusive(directions) if ours else [False] * len(params)
         for number, (param, tensor) in enumerate(zip(params, tensors)):
@@ -53,7 +54,7 @@ class Displacement:
             exclusive = free[number]
             theta = _flat(tensor) if dense[number] else self._stage(tensor)
             if dense[number] and direction.stride() != tensor.stride():
-                direction, exclusive = torch.empty_like(tensor, dtype=direction.dtype).copy_(direction), True
+                direction, exclusive = _ordered_as(tensor, direction, exclusive), True
             # not reshape(-1), which of an expanded tensor gives a view without memory for each element
             flat = _flat(direction) if dense[number] else direction.contiguous().view(-1)
             fits = exclusive and dense[number] and flat.element_size() == theta.element_size()
@@ -133,8 +134,12 @@ class _Memory:
         self._param, self._tensor = param, tensor
 
     def __call__(self) -> None:
-        if not distributed.is_sharded(self._param) and self._param.data_ptr() != self._tensor.data_ptr():
+        if not distributed.is_sharded(self._param) and _place(self._param) != _place(self._tensor):
             self._param.data = self._tensor
+
+
+def _place(tensor: Tensor) -> tuple:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def noise(params: Sequence[nn.Parameter], step: int, seed: int) -> list[Tensor]:
@@ -150,6 +155,35 @@ def noise(params: Sequence[nn.Parameter], step: int, seed: int) -> list[Tensor]:
             places.append((first, number, shard))
         _back_end(device).fill_with_noise([drawn[number].view(-1) for number in numbers], places, step, seed)
     return drawn
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether its elements fill its memory, in any order of the dimensions."""
+    return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+
+
+def _ordered_as(tensor: Tensor, direction: Tensor, exclusive: bool) -> Tensor:
+    """The direction with its elements in the tensor's order of memory: in its own memory, if that is nobody else's."""
+    if not exclusive or not _is_dense(direction):
+        return torch.empty_like(tensor, dtype=direction.dtype).copy_(direction)
+    ordered = direction.as_strided(tensor.shape, tensor.stride())
+    _reorder(ordered, direction)
+    return ordered
+
+
+def _reorder(target: Tensor, source: Tensor) -> None:
+    """Copies from one order to the other in the same memory: parts of it that hold the same elements in both orders, experts'
+    matrices say, one after the other."""
+    if source.nbytes > REORDERED_AT_ONCE:
+        for dim, size in enumerate(source.shape):
+            stride = source.numel() // size
+            if size > 1 and source.stride(dim) == target.stride(dim) == stride:  # the outermost one of both
+                count = max(1, REORDERED_AT_ONCE // (stride * source.element_size()))
+                for first in range(0, size, count):
+                    length = min(count, size - first)
+                    _reorder(target.narrow(dim, first, length), source.narrow(dim, first, length))
+                return
+    target.copy_(source.clone())
 
 
 def _flat(tensor: Tensor) -> Tensor:

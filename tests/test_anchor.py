@@ -1,6 +1,7 @@
 """`GeometricAnchor`: where the weights go, that they come back bit for bit, what is counted and what is refused."""
 
 import gc
+import itertools
 import math
 import os
 import random
@@ -14,7 +15,7 @@ import torch
 from signalled import SignalAt
 from torch import nn
 
-from gapo_kernels import GeometricAnchor, displacement, gapo_step, interrupts
+from gapo_kernels import GeometricAnchor, displacement, gapo_step, interrupts, perturbation
 
 AWKWARD = [-0.0, 0.0, 5e-324, 1e-38, -1e-30, 1.0]  # what arithmetic on the way back would not reproduce
 
@@ -173,6 +174,35 @@ def test_views_and_transposed_parameters():
         for p, t, delta in zip(params, theta, expected):
             torch.testing.assert_close(p.detach(), t + delta, atol=1e-15, rtol=0)
     assert torch.equal(storage, whole)
+
+
+@pytest.mark.parametrize("at_once", [1, 200, 2**24])
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
+def test_a_gradient_in_another_order_of_memory_is_put_in_the_parameters_where_it_lies(order, at_once, monkeypatch):
+    monkeypatch.setattr(displacement, "REORDERED_AT_ONCE", at_once)
+    found, start, clone, cloned = [], perturbation.Perturbation.__init__, torch.Tensor.clone, [0]
+
+    def recording(self, moves, *arguments):
+        found.extend(moves)
+        start(self, moves, *arguments)
+
+    param = nn.Parameter(torch.randn(3, 4, 5, dtype=torch.float64))
+    back = [order.index(dim) for dim in range(3)]
+    factor = torch.randn([param.shape[dim] for dim in order], dtype=torch.float64).permute(back)
+    (gradient,) = torch.autograd.grad((param * factor).sum(), [param])
+    assert gradient.stride() == factor.stride() and torch.equal(gradient, factor)
+    theta, before = param.detach().clone(), bits([param])
+    _, (expected,) = deltas([param], [factor], 0.5, "asam")
+    anchor, objective = GeometricAnchor([param], rho=0.5), (param * factor).sum()
+    monkeypatch.setattr(perturbation.Perturbation, "__init__", recording)
+    monkeypatch.setattr(torch.Tensor, "clone", lambda tensor: cloned.append(tensor.numel()) or clone(tensor))
+    with anchor.perturbed(objective):
+        torch.testing.assert_close(param.detach(), theta + expected, atol=1e-15, rtol=0)
+    largest = max(cloned)
+    assert same([param], before)
+    assert [move.original.data_ptr() for move in found] == [move.direction.data_ptr() for move in found]
+    if order == (0, 2, 1):  # three matrices, of 160 bytes each
+        assert largest == (60 if at_once == 2**24 else 20)
 
 
 def test_a_parameter_whose_elements_share_memory_is_refused():
@@ -454,13 +484,16 @@ def test_an_exception_inside_finds_the_weights_back(params, anchor, thrown):
 
 
 def test_new_memory_that_the_body_gave_parameters_is_taken_from_them_again():
-    """As model.to() does; nothing is written to it, which may be somebody's average of the weights."""
-    anchor = GeometricAnchor([*make_params(), nn.Parameter(torch.randn(6, 5, dtype=torch.float64).t())], rho=0.1)
+    """As model.to() does; nothing is written to it, which may be somebody's average of the weights. Nor does another view of
+    the same memory stay."""
+    more = [nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in ((3, 4), (5, 6))]
+    anchor = GeometricAnchor([*make_params(), more[0], nn.Parameter(more[1].detach().t())], rho=0.1)
     params, before = anchor.params, bits(anchor.params)
     memory = [param.data_ptr() for param in params]
     with anchor.perturbed(grads=make_grads(params)):
         params[0].data = params[-1].data = average = torch.zeros(5, 6, dtype=torch.float64)
         params[1].data = torch.empty(0, dtype=params[1].dtype)
+        params[-2].data = params[-2].data.t()
     assert same(params, before) and memory == [param.data_ptr() for param in params] and not average.any()
     assert_usable(anchor)
 

@@ -369,3 +369,21 @@ def test_a_goal_that_is_missed_or_unsteady_says_so():
     found = {"ratios": {"eager": {"median": 5.0}}, "ratio_spread": {"eager": None}}
     few = "eager 5.00x of 4x (in too few rounds to tell how steady)"
     assert tables.goals_of(case | found) == f"a case: {few}, TRL not measured, of 1.5x"
+    profile = [{"name": name, "share": share} for name, share in (("gemm", 0.7), ("softmax", 0.2), ("copy", 0.06), ("add", 0.04))]
+    said = tables.goals_of(case | found | {"profile": profile})
+    assert said.endswith("of 1.5x (most of the time in gemm 70 %, softmax 20 %, copy 6.0 %)")
+
+
+def test_a_case_that_failed_is_named(project):
+    for suite, block in (("logits", "logits-table"), ("step", "step-table")):
+        path = next((project / "bench/results").glob(f"{suite}-*.json"))
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"failed": {"a case": "ValueError: no"}}))
+        assert "Failed: a case (ValueError: no)." in blocks_of(project)[block]()
+
+
+def test_a_plot_is_stale_where_a_name_in_it_has_changed(monkeypatch):
+    picture = plots.Picture("", {"points": []}, None)
+    before = picture.digest()
+    assert picture.digest() == before
+    monkeypatch.setitem(tables.CONTENDERS, "trl", "another name")
+    assert picture.digest() != before

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 VOCABULARY = 31
 LAYERS = 3
@@ -29,6 +31,29 @@ def build(name: str, dtype: torch.dtype = torch.float64, layers: int = LAYERS, w
         for param in model.parameters():
             param.add_(torch.randn(param.shape, dtype=torch.float64).to(dtype), alpha=0.2)
     return model.train()
+
+
+class Float64(TorchFunctionMode):
+    """Also where a model computes in float32 whatever its dtype, as transformers' norms and softmaxes do."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        args, kwargs = tree_map(lambda x: torch.float64 if x is torch.float32 else x, (args, kwargs or {}))
+        return (torch.Tensor.double if func is torch.Tensor.float else func)(*args, **kwargs)
+
+
+def stay_in_float64(model: torch.nn.Module) -> None:
+    """Also in its norms and attention; where activations are checkpointed, in the second run as well."""
+
+    def in_float64(forward):
+        def run(*args, **kwargs):
+            with Float64():
+                return forward(*args, **kwargs)
+
+        return run
+
+    for module in model.modules():
+        if type(module).__name__.endswith(("Norm", "Attention")):
+            module.forward = in_float64(module.forward)
 
 
 def preference_batch(pairs: int = 3, length: int = 9) -> tuple[torch.Tensor, torch.Tensor]:

@@ -117,6 +117,7 @@ PERTURBATION_CASES = {
     "sam": ((BF16, BF16, BF16), dict(geometry="sam")),
     "nearest": ((BF16, BF16, BF16), dict(stochastic=False)),
     "shard": ((BF16, BF16, BF16), dict(first=2 * 8192 + 16)),
+    "shard of masters": ((F32, F32, BF16), dict(first=2 * 8192 + 16)),
 }
 # With accesses of one element each, and for gradcheck.
 UNALIGNED_CASES = {
@@ -192,6 +193,7 @@ JOBS = [
     *(Job("perturbation", target, what) for target in artefacts.TARGETS for what in PERTURBATION_CASES),
     *(Job("candidates", target, "bfloat16") for target in artefacts.TARGETS),
     *(Job("candidates", target, "float32") for target in ("sm_90", "gfx942")),
+    Job("candidates", "sm_90", "float16"),
 ]
 # Whose instructions are looked at. The second launch of the forward reads some bytes a row.
 STREAMING = {"statistics_kernel", "gradient_kernel", "norm_kernel", "exchange_kernel", "restore_kernel", "noise_kernel"}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from hypothesis import strategies as st
@@ -10,6 +12,11 @@ from torch import Tensor
 
 from gapo_kernels.layout import align_targets, sequence_of_rows
 from grids import bits
+
+try:
+    from gapo_kernels.kernels import config
+except ImportError:  # no Triton
+    config = None
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 INF, NAN = torch.inf, torch.nan
@@ -277,3 +284,20 @@ def vocabularies(interpreted: bool) -> st.SearchStrategy[int]:
     """Around the ends of vectors and of tiles of 128; several blocks of rows and of columns where that is quick."""
     around = [31, 64, 97, 127, 128, 129, 136, 255, 257, 264, 331]
     return st.one_of(st.integers(1, 20), st.sampled_from(around if interpreted else [*around, 1009, 4099]))
+
+
+# Programs that share a row. The device's choice, None, is one for each tile here: so few rows are far from filling it.
+SPLITS = st.sampled_from([None, 1, 2])
+
+
+def split_among(programs: int | None) -> AbstractContextManager:
+    """Kernels go through a row's tiles one after the other, each of at most so many programs through its part."""
+    if programs is None or config is None:
+        return nullcontext()
+
+    def split_row(device: torch.device, rows: int, vocabulary: int, block: int) -> tuple[int, int]:
+        blocks = -(-vocabulary // block)
+        chunk = -(-blocks // programs)
+        return -(-blocks // chunk), chunk * block
+
+    return mock.patch.object(config, "split_row", split_row)

@@ -13,6 +13,7 @@ from configurations import (
     OBJECTIVES,
     ORDINARY,
     SEEDS,
+    SPLITS,
     UPSTREAM,
     Memory,
     Objective,
@@ -22,6 +23,7 @@ from configurations import (
     make_values,
     memories,
     rows,
+    split_among,
     upstream_gradient,
     vocabularies,
 )
@@ -53,6 +55,7 @@ class Linear(NamedTuple):
     needs: tuple[bool, bool, bool]  # of the operands, which ones require grad
     again: bool  # the gradient compared is that of a second backward on the same graph
     upstream: float
+    splits: int | None  # of a row, among the kernels' programs
 
 
 class LinearLoss(NamedTuple):
@@ -88,6 +91,7 @@ def linears(sequences, interpreted):
         needs=st.tuples(st.booleans(), st.booleans(), st.booleans()),
         again=st.booleans(),
         upstream=UPSTREAM,
+        splits=SPLITS,
     )
 
 
@@ -206,7 +210,8 @@ class Problem:
         eager = self.eager(eager_function, operands, upstream, without, **anchors, **options)
         row = case.vocabulary * max(4, case.dtype.itemsize)
         budget = 2**30 if case.budget is None else case.budget * row or max(8, row // 3)
-        found = self.run(function, operands, upstream, max_logits_bytes=budget, backend=backend, **anchors, **options)
+        with split_among(case.splits):
+            found = self.run(function, operands, upstream, max_logits_bytes=budget, backend=backend, **anchors, **options)
         for placed in self._placed:
             placed.check()
         assert found.keys() == truth.keys()

@@ -15,6 +15,7 @@ from configurations import (
     OBJECTIVES,
     ORDINARY,
     SEEDS,
+    SPLITS,
     UPSTREAM,
     Labels,
     Memory,
@@ -25,6 +26,7 @@ from configurations import (
     make_values,
     memories,
     rows,
+    split_among,
     upstream_gradient,
     vocabularies,
 )
@@ -43,6 +45,7 @@ class Logits(NamedTuple):
     upstream: float
     inplace_backward: bool
     block: int | None  # rows that the CPU path takes at a time
+    splits: int | None  # of a row, among the kernels' programs
 
 
 class Loss(NamedTuple):
@@ -71,6 +74,7 @@ def logits(sequences, interpreted):
         upstream=UPSTREAM,
         inplace_backward=st.booleans(),
         block=st.sampled_from([None, 1, 2, 5]),
+        splits=SPLITS,
     )
 
 
@@ -125,7 +129,7 @@ class Problem:
         options |= self.options
         truth = in_float64(run, batch, upstream, **options)
         eager = run(batch, "eager", upstream, **options)
-        with blocks_of(self.case):
+        with blocks_of(self.case), split_among(self.case.splits):
             found = run(batch, backend, upstream, inplace_backward=self.inplace, **options)
         first, *others = self._placed
         first.check(written=self.inplace)

@@ -20,7 +20,7 @@ class Step(NamedTuple):
     rows: Rows
     vocabulary: int
     width: int
-    moved: tuple[str, ...]  # of PARAMETERS
+    moved: tuple[str, ...]  # of PARAMETERS; where none of them is trained, all that are
     frozen: tuple[str, ...]  # of these, what neither moves nor is trained
     tied: bool
     logps: str  # "logits", "head" or "eager"
@@ -117,9 +117,7 @@ def check_step(case: Step) -> None:
 
     ours, theirs = Model(case), Model(case)
     trained = [name for name, p in ours.named_parameters() if p.requires_grad]
-    names = [name for name in trained if name in case.moved]
-    if not names:
-        return
+    names = [name for name in trained if name in case.moved] or trained
     shared = case.share_backward and names == trained and not case.rows.packed
     moved = [dict(theirs.named_parameters())[name] for name in names]
     anchor = GeometricAnchor([dict(ours.named_parameters())[name] for name in names], rho=case.rho, geometry=case.geometry)
