@@ -263,6 +263,8 @@ def measure(session: Session, end: float, rounds: int | None, quick: bool) -> No
             session.save()
             continue
         torch._dynamo.reset()
+        if quick:
+            gc.freeze()  # what was imported: each collection would go through it, which takes longer than the calls
         try:
             with not_for_ever(session, name, left + HUNG), harness.deadline(left):
                 result = module.measure(

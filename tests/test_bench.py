@@ -27,6 +27,13 @@ CLEAR_REFS = Path("/proc/self/clear_refs")
 STATISTICS = {"median_ms", "quartile_1_ms", "quartile_3_ms", "min_ms", "max_ms", "rounds"}
 
 
+@pytest.fixture(autouse=True)
+def this_process_is_the_tests(monkeypatch):
+    """Quick runs in it change neither what is compiled nor what the garbage collector looks at."""
+    monkeypatch.setattr(torch.compiler, "set_stance", lambda stance: None)
+    monkeypatch.setattr(gc, "freeze", lambda: None)
+
+
 def run_gpu(*arguments):
     # On shapes so small a second thread only waits for the first.
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'python'}", "OMP_NUM_THREADS": "1"}
@@ -37,7 +44,7 @@ def run_gpu(*arguments):
 
 
 def test_one_command_measures_every_suite_and_writes_it(tmp_path):
-    done = run_gpu("--device", "cpu", "--quick", "--output", tmp_path)
+    done = run_gpu("--device", "cpu", "--quick", "--no-tests", "--output", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     (file,) = tmp_path.glob("gpu-*.json")
     content = json.loads(file.read_text())
@@ -136,7 +143,6 @@ def test_without_launch_parameters_everything_else_is_measured(error, kind, said
         raise error
 
     monkeypatch.setattr(gpu, "tune", tune)
-    monkeypatch.setattr(torch.compiler, "set_stance", lambda stance: None)  # this process is the tests'
     monkeypatch.setitem(os.environ, "GAPO_KERNELS_CACHE_DIR", "")
     suite = SimpleNamespace(SUITE="suite", ROUNDS=1, measure=lambda case, *_, **options: result_of(case))
     suite.cases = lambda where, quick: [Named("only", 0)]
@@ -158,7 +164,6 @@ def test_the_last_line_names_the_cases_that_are_missing(tmp_path, monkeypatch, c
     suite = SimpleNamespace(SUITE="suite", ROUNDS=1, measure=measure)
     suite.cases = lambda where, quick: [Named(name, number) for number, name in enumerate(["first", "second", "third"])]
     monkeypatch.setattr(gpu, "SUITES", (suite,))
-    monkeypatch.setattr(torch.compiler, "set_stance", lambda stance: None)  # this process is the tests'
     monkeypatch.setitem(os.environ, "GAPO_KERNELS_CACHE_DIR", "")
     assert gpu.main(["--device", "cpu", "--quick", "--no-tests", "--output", str(tmp_path)]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "MISSING, 1 of 3 cases: suite: second"
@@ -216,7 +221,6 @@ def test_another_process_goes_on_where_the_device_is_lost(where, tmp_path, monke
     monkeypatch.setattr(gpu, "tune", lambda *_: lose_it() if where == "tuning" else {"absent": ""})
     monkeypatch.setattr(gpu, "answers", lambda _: not lost)
     monkeypatch.setattr(os, "execv", execv)
-    monkeypatch.setattr(torch.compiler, "set_stance", lambda stance: None)  # this process is the tests'
     monkeypatch.setitem(os.environ, "GAPO_KERNELS_CACHE_DIR", "")
     with pytest.raises(SystemExit):
         gpu.main(["--device", "cpu", "--quick", "--no-tests", "--output", str(tmp_path)])
@@ -456,7 +460,6 @@ def test_a_run_of_tests_that_breaks_off_failed(test, options, status, counts, tm
     arguments = ["-c", os.devnull, str(file), *options]
     monkeypatch.setattr(gpu, "TESTS", (arguments,))
     monkeypatch.setattr(gpu, "SUITES", ())
-    monkeypatch.setattr(torch.compiler, "set_stance", lambda stance: None)  # this process is the tests'
     monkeypatch.setitem(os.environ, "GAPO_KERNELS_CACHE_DIR", "")
     assert gpu.main(["--device", "cpu", "--quick", "--output", str(tmp_path)]) == 1
     (written,) = tmp_path.glob("*.json")
@@ -695,7 +698,6 @@ def test_a_peer_in_16_bits_may_round_but_not_leave_out(monkeypatch):
 
 @pytest.mark.skipif(not hasattr(harness.LIBC, "malloc_trim"), reason="another allocator than glibc's")
 def test_each_peer_of_the_logits_path_has_a_process_of_its_own_on_a_cpu(monkeypatch):
-    pytest.importorskip("trl")
     for name in harness.allocator_settings():
         monkeypatch.delenv(name)
     started, here, elsewhere = [], [], []
@@ -713,12 +715,12 @@ def test_each_peer_of_the_logits_path_has_a_process_of_its_own_on_a_cpu(monkeypa
     monkeypatch.setattr(bench_logits, "check", lambda names, *others: here.extend(names) or check(names, *others))
     monkeypatch.setattr(harness.Elsewhere, "turn", turn_elsewhere)
     # So large that glibc maps each tensor of the logits' size anew, where its heap has no room for it.
-    case = bench_logits.Case(1, 97, 50_000, torch.float32, 0.5, peers=frozenset({"trl"}), goals={"eager": 1})
+    case = bench_logits.Case(1, 97, 50_000, torch.float32, 0.5, peers=frozenset(), goals={"eager": 1})
     result = bench_logits.measure(case, 3, CPU, seconds=1)
-    assert here == ["ours"] and {"eager", "eager-view", "trl"} < set(result["times"])
-    eager, *others = (elsewhere.count(number) for number in range(len(started)))
-    assert others == [4, 4] and eager == 8  # the first round of each is untimed, and of the further ones
-    assert result["times"]["eager"]["rounds"] == 6 and result["times"]["trl"]["rounds"] == 3
+    assert here == ["ours"] and {"eager", "eager-view"} < set(result["times"])
+    # The first round of each is untimed, and of the further ones.
+    assert [elsewhere.count(number) for number in range(len(started))] == [8, 4]
+    assert result["times"]["eager"]["rounds"] == 6 and result["times"]["eager-view"]["rounds"] == 3
     faults = result["page_faults"]
     assert 2 * faults["ours"] < faults["eager-view"] < faults["eager"]  # whose slices are copies, forward and backward
     for process in started:  # none outlives the measurement

@@ -976,6 +976,7 @@ PEAKS = """
 import json, os, sys
 from pathlib import Path
 import torch
+import torch._dynamo  # as the first call of an operator would, in each child anew
 from gapo_kernels import fused_linear_gapo_loss, linear_sequence_logps
 def status(field):
     return next(int(l.split()[1]) for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(field))
