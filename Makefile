@@ -38,11 +38,11 @@ RUN_DEMO := env $(KEEP_MEMORY) $(BIN)/python -m gapo_trainer.demo
 demo: $(READY)
 	$(RUN_DEMO) $(DEMO)
 
-# Three at a time, for two cores: now and then each waits, for processes that it has started or for a clock. With one thread
-# each: those of processes that wait for one another take many times as long, all the more if they spin. The longest first.
-# Each prints when it is done, where make knows how.
+# Two at a time, each on a core: threads of two processes that wait for one another take many times as long, all the
+# more if they spin, as those of the tests that want two would. The longest first. Each prints when it is done, where make
+# knows how.
 test: $(READY)
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(MAKE) -j3 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) \
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(MAKE) -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) \
 		test-torch test-interpreter test-trainer test-distributed test-anchor test-compile
 
 test-torch: $(READY)
