@@ -309,6 +309,7 @@ def measure(
         seconds=case.seconds if seconds is None else seconds,
         least=harness.REPEATS * (1 if case.importance else 2),
         close=None if where.type == "cuda" else CLOSE,
+        further=() if harness.allocator_settings() else case.goals,
     )
     if also is not None:
         also(contenders["ours"], batch)

@@ -42,7 +42,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -328,13 +328,14 @@ def interleaved(
     seconds: float | None = None,
     least: int = 2 * REPEATS,
     close: float | None = None,
+    further: Container[str] = (),
 ) -> dict[str, list[float]]:
     """Seconds of every contender in every round, the contenders taking turns so that drift meets all of them.
 
     In each turn a contender runs once untimed and then timed, as it does in a loop of its own: nobody pays for what
     another left in the caches and page tables. Each call takes the next of `inputs`, equal copies which together exceed a
-    GPU's L2 cache (`copies`). After `seconds`, rounds end with the `least` number of them. close: ours and those within
-    this factor of it then have rounds by themselves, at most as many and for as long: few cannot tell them apart.
+    GPU's L2 cache (`copies`). After `seconds`, rounds end with the `least` number of them. close: ours, those within this
+    factor of it and `further` then have rounds by themselves, at most as many and for as long: few cannot tell them apart.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     last = dict.fromkeys(contenders, 0.0)
@@ -357,7 +358,8 @@ def interleaved(
         take_turns(contenders, warmup, least)
         if close is not None:
             medians = {name: statistics.median(spent) for name, spent in times.items()}
-            take_turns([name for name in contenders if 1 / close < medians[name] / medians["ours"] < close], 0, 0)
+            near = [name for name in contenders if 1 / close < medians[name] / medians["ours"] < close or name in further]
+            take_turns(near, 0, 0)
     finally:
         gc.enable()
     return times

@@ -516,6 +516,8 @@ def test_close_contenders_have_rounds_by_themselves():
     contenders = {name: harness.Contender(lambda _, s=seconds: time.sleep(s)) for name, seconds in spent.items()}
     times = harness.interleaved(contenders, [None], CPU, 3, close=2.0)
     assert {name: len(seconds) for name, seconds in times.items()} == {"ours": 6, "near": 6, "far": 3}
+    further = harness.interleaved(contenders, [None], CPU, 3, close=1.01, further=["far"])
+    assert len(further["ours"]) == len(further["far"]) == 6
     case = harness.result("linear", "case", {}, times, [])
     assert case["rounds"] == 6 and case["times"]["far"]["rounds"] == 3
     assert case["ratios"]["far"]["median"] > 2 > case["ratios"]["near"]["median"]
