@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
@@ -164,7 +165,8 @@ _measured: tuple[Any, dict[str, Callable[[], Loss]]] | None = None  # a batch an
 def begin_here(suite: str, case: Any, quick: bool = False) -> None:
     global _measured
     _measured = None  # its memory first
-    torch.compiler.reset()  # the losses of all cases have the same code, which is not compiled for many
+    if "torch._dynamo" in sys.modules:  # the losses of all cases have the same code, which is not compiled for many
+        torch._dynamo.reset()
     module, cpu = importlib.import_module(suite), torch.device("cpu")
     batch = module.make_batch(case, cpu, quick)
     own, others = module.losses(case, batch, cpu)
