@@ -414,7 +414,7 @@ def test_tests_that_the_clock_stops_are_left_out(tmp_path):
 
 def test_processes_side_by_side_run_each_test_once():
     arguments = ["tests/test_objective.py", "-k", "not wrong_arguments"]
-    whole, split = gpu.run_tests(arguments, 300.0), gpu.run_tests(arguments, 300.0, processes=2)
+    whole, split = gpu.run_tests(arguments, 300.0), gpu.run_tests(arguments, 300.0, processes=3)
     assert whole["complete"] and split["complete"]
     assert whole["counts"]["passed"] == split["counts"]["passed"] > 3
 

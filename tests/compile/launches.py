@@ -122,6 +122,7 @@ PERTURBATION_CASES = {
 # With accesses of one element each, and for gradcheck.
 UNALIGNED_CASES = {
     "unaligned": ((BF16, BF16, BF16), dict(offset=1)),
+    "unaligned float16": ((F16, F16, F16), dict(offset=1)),
     "unaligned float32": ((F32, F32, F32), dict(offset=1)),
     "unaligned shard": ((BF16, BF16, BF16), dict(first=2 * 8192 + 1)),
 }
@@ -188,9 +189,7 @@ GROUPS = {
     "candidates": candidate_launches,
 }
 JOBS = [
-    *(Job("loss", target, what) for target in artefacts.TARGETS for what in DTYPES),
-    *(Job("linear", target, what) for target in artefacts.TARGETS for what in DTYPES if what != "float64"),
-    *(Job("linear", target, "float64") for target in ("sm_90", "gfx942")),  # of the same kernels as the loss
+    *(Job(group, target, what) for group in ("loss", "linear") for target in artefacts.TARGETS for what in DTYPES),
     *(Job("perturbation", target, what) for target in artefacts.TARGETS for what in PERTURBATION_CASES),
     *(Job("candidates", target, "bfloat16") for target in artefacts.TARGETS),
     *(Job("candidates", target, "float32") for target in ("sm_90", "gfx942")),
