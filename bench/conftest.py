@@ -55,8 +55,7 @@ def measured(request, benchmark):
         except harness.Unavailable as error:
             pytest.skip(str(error))
         except Exception as error:
-            first = (str(error).splitlines() or [""])[0]
-            config.failed.setdefault(module.SUITE, {})[str(case)] = f"{type(error).__name__}: {first}"
+            config.failed.setdefault(module.SUITE, {})[str(case)] = peers.reason(error)
             raise
         finally:
             if shared:

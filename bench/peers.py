@@ -150,7 +150,7 @@ def checked(
         except (Exception, harness.TooLong) as problem:
             if name in own:
                 raise
-            found.absent[name] = _reason(problem)
+            found.absent[name] = reason(problem)
             found.peaks.pop(name, None)
         else:
             found.losses[name], found.errors[name] = loss, error
@@ -224,7 +224,7 @@ class Peaks:
             self._process = None
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     if isinstance(error, harness.TooLong):
         return f"did not finish its first call within {TO_BEGIN:.0f} s"
     first = (str(error).splitlines() or [""])[0]
