@@ -312,9 +312,8 @@ def off_the_grid(
         ],
         "SR(cast(theta) + delta)": ours,
     }
-    load(model, grid)
-    clean = autocast_margins(model, batches, masters)
     load(model, masters)
+    clean = autocast_margins(model, batches)
     ways["SR(cast(theta) + delta), autocast"] = [
         clean - margins_at_autocasts_anchor(model, batches, measurement.grads, seed) for seed in range(seeds)
     ]
@@ -329,23 +328,20 @@ def off_the_grid(
 def margins_at_autocasts_anchor(
     model: nn.Module, batches: Sequence[dict[str, Tensor]], grads: Weights, seed: int
 ) -> Tensor:
-    """(B,) float64: where the anchor, made with autocast on, lies on the grid but for the norms."""
+    """(B,) float64: at the anchor that is made with autocast on."""
     anchor = GeometricAnchor.from_model(model, rho=RHO, compute_dtype=GRID, seed=seed)
     with torch.autocast("cpu", GRID), anchor.perturbed(grads=grads), torch.autocast("cpu", enabled=False):
-        return all_margins(model, batches)
+        return autocast_margins(model, batches)
 
 
-def autocast_margins(model: nn.Module, batches: Sequence[dict[str, Tensor]], masters: Weights) -> Tensor:
-    """(B,) float64: the model's margins, with norms and embedding lookups that use the masters."""
+def autocast_margins(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> Tensor:
+    """(B,) float64: the model's margins in float32 arithmetic, all weights cast but norms and embedding lookups."""
     embedding = model.get_input_embeddings()
-    lookup = None
-    own = []
-    for (name, param), master in zip(model.named_parameters(), masters):
-        own.append(param.data.clone())
-        if param is embedding.weight:
-            lookup = master  # the head, which is tied to it, is cast
-        elif "norm" in name:
-            param.data.copy_(master)
+    lookup = embedding.weight.data.clone()  # the head, which is tied to it, is cast
+    own = [param.data.clone() for param in model.parameters()]
+    for name, param in model.named_parameters():
+        if "norm" not in name:
+            param.data.copy_(to_grid(param.data))
     handle = embedding.register_forward_hook(lambda module, args, output: F.embedding(args[0], lookup))
     try:
         return all_margins(model, batches)

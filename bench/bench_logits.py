@@ -329,8 +329,7 @@ def _measure(
         if case.goals and not harness.allocator_settings():
             # What a fresh page costs moves a lot: ours and who has a goal take turns for longer.
             pair = {name: contenders[name] for name in ("ours", *case.goals) if name in contenders}
-            for name, spent in harness.interleaved(pair, inputs, where, rounds, seconds=FURTHER * seconds).items():
-                times[name] += spent
+            harness.go_on(times, pair, inputs, where, rounds, seconds=FURTHER * seconds)
         more["page_faults"] = {"ours": harness.page_faults(contenders["ours"], batch, where)}
         more["page_faults"] |= {name: one.page_faults() for name, one in elsewhere.items()}
     bandwidth = copied / statistics.median(times["copy"])

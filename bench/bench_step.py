@@ -347,9 +347,7 @@ def measure(
         )
         if where.type == "cpu" and case.share_goals and not quick:  # a few rounds cannot tell a share from its goal
             pair = {name: contenders[name] for name in ("authors", *case.share_goals) if name in contenders}
-            further = harness.interleaved(pair, [None], where, rounds, warmup=0, seconds=FURTHER * case.seconds, least=0)
-            for name, spent in further.items():
-                times[name] += spent
+            harness.go_on(times, pair, [None], where, rounds, warmup=0, seconds=FURTHER * case.seconds, least=0)
     if also is not None:
         also(contenders["ours"], None)
     others = [name for name in times if name != "authors"]

@@ -365,6 +365,12 @@ def interleaved(
     return times
 
 
+def go_on(times: dict[str, list[float]], contenders: dict[str, Contender | Elsewhere], *args: Any, **options: Any) -> None:
+    """Further rounds of some contenders (`interleaved`), into their `times`."""
+    for name, spent in interleaved(contenders, *args, **options).items():
+        times[name] += spent
+
+
 def copies(inputs: Any, size: int, clone: Callable[[Any], Any], where: torch.device) -> list[Any]:
     """The inputs of `size` bytes, on a GPU with as many clones as exceed four times its L2 cache together."""
     if where.type != "cuda":

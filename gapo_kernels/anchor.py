@@ -6,7 +6,8 @@ delta comes from g, the gradient of a probe objective (arXiv 2602.04909; norms o
 
 |delta / theta| is of the order of rho / sqrt(parameters): far less than a bfloat16's last bit. So on a 16-bit grid the
 anchor is rounded stochastically, around the value that the forward computes with: SR(cast(theta) + delta), whose mean
-is cast(theta) + delta.
+is cast(theta) + delta. Of weights finer than that grid only the cast is there: what is cast away stays as it was, for whatever
+reads them uncast.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ class AnchorStats:
 
     @property
     def changed_fraction(self) -> float:
-        """The share of the weights in scope that differed from cast(theta)."""
+        """The share of the weights in scope whose theta~ was not cast(theta)."""
         return self._read()[2] / max(1, self._elements)
 
     def __repr__(self) -> str:
@@ -129,10 +130,11 @@ class GeometricAnchor:
         rounding: "stochastic", unbiased, for weights on a 16-bit grid; or "nearest", which loses most of the
             perturbation there. On float32 and float64 grids both round to nearest.
         compute_dtype: the dtype that the forward computes with; default: the parameter's own, or that of FSDP2's
-            MixedPrecisionPolicy. With float32 masters and compute_dtype=torch.bfloat16 every weight's anchor is a
-            bfloat16 value, kept as float32, but for what autocast leaves as it is, norms say, where it is on around the
-            step or seen in the objective's graph; no other weight may be used uncast. Of compiled code and others'
-            functions, and without an objective, only the modules tell, which `from_model` knows.
+            MixedPrecisionPolicy. With float32 masters and compute_dtype=torch.bfloat16 every weight moves from one
+            bfloat16 value to another, and keeps the difference between itself and its cast, but for what autocast
+            leaves as it is, norms say, where it is on around the step or seen in the objective's graph: these move in
+            float32. Of compiled code and others' functions, and without an objective, only the modules tell, which
+            `from_model` knows.
         process_group: the data-parallel ranks over which the probe's gradient is averaged; default: those of the
             DistributedDataParallel that `from_model` is given, or all ranks, if torch.distributed runs. A group of one
             rank alone averages nothing.
@@ -353,7 +355,7 @@ class GeometricAnchor:
                 spared = spared_in(objective, spared, around, gathered)
                 if not spared and not around and any(distributed.compiled(objective)):
                     warnings.warn(
-                        f"what compiled code casts to {self.compute_dtype} is not seen, so the anchor puts all parameters "
+                        f"what compiled code casts to {self.compute_dtype} is not seen, so the anchor moves all parameters "
                         "on that grid. If autocast, which leaves norms and embeddings alone, is entered inside of the "
                         "model, enter it around the step as well",
                         stacklevel=1,

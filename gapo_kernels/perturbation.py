@@ -3,6 +3,10 @@
 `kernels/perturbation.py` has the same `Perturbation` in Triton. Everything here is element by element in chunks whose
 scratch stays in the L2 cache: beyond that scratch nothing is allocated, and each pass reads and writes every tensor once.
 Floor, b bytes a weight: the norm reads 2 b, the exchange reads 2 b and writes 2 b, the restoration reads b and writes b.
+
+Where theta is finer than the grid, float32 masters of a forward in bfloat16 say, theta + (theta~ - cast(theta)) is stored:
+its cast is theta~, and what reads it uncast, as an embedding does that is tied to a cast head, finds theta itself moved
+from theta. In the rare case that its cast is another neighbour, theta~ is stored.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ class Move(NamedTuple):
     theta: Tensor  # (n,) what is moved
     direction: Tensor  # (n,) g, of any floating dtype
     original: Tensor  # (n,) of theta's dtype, takes theta's old values; may be direction's memory
-    grid: torch.dtype  # what the forward computes with: theta~ lies on its grid, around theta cast to it
+    grid: torch.dtype  # what the forward computes with: cast to it, what is stored is theta~, around theta cast to it
     number: int  # the parameter's, for the random numbers, as the two below
     first: int = 0  # of a shard: the whole parameter's elements before these
     shard: int = 0  # its number, where it is no run of rows
@@ -146,10 +150,14 @@ class Perturbation:
             torch.add(delta, original, out=theta)
             torch.sub(theta, original, out=delta)
         else:
-            if move.grid not in (theta.dtype, delta.dtype):
+            masters = move.grid not in (theta.dtype, delta.dtype)
+            if masters:
                 base = wide.copy_(theta.to(move.grid))
             self._round_(torch.add(delta, base, out=anchor), chunk, seed, step, scratch)
             torch.sub(anchor, base, out=delta)
+            if masters:
+                shifted = torch.add(theta, delta, out=wide).to(theta.dtype)
+                torch.where(shifted.to(move.grid) == anchor.to(move.grid), shifted, anchor, out=anchor)
             original.copy_(theta)
             self._exchanged[chunk.number] = True
             theta.copy_(anchor)

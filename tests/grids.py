@@ -30,11 +30,26 @@ def cast_to_grid(theta: Tensor, grid: torch.dtype) -> Tensor:
     return (theta.to(grid) if narrower else theta).to(F64, copy=True)
 
 
-def assert_rounded(theta: Tensor, grid: torch.dtype, base: Tensor, delta: Tensor, stochastic: bool) -> None:
-    """theta is base + delta (float64), on the grid or the coarser one of its own dtype: the nearest of its numbers, or
-    with stochastic rounding to 16 bits one of the two neighbours."""
-    anchor, wanted, on = theta.double(), base + delta, coarsest(grid, theta.dtype)
-    assert torch.equal(theta.to(on).double(), anchor), "theta~ is not on the grid"
+def moved_on_grid(before: Tensor, theta: Tensor, grid: torch.dtype = BF16) -> bool:
+    """Whether all have moved by whole steps of the grid, what a cast takes away being the same as before, or nothing."""
+    rest, rest_before = (x.double() - x.to(grid).double() for x in (theta, before))
+    same = (rest - rest_before).abs() <= 2 * spacing(theta.double().abs().maximum(before.double().abs()), theta.dtype)
+    return bool((same | (rest == 0)).all())
+
+
+def assert_rounded(
+    theta: Tensor, before: Tensor, grid: torch.dtype, base: Tensor, delta: Tensor, stochastic: bool
+) -> None:
+    """theta, cast to the grid or the coarser one of its own dtype, is base + delta (float64): the nearest of its numbers,
+    or with stochastic rounding to 16 bits one of the two neighbours. What the cast takes away is what it took before."""
+    on = coarsest(grid, theta.dtype)
+    anchor, wanted = cast_to_grid(theta, on), base + delta
+    if on != theta.dtype:
+        kept, moved = before.double() + (anchor - base), anchor != base
+        error, far = (theta.double() - kept).abs(), (kept - anchor).abs() >= 0.499 * spacing(anchor.abs() * 0.999, on)
+        as_kept = error <= 2 * spacing(kept.abs().maximum((anchor - base).abs()), theta.dtype)
+        assert torch.equal(theta[~moved], before[~moved]), "what did not move has changed"
+        assert (as_kept | far & (theta.double() == anchor)).all(), "what the cast takes away has changed"
     assert torch.equal(anchor[delta == 0], base[delta == 0]), "what needs no rounding was rounded"
     # Half a step, or one; plus float32's errors in x itself.
     steps = 1.0 if stochastic and on in (BF16, F16) and grid == on else 0.5

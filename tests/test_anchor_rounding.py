@@ -37,7 +37,7 @@ def deltas(params, grads, rho):
 @pytest.mark.parametrize(
     "dtype, grid", [(BF16, None), (F16, None), (F32, BF16), (F32, F16), (F64, BF16), (BF16, F32)], ids=str
 )
-def test_the_anchor_lies_on_the_grid_and_its_mean_is_cast_theta_plus_delta(passes, device, interpreted, dtype, grid):
+def test_the_mean_of_what_the_forward_computes_with_is_cast_theta_plus_delta(passes, device, interpreted, dtype, grid):
     params = make(dtype, device)
     grads, grid_or_own = gradients(params), dtype if grid in (None, F32) else grid  # the coarser of the two
     before = [p.detach().clone() for p in params]
@@ -48,8 +48,7 @@ def test_the_anchor_lies_on_the_grid_and_its_mean_is_cast_theta_plus_delta(passe
     for _ in range(uses):
         with anchor.perturbed(grads=grads):
             for p, summed in zip(params, total):
-                assert torch.equal(p.detach(), p.detach().to(grid_or_own).to(dtype))
-                summed += p.detach().double()
+                summed += p.detach().to(grid_or_own).double()
         assert all(torch.equal(p, b) for p, b in zip(params, before))
     bases = [b.to(grid_or_own).double() for b in before]
     error = torch.cat([(t / uses - b - d).flatten() for t, b, d in zip(total, bases, wanted)])

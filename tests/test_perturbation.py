@@ -59,11 +59,11 @@ def exact(move, geometry, step_size):
 
 def check_anchor(move, base, delta, stats, stochastic):
     """theta~ and the statistics against float64, inputs from before the exchange."""
-    assert_rounded(move.theta, move.grid, base, delta, stochastic)
-    anchor = move.theta.double()
+    assert_rounded(move.theta, move.original, move.grid, base, delta, stochastic)
     tolerance = dict(rtol=1e-5, atol=0)
     torch.testing.assert_close(stats[0], delta.square().sum(), **tolerance)
     if coarsest(move.grid, move.theta.dtype) == move.grid:  # else theta~ is rounded once more, after the statistics
+        anchor = cast_to_grid(move.theta, move.grid)
         torch.testing.assert_close(stats[1], (anchor - base).square().sum(), **tolerance)
         assert stats[2] == (anchor != base).sum()
 

@@ -20,6 +20,7 @@ from functools import partial
 import pytest
 import tiny_models
 import torch
+from grids import moved_on_grid
 from signalled import SignalAt
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
@@ -665,11 +666,11 @@ def test_what_autocast_leaves_alone_moves_in_its_own_dtype(where, given, checkpo
         with autocast(not inside):
             gaps[rho] = gapo_step(logps, anchor).gap
     assert not gaps[0.0].any() and gaps[3.0].all()
-    on_grid = {name: torch.equal(weight, weight.bfloat16().float()) for name, weight in seen.items()}
+    on_grid = {name: moved_on_grid(weight, seen[name]) for name, weight in model.named_parameters()}
     assert on_grid == {name: "norm" not in name and "embed" not in name for name in seen}
     inside = False
     gapo_step(logps, anchor)  # without autocast everything is cast by somebody else
-    assert all(torch.equal(weight, weight.bfloat16().float()) for weight in seen.values())
+    assert all(moved_on_grid(weight, seen[name]) for name, weight in model.named_parameters())
 
 
 def test_float64_masters_of_a_float32_forward_are_all_on_its_grid():
@@ -682,7 +683,7 @@ def test_float64_masters_of_a_float32_forward_are_all_on_its_grid():
         return sequence_logps(model(ids).logits, labels)
 
     gapo_step(logps, GeometricAnchor.from_model(model, rho=RHO, scope="all", compute_dtype=torch.float32))
-    assert seen and all(torch.equal(weight, weight.float().double()) for weight in seen)
+    assert all(moved_on_grid(*two, torch.float32) for two in zip(model.parameters(), seen, strict=True))
 
 
 @pytest.mark.parametrize("where", ["around the step", "inside of logps_fn"])
@@ -768,10 +769,11 @@ def test_a_weight_that_autocast_casts_is_on_the_grid_whatever_module_has_it(wher
     ids, labels = tiny_models.preference_batch()
     ids, labels = ids % VOCABULARY, labels.where(labels < 0, labels % VOCABULARY)
     model, on_grid, inside = HeadInAllButName(view), {}, where == "inside of logps_fn"
+    before = copy.deepcopy(model)
 
     def logps():
         if not torch.is_grad_enabled():
-            on_grid.update({n: torch.equal(p, p.bfloat16().float()) for n, p in model.named_parameters()})
+            on_grid.update({n: moved_on_grid(before.get_parameter(n), p) for n, p in model.named_parameters()})
         with torch.autocast("cpu", torch.bfloat16) if inside else contextlib.nullcontext():
             return sequence_logps(model(ids), labels)
 
@@ -850,11 +852,11 @@ def test_the_graph_tells_what_autocast_leaves_alone(kind, where):
     model = nn.Sequential(nn.Embedding(VOCABULARY, 8), {**UNCAST, **CAST}[kind](), nn.Linear(8, VOCABULARY))
     for param in model[1].parameters():
         nn.init.normal_(param)
-    (ids, labels), on_grid = batch(), {}
+    (ids, labels), before, on_grid = batch(), copy.deepcopy(model), {}
 
     def logps():
         if not torch.is_grad_enabled():
-            on_grid.update({n: torch.equal(p, p.bfloat16().float()) for n, p in model.named_parameters()})
+            on_grid.update({n: moved_on_grid(before.get_parameter(n), p) for n, p in model.named_parameters()})
         with torch.autocast("cpu", torch.bfloat16) if where == "inside of logps_fn" else contextlib.nullcontext():
             return sequence_logps(model(ids), labels)
 
@@ -870,10 +872,11 @@ def test_the_graph_tells_what_autocast_leaves_alone(kind, where):
 def test_the_fused_head_computes_with_what_it_is_given(under):
     """Trainers have autocast inside of the model's forward, and no head in there."""
     ids, labels = tiny_models.preference_batch()
-    model, on_grid = tiny_models.build("llama", torch.float32), []
+    model, on_grid = tiny_models.build("llama", torch.float32), {}
+    before = model.lm_head.weight.detach().clone()
 
     def logps():
-        on_grid.append(torch.equal(model.lm_head.weight, model.lm_head.weight.bfloat16().float()))
+        on_grid[torch.is_grad_enabled()] = moved_on_grid(before, model.lm_head.weight)
         with torch.autocast("cpu", torch.bfloat16):
             hidden = model.model(ids, use_cache=False).last_hidden_state
         with torch.autocast("cpu", torch.bfloat16, enabled=under):
@@ -883,7 +886,7 @@ def test_the_fused_head_computes_with_what_it_is_given(under):
         anchor = GeometricAnchor.from_model(model, rho=rho, scope="all", compute_dtype=torch.bfloat16)
         gap = gapo_step(logps, anchor).gap
         assert gap.abs().max() > 0.1 if rho else not gap.any()
-    assert on_grid[1::2] == [under, under]
+    assert on_grid[False] == under
 
 
 class NormHead(nn.Linear):
@@ -999,6 +1002,10 @@ def test_autocast_with_float32_masters(name, where, checkpointing):
     assert torch.equal(out.anchor_margin, anchor_margin) and torch.equal(out.loss, loss)
     assert all(torch.equal(*two) for two in zip(gradients(model.parameters()), gradients(other.parameters())))
     assert out.gap.abs().max() > 0.1 and 0.1 < anchor.stats.changed_fraction < 1
+
+    anchor = GeometricAnchor.from_model(model, rho=0.0, compute_dtype=torch.bfloat16)
+    with autocast(where == "around the step"):
+        assert not gapo_step(logps, anchor).gap.any()  # a tied embedding's rows included, which are cast at the head alone
 
 
 class WaitCounter(TorchDispatchMode):

@@ -3,7 +3,7 @@
     delta  = step_size * theta^2 * g (asam)  or  step_size * g (sam)
     theta~ = round(cast(theta) + delta)         cast and round: to the grid of the dtype that the forward computes with
 
-The same as `gapo_kernels/perturbation.py`, bit for bit but for fused multiply-adds. Floor, b bytes a weight: the norm
+What is stored where theta is finer than the grid is said in `gapo_kernels/perturbation.py`. The same as `gapo_kernels/perturbation.py`, bit for bit but for fused multiply-adds. Floor, b bytes a weight: the norm
 reads 2 b (sam: b), the exchange reads 2 b and writes 2 b, the restoration reads b and writes b; beyond that a tile of 8192
 weights costs about 100 bytes of tables and partial sums.
 
@@ -115,7 +115,7 @@ def perturb(
     ASAM: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):
-    """theta~ in theta's dtype; over axis 1 the sums of delta^2 and (theta~ - cast(theta))^2, and how many differ."""
+    """What is stored; over axis 1 the sums of delta^2 and (theta~ - cast(theta))^2, and how many differ."""
     b_old = widen(b_theta, ACC)
     b_delta = widen(b_g, ACC)
     if ASAM:
@@ -124,7 +124,8 @@ def perturb(
     if ASAM:
         b_delta *= b_old
     b_base = b_old
-    if GRID != b_theta.dtype and GRID != ACC:
+    MASTERS: tl.constexpr = GRID != b_theta.dtype and GRID != ACC
+    if MASTERS:
         b_base = widen(round_to_nearest(b_old, GRID), ACC)
     if STOCHASTIC:
         b_new = round_stochastically((b_base + b_delta).to(tl.float32), b_random, GRID).to(ACC)
@@ -134,7 +135,11 @@ def perturb(
     if GRID == tl.bfloat16 and b_theta.dtype == tl.bfloat16:  # nothing is left to round
         b_stored = (b_new.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
-        b_stored = round_to_nearest(b_new, b_theta.dtype)
+        b_stored = b_new
+        if MASTERS:
+            b_shifted = widen(round_to_nearest(b_old + b_moved, b_theta.dtype), ACC)
+            b_stored = tl.where(widen(round_to_nearest(b_shifted, GRID), ACC) == b_new, b_shifted, b_new)
+        b_stored = round_to_nearest(b_stored, b_theta.dtype)
     return (
         b_stored,
         tl.sum(b_delta * b_delta, 1),

@@ -255,10 +255,11 @@ def check_weights(
         delta = step_size * (theta.double().square() * g.double() if case.geometry == "asam" else g.double())
         finite = base.isfinite()
         assert torch.equal(at.isfinite(), finite)
-        assert_rounded(at[finite], grid, base[finite], delta[finite], case.rounding == "stochastic")
+        assert_rounded(at[finite], theta[finite], grid, base[finite], delta[finite], case.rounding == "stochastic")
+        anchor_on_grid = cast_to_grid(at, grid)
         intended += delta.square().sum().item()
-        applied += (at.double() - base).square().sum().item()
-        changed += (at.double() != base).sum().item()
+        applied += (anchor_on_grid - base).square().sum().item()
+        changed += (anchor_on_grid != base).sum().item()
     stats = anchor.stats
     assert stats.intended_norm == pytest.approx(math.sqrt(intended), **NEAR)
     if math.isfinite(applied):
