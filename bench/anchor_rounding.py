@@ -303,7 +303,7 @@ def off_the_grid(
     uncast = Measurement(model, batches, probe(model, batches), all_margins(model, batches))
     in_float32 = uncast.gaps(RHO, torch.float32)[0]
     generators = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
-    ours = [measurement.gaps(RHO, GRID, "stochastic", seed)[0] for seed in range(seeds)]
+    ours = [measurement.gaps(RHO, GRID, "stochastic", seed, then=to_grid)[0] for seed in range(seeds)]
     ways = {
         "cast(theta + delta)": [measurement.gaps(RHO, torch.float32, then=to_grid)[0]],
         "SR(theta + delta)": [

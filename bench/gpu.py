@@ -48,6 +48,7 @@ from bench import bench_anchor, bench_linear, bench_logits, bench_step, data, ha
 SUITES = (bench_logits, bench_step, bench_linear, bench_anchor)  # in order of importance, among equal cases
 SECONDS = 450.0
 TEST_SHARE = 0.3  # of the time, at most
+PROFILE_SHARE = 0.06  # of the time, left by what is measured: why a goal is missed
 MOST_PROCESSES = 8  # of tests, side by side
 TO_TUNE = 90.0  # seconds
 BUSIEST = 10  # kernels of a profile
@@ -407,7 +408,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if not options.resume:
             prepare(session, begin + TEST_SHARE * options.seconds, () if options.no_tests else TESTS, options.quick)
-        measure(session, end, options.rounds or (3 if options.quick else None), options.quick)
+        profiles = PROFILE_SHARE * options.seconds if where.type == "cuda" else 0.0
+        measure(session, end - profiles, options.rounds or (3 if options.quick else None), options.quick)
         if where.type == "cuda":
             explain(session, end, options.quick)
     except DeviceLost:

@@ -17,7 +17,7 @@ def logps_of(model, input_ids, attention_mask, labels):
 
 
 def shard(model):
-    for layer in model.model.layers:  # with a MixedPrecisionPolicy the anchor lies on its param_dtype's grid
+    for layer in model.model.layers:  # with a MixedPrecisionPolicy the anchor moves on its param_dtype's grid
         fully_shard(layer)
     fully_shard(model)  # the root holds embedding, final norm and head
     type(model).logps = logps_of

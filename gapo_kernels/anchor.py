@@ -6,8 +6,8 @@ delta comes from g, the gradient of a probe objective (arXiv 2602.04909; norms o
 
 |delta / theta| is of the order of rho / sqrt(parameters): far less than a bfloat16's last bit. So on a 16-bit grid the
 anchor is rounded stochastically, around the value that the forward computes with: SR(cast(theta) + delta), whose mean
-is cast(theta) + delta. Of weights finer than that grid only the cast is there: what is cast away stays as it was, for whatever
-reads them uncast.
+is cast(theta) + delta. Of weights finer than that grid the cast is on it: they themselves move by as much as their casts do,
+for whatever reads them uncast.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class AnchorStats:
 
     @property
     def applied_norm(self) -> float:
-        """||theta~ - cast(theta)||_2 as it stood in the weights, after rounding to the grid of the compute dtype."""
+        """||theta~ - cast(theta)||_2 as the forward had it, after rounding to the grid of the compute dtype."""
         return math.sqrt(self._read()[1])
 
     @property
@@ -240,7 +240,7 @@ class GeometricAnchor:
         grads: Sequence[Tensor | None] | None = None,
         retain_graph: bool = True,
     ) -> Iterator[GeometricAnchor]:
-        """Inside the context the weights are theta~; after it, whatever happened, they are theta bit for bit.
+        """Inside the context the weights, or their casts, are theta~; after it, whatever happened, they are theta bit for bit.
 
         Autograd is not told of the move, so a graph built before the context stays usable after it. Nothing is
         written to `.grad`, but of what asked for it (`retain_grad()` on a tensor of the graph). A Ctrl-C inside waits

@@ -157,7 +157,7 @@ class Perturbation:
             torch.sub(anchor, base, out=delta)
             if masters:
                 shifted = torch.add(theta, delta, out=wide).to(theta.dtype)
-                torch.where(shifted.to(move.grid) == anchor.to(move.grid), shifted, anchor, out=anchor)
+                torch.where(shifted.to(move.grid) == anchor, shifted, anchor, out=anchor)
             original.copy_(theta)
             self._exchanged[chunk.number] = True
             theta.copy_(anchor)

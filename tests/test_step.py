@@ -673,7 +673,7 @@ def test_what_autocast_leaves_alone_moves_in_its_own_dtype(where, given, checkpo
     assert all(moved_on_grid(weight, seen[name]) for name, weight in model.named_parameters())
 
 
-def test_float64_masters_of_a_float32_forward_are_all_on_its_grid():
+def test_float64_masters_of_a_float32_forward_all_move_on_its_grid():
     """Autocast, which leaves norms and embeddings alone, does not cast to float32."""
     ids, labels = tiny_models.preference_batch()
     model, seen = tiny_models.build("llama"), []
@@ -765,7 +765,7 @@ class HeadInAllButName(nn.Module):
     ids=["t", "some rows", "copied", "split"],
 )
 @pytest.mark.parametrize("where", ["around the step", "inside of logps_fn"])
-def test_a_weight_that_autocast_casts_is_on_the_grid_whatever_module_has_it(where, view, direction):
+def test_a_weight_that_autocast_casts_moves_on_the_grid_whatever_module_has_it(where, view, direction):
     ids, labels = tiny_models.preference_batch()
     ids, labels = ids % VOCABULARY, labels.where(labels < 0, labels % VOCABULARY)
     model, on_grid, inside = HeadInAllButName(view), {}, where == "inside of logps_fn"

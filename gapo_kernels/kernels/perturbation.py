@@ -3,9 +3,9 @@
     delta  = step_size * theta^2 * g (asam)  or  step_size * g (sam)
     theta~ = round(cast(theta) + delta)         cast and round: to the grid of the dtype that the forward computes with
 
-What is stored where theta is finer than the grid is said in `gapo_kernels/perturbation.py`. The same as `gapo_kernels/perturbation.py`, bit for bit but for fused multiply-adds. Floor, b bytes a weight: the norm
-reads 2 b (sam: b), the exchange reads 2 b and writes 2 b, the restoration reads b and writes b; beyond that a tile of 8192
-weights costs about 100 bytes of tables and partial sums.
+The same as `gapo_kernels/perturbation.py`, which also says what is stored where theta is finer than the grid, bit for bit
+but for fused multiply-adds. Floor, b bytes a weight: the norm reads 2 b (sam: b), the exchange reads 2 b and writes 2 b, the
+restoration reads b and writes b; beyond that a tile of 8192 weights costs about 100 bytes of tables and partial sums.
 
 A program handles one tile of philox.py, so that one call of the generator, on the counters of a group's 1024 lanes, serves
 the tile's eight groups and every access is to 1024 neighbouring elements.

@@ -20,10 +20,21 @@ Launch = Callable[[], object]
 
 
 def loss_path(
-    dtype, pairs=2, length=3, vocabulary=50257, offset=0, large=False, inplace=False, packed=False, others=False, more=0, padding=0
+    dtype,
+    pairs=2,
+    length=3,
+    vocabulary=50257,
+    offset=0,
+    large=False,
+    inplace=False,
+    packed=False,
+    others=False,
+    alone=False,
+    more=0,
+    padding=0,
 ) -> Launch:
-    """`large`: logits in more than 2 GiB of storage. `others`: the other branch of everything that is compiled in. `more` and
-    `padding`: rows of each sequence, and columns, that a view of it leaves out."""
+    """`large`: logits in more than 2 GiB of storage. `others`: the other branch of everything that is compiled in. `alone`:
+    without an anchor. `more` and `padding`: rows of each sequence, and columns, that a view of it leaves out."""
     sequences, width = 2 * pairs, vocabulary + padding
     rows, size = sequences * length, sequences * (length + more) * width
     storage = torch.empty(2**31 // dtype.itemsize + 1 if large else offset + size, dtype=dtype)
@@ -33,12 +44,12 @@ def loss_path(
     if packed:
         logits, labels = logits.flatten(0, 1), labels.flatten()
         cu_seqlens = torch.arange(0, rows + 1, length, dtype=torch.int32)
-    anchor, margin = (None, torch.zeros(pairs)) if others else (logits, None)
+    anchor, margin = None if others or alone else logits, torch.zeros(pairs) if others else None
     scalars = (2.0, 0.5, 0.1, "hinge" if others else "sigmoid", not others, 0.2, not others, -100)
 
     def launch():
         _, row_max, row_sum = kernels.loss_forward(
-            logits, labels, anchor, margin, cu_seqlens, *scalars, "none" if others else "mean"
+            logits, labels, anchor, margin, cu_seqlens, *scalars, "none" if others or alone else "mean"
         )
         kernels.logps_forward(logits, labels, cu_seqlens, not others, not others, -100)
         kernels.logps_backward(
@@ -91,6 +102,7 @@ LOSS_CASES = {
     "beyond 2 GiB": dict(large=True, inplace=True),
     "packed": dict(packed=True),
     "packed, hinge, summed, given margin": dict(packed=True, others=True),
+    "no anchor": dict(alone=True),
 }
 LINEAR_CASES = {ORDINARY: dict(first=0), UNALIGNED: dict()}
 # Sizes that the JIT could make constants of, or take for divisible by 16. They must compile to the first case's binaries.
