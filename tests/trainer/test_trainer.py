@@ -719,8 +719,11 @@ def test_mixed_precision_set_by_accelerate_reaches_the_anchor(tokenizer, tmp_pat
     AcceleratorState._reset_state(True)
     trainer = make_trainer(tokenizer, tmp_path, tiny_model(torch.float32))
     assert not trainer.args.bf16 and trainer.accelerator.mixed_precision == "bf16"
-    with trainer.anchor.perturbed(grads=[torch.randn_like(p) for p in trainer.anchor.params]):
-        assert all(torch.equal(p, p.bfloat16().float()) for p in trainer.anchor.params)
+    params = trainer.anchor.params
+    before = [p.detach().clone() for p in params]
+    with trainer.anchor.perturbed(grads=[torch.randn_like(p) for p in params]):  # whole steps, of few weights
+        assert all(torch.equal(p != b, p.bfloat16() != b.bfloat16()) for p, b in zip(params, before))
+        assert any((p != b).any() for p, b in zip(params, before))
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     AcceleratorState._reset_state(True)
     with pytest.raises(ValueError, match="expected no mixed precision or bf16, got fp16"):
