@@ -183,26 +183,32 @@ def _described(gaps: Sequence[Tensor], truth: Tensor) -> dict[str, list[float]]:
     return {"errors": [error(g, truth) for g in gaps], "mean_gaps": [g.mean().item() for g in gaps]}
 
 
-def tiny_models(seeds: int, pairs: int) -> list[dict]:
+def tiny_model(hidden: int, layers: int, vocabulary: int, width: int, seed: int) -> nn.Module:
+    """A Llama with random weights on the grid."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 8,
+        num_key_value_heads=hidden // 8,
+        intermediate_size=width,
+        max_position_embeddings=64,
+        initializer_range=hidden**-0.5,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(config).eval()
+    load(model, [to_grid(param.data) for param in model.parameters()])
+    return model
+
+
+def tiny_models(seeds: int, pairs: int) -> list[dict]:
     cases = []
-    for hidden, layers, vocabulary, width in TINY:
-        config = LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=hidden // 8,
-            num_key_value_heads=hidden // 8,
-            intermediate_size=width,
-            max_position_embeddings=64,
-            initializer_range=hidden**-0.5,
-            tie_word_embeddings=True,
-        )
+    for shape in TINY:
         for seed in range(TINY_SEEDS):
-            torch.manual_seed(seed)
-            model = LlamaForCausalLM(config).eval()
-            load(model, [to_grid(param.data) for param in model.parameters()])
+            model = tiny_model(*shape, seed)
             size = sum(param.numel() for param in model.parameters())
             names = {
                 "part": "parameters",
@@ -210,7 +216,7 @@ def tiny_models(seeds: int, pairs: int) -> list[dict]:
                 "parameters": size,
                 "model_seed": seed,
             }
-            cases += on_the_grid(model, random_batches(vocabulary, pairs, seed), (RHO,), seeds, names)[0]
+            cases += on_the_grid(model, random_batches(shape[2], pairs, seed), (RHO,), seeds, names)[0]
     return cases
 
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch._dynamo  # takes long, and an alarm in the midst of it would leave half of it
 
-from bench import bench_anchor, bench_linear, bench_logits, bench_step, gpu, harness, llama, peers, tables
+from bench import anchor_rounding, bench_anchor, bench_linear, bench_logits, bench_step, gpu, harness, llama, peers, tables
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -869,3 +869,21 @@ def test_shapes_of_the_models():
     """As their own configurations have them: 134 515 008 and 1 235 814 400 parameters."""
     sizes = {name: sum(torch.Size(shape).numel() for shape in bench_anchor.shapes_of(name)) for name in bench_anchor.SHAPES}
     assert sizes["SmolLM2-135M"] == 134_515_008 and sizes["Llama-1B"] == 1_235_814_400
+
+
+def test_what_the_casts_of_masters_take_away_makes_no_gap(monkeypatch):
+    """A radius of 0 shows it. Otherwise the same seeds draw the same bits: the gaps are those of the weights on the grid."""
+    pytest.importorskip("transformers")
+    shape = anchor_rounding.TINY[1]
+    model = anchor_rounding.tiny_model(*shape, seed=0)
+    batches = anchor_rounding.random_batches(shape[2], 4, seed=0)
+    (on_grid,), measurement, truths = anchor_rounding.on_the_grid(model, batches, (anchor_rounding.RHO,), 2, {"model": ""})
+    grid, generator = [p.detach().clone() for p in model.parameters()], torch.Generator().manual_seed(0)
+    masters = [anchor_rounding.off_grid(weight, 2**15 - 1, generator) for weight in grid]
+    (truth,), rounded = truths.values(), "SR(cast(theta) + delta)"
+    ways = anchor_rounding.off_the_grid(model, batches, masters, grid, measurement, truth, 2)["ways"]
+    assert ways[rounded]["errors"] == pytest.approx(on_grid["roundings"]["stochastic"]["errors"], rel=0.05)
+    monkeypatch.setattr(anchor_rounding, "RHO", 0.0)
+    ways = anchor_rounding.off_the_grid(model, batches, masters, grid, measurement, truth, 2)["ways"]
+    assert ways[rounded]["mean_gaps"] == ways[f"{rounded}, autocast"]["mean_gaps"] == [0.0, 0.0]
+    assert ways["SR(theta + delta)"]["mean_gaps"][0] != 0.0
