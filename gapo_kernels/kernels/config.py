@@ -94,10 +94,10 @@ def launch(kernel: str, device: torch.device, dtype: torch.dtype) -> dict[str, o
     return _chosen(kernel, device, dtype)
 
 
-def pairs(device: torch.device, dtype: torch.dtype) -> dict[str, object]:
-    """What to launch the forward's second kernel with; `dtype` is the statistics'."""
+def pairs(device: torch.device) -> dict[str, object]:
+    """What to launch the forward's second kernel with."""
     parameters = {**PAIRS, **OPTIONS}
-    if dtype == torch.float64 and architecture(device).startswith("sm_"):
+    if architecture(device).startswith("sm_"):
         # All that 16 warps can have: untold, NVIDIA's assembler takes 64 or 40, for more programs at a time, and spills.
         parameters["maxnreg"] = 128
     return parameters

@@ -387,7 +387,7 @@ def logps_forward(
             LENGTH_NORMALIZED=length_normalized,
             SHIFT=int(shift),
             PACKED=cu_seqlens is not None,
-            **config.pairs(device, dtype),
+            **config.pairs(device),
         )
     return logps, counts, row_max, row_sum
 
@@ -464,6 +464,6 @@ def loss_forward(
         LENGTH_NORMALIZED=length_normalized,
         SHIFT=int(shift),
         PACKED=cu_seqlens is not None,
-        **config.pairs(device, dtype),
+        **config.pairs(device),
     )
     return results, row_max, row_sum
