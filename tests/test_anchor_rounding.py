@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from grids import moved_on_grid
 from gapo_kernels import GeometricAnchor, gapo_step, linear_sequence_logps, sequence_logps
 from gapo_kernels import host_memory, ownership, perturbation
 
@@ -47,6 +48,8 @@ def test_the_mean_of_what_the_forward_computes_with_is_cast_theta_plus_delta(pas
     total = [torch.zeros_like(p, dtype=F64) for p in params]
     for _ in range(uses):
         with anchor.perturbed(grads=grads):
+            if grid not in (None, F32):
+                assert moved_on_grid(*(torch.cat([p.detach().flatten() for p in each]) for each in (before, params)), grid)
             for p, summed in zip(params, total):
                 summed += p.detach().to(grid_or_own).double()
         assert all(torch.equal(p, b) for p, b in zip(params, before))

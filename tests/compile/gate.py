@@ -80,7 +80,7 @@ REGISTERS = {
 }
 # Instructions for each element in the hot loop. config.TABLE has what they are; bandwidth leaves room for twice as many and
 # more. The ceilings show what crept in, with any release of Triton.
-INSTRUCTIONS = {"statistics_kernel": 8.5, "gradient_kernel": 14, "norm_kernel": 8, "exchange_kernel": 37}
+INSTRUCTIONS = {"statistics_kernel": 8.5, "gradient_kernel": 14, "norm_kernel": 8, "exchange_kernel": 36}
 NEW_ENOUGH = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 if not NEW_ENOUGH:  # Triton 3.6, on AMD: 177 for float16, and 14.5 in two candidates of tuning
     REGISTERS["exchange_kernel"]["vgpr_count"] = 192
@@ -103,6 +103,7 @@ FLOAT64_INSTRUCTIONS = {"statistics_kernel": 72, "gradient_kernel": 52, "norm_ke
 if not NEW_ENOUGH:  # Triton 3.6, on sm_120: 173 and 122
     FLOAT64_INSTRUCTIONS |= {"statistics_kernel": 180, "gradient_kernel": 128}
 CUT_REGISTERS = {"REG": 144, "vgpr_count": 152}  # of the exchange
+MASTERS_INSTRUCTIONS = {"exchange_kernel": 37}  # what the cast takes away is kept
 # An address for each element.
 UNALIGNED_INSTRUCTIONS = {"norm_kernel": 12, "exchange_kernel": 44}
 TABLE_LOADS = 7  # of noise_kernel: the tile's row, and its columns
@@ -129,6 +130,7 @@ class Weights(NamedTuple):
     asam: bool = True
     aligned: bool = True
     cut: bool = False  # of shards that begin within a tile
+    masters: bool = False  # theta is finer than the grid
 
 
 def stream(
@@ -148,6 +150,8 @@ def stream(
     threads = dialect(target).threads * artefact.num_warps
     if name in ("norm_kernel", "exchange_kernel"):
         weights = weights or Weights(itemsize)
+        if weights.masters:
+            ceiling = MASTERS_INSTRUCTIONS.get(name, ceiling)
         elements, exchanges = 2 * philox.LANES // threads, name == "exchange_kernel"
         if not weights.aligned:
             loads, stores = (1 + (exchanges or weights.asam)) * elements, 2 * elements * exchanges

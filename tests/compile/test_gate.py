@@ -121,9 +121,10 @@ def test_perturbation_kernels(job, compiled):
         if case in PERTURBATION_SIZES:  # a new seed, step, number or size of parameters
             found += compiled_anew(job, case, compiled)
             continue
-        (theta, direction, _), options = PERTURBATION_CASES[job.what]
+        (theta, direction, grid), options = PERTURBATION_CASES[job.what]
         aligned = job.what not in UNALIGNED_CASES
-        weights = gate.Weights(direction.itemsize, options.get("geometry") != "sam", aligned, "first" in options)
+        asam, masters = options.get("geometry") != "sam", grid.itemsize < theta.itemsize
+        weights = gate.Weights(direction.itemsize, asam, aligned, "first" in options, masters)
         for name, artefact in kernels.items():
             itemsize = direction.itemsize if name == "noise_kernel" else theta.itemsize
             problems = gate.problems(name, artefact, job.target, itemsize, weights=weights)
