@@ -309,20 +309,20 @@ def off_the_grid(
     uncast = Measurement(model, batches, probe(model, batches), all_margins(model, batches))
     in_float32 = uncast.gaps(RHO, torch.float32)[0]
     generators = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
-    ours = [measurement.gaps(RHO, GRID, "stochastic", seed, then=to_grid)[0] for seed in range(seeds)]
+    clean = autocast_margins(model, batches)
     ways = {
         "cast(theta + delta)": [measurement.gaps(RHO, torch.float32, then=to_grid)[0]],
         "SR(theta + delta)": [
             measurement.gaps(RHO, torch.float32, then=lambda weight, g=g: round_stochastically(weight, g))[0]
             for g in generators
         ],
-        "SR(cast(theta) + delta)": ours,
+        "SR(cast(theta) + delta)": [
+            measurement.gaps(RHO, GRID, "stochastic", seed, then=to_grid)[0] for seed in range(seeds)
+        ],
+        "SR(cast(theta) + delta), autocast": [
+            clean - margins_at_autocasts_anchor(model, batches, measurement.grads, seed) for seed in range(seeds)
+        ],
     }
-    load(model, masters)
-    clean = autocast_margins(model, batches)
-    ways["SR(cast(theta) + delta), autocast"] = [
-        clean - margins_at_autocasts_anchor(model, batches, measurement.grads, seed) for seed in range(seeds)
-    ]
     load(model, grid)
     return {
         "true_mean_gap": truth.mean().item(),

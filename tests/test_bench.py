@@ -879,7 +879,8 @@ def test_what_the_casts_of_masters_take_away_makes_no_gap(monkeypatch):
     batches = anchor_rounding.random_batches(shape[2], 4, seed=0)
     (on_grid,), measurement, truths = anchor_rounding.on_the_grid(model, batches, (anchor_rounding.RHO,), 2, {"model": ""})
     grid, generator = [p.detach().clone() for p in model.parameters()], torch.Generator().manual_seed(0)
-    masters = [anchor_rounding.off_grid(weight, 2**15 - 1, generator) for weight in grid]
+    reach = anchor_rounding.MASTERS["anywhere off the grid"]
+    masters = [anchor_rounding.off_grid(weight, reach, generator) for weight in grid]
     (truth,), rounded = truths.values(), "SR(cast(theta) + delta)"
     ways = anchor_rounding.off_the_grid(model, batches, masters, grid, measurement, truth, 2)["ways"]
     assert ways[rounded]["errors"] == pytest.approx(on_grid["roundings"]["stochastic"]["errors"], rel=0.05)
