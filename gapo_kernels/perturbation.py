@@ -5,8 +5,8 @@ scratch stays in the L2 cache: beyond that scratch nothing is allocated, and eac
 Floor, b bytes a weight: the norm reads 2 b, the exchange reads 2 b and writes 2 b, the restoration reads b and writes b.
 
 Where theta is finer than the grid, float32 masters of a forward in bfloat16 say, theta + (theta~ - cast(theta)) is stored:
-its cast is theta~, and what reads it uncast, as an embedding does that is tied to a cast head, finds theta itself moved
-from theta. In the rare case that its cast is another neighbour, theta~ is stored.
+its cast is theta~, and what reads it uncast, as an embedding does that is tied to a cast head, finds theta moved by as much
+as its cast. Where the cast would be another neighbour, of a theta half-way between two say, theta~ itself is stored.
 """
 
 from __future__ import annotations
