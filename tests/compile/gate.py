@@ -172,19 +172,20 @@ def stream(
 
 
 def unrolled(artefact: Artefact, target: str, expected: Stream) -> Stream:
-    """`expected` of a loop that only loads, which the compiler may unroll."""
-    loads = expected.loads + expected.narrow_loads
-    if not loads or expected.stores or expected.narrow_stores or expected.exponentials:
+    """`expected` of a loop without exponentials, which the compiler may unroll."""
+    loads, stores = expected.loads + expected.narrow_loads, expected.stores + expected.narrow_stores
+    if not loads or expected.exponentials:
         return expected
     code = dialect(target)
     times, rest = divmod(count(artefact.hot_loop, code.load), loads)
-    # More loads are more rounds only if there are as many more sums of squares; float64's exponentials are a lot more.
+    # More accesses are more rounds only if there is as much more arithmetic, a square to add or rho theta^2 g to form;
+    # float64's exponentials are a lot more.
     each = count(artefact.hot_loop, code.multiply_add) / (max(1, times) * expected.elements)
-    if rest or times < 2 or not 1 <= each <= 4:
+    least = 3 if stores else 1
+    if rest or times < 2 or count(artefact.hot_loop, code.store) != times * stores or not least <= each <= 4:
         return expected
-    return expected._replace(
-        elements=times * expected.elements, loads=times * expected.loads, narrow_loads=times * expected.narrow_loads
-    )
+    accesses = "elements loads narrow_loads stores narrow_stores".split()
+    return expected._replace(**{name: times * getattr(expected, name) for name in accesses})
 
 
 def instructions_per_element(artefact: Artefact, expected: Stream) -> float:

@@ -130,6 +130,7 @@ PERTURBATION_CASES = {
     "nearest": ((BF16, BF16, BF16), dict(stochastic=False)),
     "shard": ((BF16, BF16, BF16), dict(first=2 * 8192 + 16)),
     "shard of masters": ((F32, F32, BF16), dict(first=2 * 8192 + 16)),
+    "float32 shard": ((F32, F32, F32), dict(first=2 * 8192 + 16)),
 }
 # With accesses of one element each, and for gradcheck.
 UNALIGNED_CASES = {
