@@ -497,15 +497,17 @@ class GeometricAnchor:
         """Where it is on, or at the first use the objective's graph shows casts of parameters, to another dtype than the
         anchor's."""
         in_half = self.compute_dtype in HALF
-        if in_half and not self._has_masters() or not in_half and any(grid in HALF for grid in grids):
+        finer = [grid for grid in grids if grid not in HALF]
+        if not (self._has_masters() if in_half else finer):
             return
         device, dtype = self._computes_on(objective).type, None
-        if torch.is_autocast_enabled(device):
+        # Beside weights of 16 bits the finer ones may be norms, which it leaves alone: then the graph has to tell.
+        if torch.is_autocast_enabled(device) and (in_half or len(finer) == len(grids)):
             dtype = torch.get_autocast_dtype(device)
         elif self.stats is None and isinstance(objective, Tensor):
             dtype = cast_in(objective, self.params)
         if dtype is not None and dtype != self.compute_dtype:
-            moved = self.compute_dtype if in_half else grids[0]
+            moved = self.compute_dtype if in_half else finer[0]
             warnings.warn(
                 f"autocast computes with {dtype} while the anchor moves the parameters in {moved}: the gap is mostly "
                 f"the casts' rounding. Pass compute_dtype={dtype} to the anchor, or train without autocast",

@@ -89,6 +89,7 @@ def spared_in(objective: Tensor, spared: set[int], around: bool, gathered: Mappi
     cast, used, seen, hidden, casts = set(), set(), set(), set(), around
     made_of: dict[Node, Set[int]] = {}  # the parameters that something is made of, where it is made of nothing else
     nothing: Set[int] = frozenset()
+    looked_up: set[Node] = set()  # rows as an embedding has found them: activations to whatever computes with them
     for node in leaves_first(objective.grad_fn) if objective.grad_fn is not None else ():
         if (leaf := getattr(node, "variable", None)) is not None:
             made_of[node] = {gathered.get(id(leaf), id(leaf))}
@@ -102,15 +103,22 @@ def spared_in(objective: Tensor, spared: set[int], around: bool, gathered: Mappi
         leaves = set().union(*(made_of[child] for child in children))
         if _is_view(node):  # what it gives is cast, or used, further up
             made_of[node] = leaves
+            looked_up.update([node] if not looked_up.isdisjoint(children) else [])
+            continue
+        if is_cast:  # of what is made of a weight alone, too: on the grid it may be as the weight is, and lose what is less
+            cast.update(leaves)
+            hidden.update(leaves)
+            made_of[node] = nothing
             continue
         entering = {id(leaf) for child in children if (leaf := _leaf(child)) is not None}
         entering = {gathered.get(leaf, leaf) for leaf in entering}
-        (cast if is_cast else used).update(entering)
+        used.update(entering)
         as_seen = _computes_as_seen(node)
-        (seen if as_seen else hidden).update(leaves)
-        # A sum of weights, or rows of one, may be cast yet; what an embedding has looked up is an activation.
-        of_weights = as_seen and not node.name().startswith("Embedding") and all(made_of[child] for child in children)
-        made_of[node] = leaves if of_weights else nothing
+        weights = [made_of[child] for child in children if child not in looked_up]
+        (seen if as_seen else hidden).update(*weights)
+        # A sum of weights, or rows of one, may be cast yet, and what an embedding has looked up, as long as it is that.
+        made_of[node] = leaves if as_seen and len(weights) == len(children) and all(weights) else nothing
+        looked_up.update([node] if node.name().startswith("Embedding") else [])
     if around:
         return spared - cast | seen - hidden
     return spared & used - cast | seen - hidden if casts else set()

@@ -637,6 +637,49 @@ def test_autocast_around_the_step_does_not_hide_the_anchor():
     assert out.gap.abs().max() > 0.1
 
 
+@pytest.mark.parametrize("where", ["around the step", "inside of logps_fn"])
+@pytest.mark.parametrize("finer, said", [(nn.Linear, True), (nn.LayerNorm, False)])
+def test_casts_beside_weights_of_16_bits_are_warned_of(finer, said, where):
+    """Of what is finer than those, autocast casts the matrices and not the norms."""
+    model = nn.Sequential(nn.Embedding(VOCABULARY, 6), nn.LayerNorm(6), nn.Linear(6, VOCABULARY))
+    for module in model:
+        module.to(torch.float32 if isinstance(module, finer) else torch.bfloat16)
+    ids, labels = batch()
+
+    def logps():
+        with torch.autocast("cpu", torch.bfloat16) if where == "inside of logps_fn" else contextlib.nullcontext():
+            return plain_logps(model[2](model[1](model[0](ids).to(model[1].weight.dtype))), labels)
+
+    anchor = GeometricAnchor(model.parameters(), rho=RHO)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        with torch.autocast("cpu", torch.bfloat16, enabled=where == "around the step"):
+            gapo_step(logps, anchor)
+    assert any("autocast computes with" in str(one.message) for one in found) is said
+
+
+@pytest.mark.parametrize("where", ["around the step", "inside of logps_fn"])
+@pytest.mark.parametrize("head", [lambda weight: weight * 0.5, lambda weight: torch.cat([weight, torch.ones(1, 8)])])
+def test_an_embedding_of_which_a_head_is_made_moves_by_whole_steps(head, where):
+    """On the grid, as those of a checkpoint in 16 bits are, the cast of what is made of it would lose a smaller movement."""
+    torch.manual_seed(0)
+    embedding = nn.Embedding(VOCABULARY, 8)
+    embedding.weight.data.copy_(embedding.weight.bfloat16())
+    (ids, labels), before, heads = batch(), embedding.weight.detach().clone(), []
+
+    def logps():
+        heads.append(head(embedding.weight.detach()).bfloat16())
+        assert moved_on_grid(before, embedding.weight) or torch.is_grad_enabled()
+        with torch.autocast("cpu", torch.bfloat16) if where == "inside of logps_fn" else contextlib.nullcontext():
+            return plain_logps(embedding(ids).tanh() @ head(embedding.weight).t(), labels)
+
+    anchor = GeometricAnchor.from_model(embedding, rho=0.03, scope="all", compute_dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=where == "around the step"):
+        gapo_step(logps, anchor)
+    clean, moved = heads
+    assert 0 < (clean != moved).sum() < clean.numel() / 2
+
+
 @pytest.mark.parametrize("given, checkpointing", [("model", False), ("model", True), ("parameters", False)])
 @pytest.mark.parametrize("where", ["around the step", "inside of logps_fn"])
 def test_what_autocast_leaves_alone_moves_in_its_own_dtype(where, given, checkpointing):
@@ -821,6 +864,11 @@ class CastsInside(torch.autograd.Function):
         return gradient.float() @ weight.t(), x.flatten(0, -2).t() @ gradient.float().flatten(0, -2)
 
 
+class ScaledNorm(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x) * (self.weight * 0.5).bfloat16() + self.bias
+
+
 class Product(nn.Module):
     """Of a weight that is cast, and in the graph not by itself."""
 
@@ -841,7 +889,10 @@ CAST = {
     "inside of a function": lambda: Product(CastsInside.apply, 8, 8),
     "with another": lambda: Product(lambda x, weight: x @ torch.cat([weight, weight.exp()], 1)[:, :8], 8, 8),
     "in rows": lambda: Product(lambda x, weight: x @ weight[torch.arange(40) % 8].unflatten(0, (5, 8))[2], 8, 8),
+    "a norm's": lambda: ScaledNorm(8),
 }
+# An embedding's rows are cast by what multiplies them as they are.
+CASTS_ROWS = ("with another", "in rows")
 
 
 @pytest.mark.parametrize("where", ["around the step", "inside of logps_fn"])
@@ -865,7 +916,9 @@ def test_the_graph_tells_what_autocast_leaves_alone(kind, where):
         with torch.autocast("cpu", torch.bfloat16, enabled=where == "around the step"):
             gap = gapo_step(logps, anchor).gap
         assert gap.abs().max() > 1e-3 if rho else not gap.any()
-    assert on_grid == {name: kind in CAST and name[0] == "1" or name[0] == "2" for name in on_grid}
+    cast = {"2.weight", "2.bias", *(("0.weight",) if kind in CASTS_ROWS else ())}
+    cast |= {"1.weight"} if kind in CAST else set()
+    assert {name for name, moved in on_grid.items() if moved} == cast
 
 
 @pytest.mark.parametrize("under", [False, True], ids=["outside of autocast", "under autocast"])
