@@ -80,8 +80,8 @@ def spared_by_autocast(model: nn.Module) -> list[nn.Parameter]:
 
 def spared_in(objective: Tensor, spared: set[int], around: bool, gathered: Mapping[int, int]) -> set[int]:
     """The parameters that autocast has left alone in the objective's graph, by id: it casts other tensors to 16 bits
-    there, and not these. Of `spared`, whose modules tell, also what enters a function that may cast inside; of others
-    those of which all uses are seen.
+    there, and not these, nor what is made of these alone. Of `spared`, whose modules tell, also what enters a function
+    that may cast inside; of others those of which all uses are seen.
 
     around: it was on around all of the graph, also of compiled code, whose casts are not seen. gathered: what the graph
     has in the place of sharded parameters, by id.
@@ -103,7 +103,8 @@ def spared_in(objective: Tensor, spared: set[int], around: bool, gathered: Mappi
         leaves = set().union(*(made_of[child] for child in children))
         if _is_view(node):  # what it gives is cast, or used, further up
             made_of[node] = leaves
-            looked_up.update([node] if not looked_up.isdisjoint(children) else [])
+            if not looked_up.isdisjoint(children):
+                looked_up.add(node)
             continue
         if is_cast:  # of what is made of a weight alone, too: on the grid it may be as the weight is, and lose what is less
             cast.update(leaves)
@@ -118,7 +119,8 @@ def spared_in(objective: Tensor, spared: set[int], around: bool, gathered: Mappi
         (seen if as_seen else hidden).update(*weights)
         # A sum of weights, or rows of one, may be cast yet, and what an embedding has looked up, as long as it is that.
         made_of[node] = leaves if as_seen and len(weights) == len(children) and all(weights) else nothing
-        looked_up.update([node] if node.name().startswith("Embedding") else [])
+        if node.name().startswith("Embedding"):
+            looked_up.add(node)
     if around:
         return spared - cast | seen - hidden
     return spared & used - cast | seen - hidden if casts else set()
