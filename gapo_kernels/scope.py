@@ -108,7 +108,6 @@ def spared_in(objective: Tensor, spared: set[int], around: bool, gathered: Mappi
             continue
         if is_cast:  # of what is made of a weight alone, too: on the grid it may be as the weight is, and lose what is less
             cast.update(leaves)
-            hidden.update(leaves)
             made_of[node] = nothing
             continue
         entering = {id(leaf) for child in children if (leaf := _leaf(child)) is not None}
@@ -118,12 +117,12 @@ def spared_in(objective: Tensor, spared: set[int], around: bool, gathered: Mappi
         weights = [made_of[child] for child in children if child not in looked_up]
         (seen if as_seen else hidden).update(*weights)
         # A sum of weights, or rows of one, may be cast yet, and what an embedding has looked up, as long as it is that.
-        made_of[node] = leaves if as_seen and len(weights) == len(children) and all(weights) else nothing
+        of_weights = as_seen and looked_up.isdisjoint(children) and all(weights)
+        made_of[node] = leaves if of_weights else nothing
         if node.name().startswith("Embedding"):
             looked_up.add(node)
-    if around:
-        return spared - cast | seen - hidden
-    return spared & used - cast | seen - hidden if casts else set()
+    known = (spared if around else spared & used) | seen - hidden
+    return known - cast if casts else set()
 
 
 def cast_in(objective: Tensor, params: Sequence[Tensor]) -> torch.dtype | None:
