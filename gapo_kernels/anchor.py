@@ -131,10 +131,10 @@ class GeometricAnchor:
             perturbation there. On float32 and float64 grids both round to nearest.
         compute_dtype: the dtype that the forward computes with; default: the parameter's own, or that of FSDP2's
             MixedPrecisionPolicy. With float32 masters and compute_dtype=torch.bfloat16 every weight moves from one
-            bfloat16 value to another, and keeps the difference between itself and its cast, but for what autocast
-            leaves as it is, norms say, where it is on around the step or seen in the objective's graph: these move in
-            float32. Of compiled code and others' functions, and without an objective, only the modules tell, which
-            `from_model` knows.
+            bfloat16 value to another, and keeps the difference between itself and its cast, but for vectors that
+            autocast leaves as they are, norms' say, where it is on around the step or seen in the objective's graph:
+            these move in float32. Of compiled code and functions in Python, and without an objective, only the modules
+            tell, which `from_model` knows.
         process_group: the data-parallel ranks over which the probe's gradient is averaged; default: those of the
             DistributedDataParallel that `from_model` is given, or all ranks, if torch.distributed runs. A group of one
             rank alone averages nothing.
@@ -180,7 +180,7 @@ class GeometricAnchor:
         self.compute_dtype, self.process_group = compute_dtype, process_group
         self.names, self.params = _collect(params)
         self._sharded: distributed.ShardedModel | None = None
-        self._spared_by_autocast: list[nn.Parameter] = []  # as far as a model's modules tell
+        self._spared_by_autocast: list[nn.Parameter] = []  # vectors, as far as a model's modules tell
         if not isinstance(params, _OfShardedModel):
             for name, param in zip(self.names, self.params):
                 if distributed.is_sharded(param):
@@ -250,7 +250,7 @@ class GeometricAnchor:
 
         Args:
             objective: scalar with a graph; theta~ is uphill of it. direction="gaussian" asks its graph, if it is given one,
-                which parameters autocast leaves alone.
+                which vectors autocast leaves alone.
             grads: its gradients instead, in the order of `self.params`; None for a parameter without. They are only
                 read. With several ranks they are averaged, too.
             retain_graph: keep the objective's graph for a later backward.
@@ -356,8 +356,8 @@ class GeometricAnchor:
                 if not spared and not around and any(distributed.compiled(objective)):
                     warnings.warn(
                         f"what compiled code casts to {self.compute_dtype} is not seen, so the anchor moves all parameters "
-                        "on that grid. If autocast, which leaves norms and embeddings alone, is entered inside of the "
-                        "model, enter it around the step as well",
+                        "on that grid. If autocast, which leaves norms alone, is entered inside of the model, enter it "
+                        "around the step as well",
                         stacklevel=1,
                     )
             elif not around:

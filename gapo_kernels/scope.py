@@ -25,9 +25,6 @@ PLAIN_DECODERS = (
     "olmo2 olmo3 opt phi phi3 qwen2 qwen3 seed_oss smollm3 stablelm starcoder2"
 ).split()
 
-# PEFT's names of what is multiplied with activations and enters no matrix product, as the rows of lora_embedding_A do.
-UNCAST_BY_PEFT = ("ia3_l", "vera_lambda_b", "vera_lambda_d")
-
 # Autograd's names of what neither casts nor computes.
 VIEWS = frozenset(
     "Alias AsStrided Clone Expand Permute ReshapeAlias Select Slice Split SplitWithSizes Squeeze T Transpose Unbind "
@@ -65,34 +62,36 @@ def find(model: nn.Module, scope: str | int) -> Scope:
 
 
 def spared_by_autocast(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that autocast leaves in their own dtype, as far as modules tell: those of embeddings and norms, and
-    of PEFT's adapters such as DoRA's magnitudes, unless another module has them, too, as a tied head does."""
+    """The vectors that autocast leaves in their own dtype, as far as modules tell: those of norms, unless another module
+    has them, too."""
     spared: dict[nn.Parameter, bool] = {}
-    for name, module in model.named_modules():
-        kind = type(module).__name__
-        spares = isinstance(module, (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm)) or kind.endswith("Norm")
-        spares = spares or kind.startswith("Dora") or name.rpartition(".")[2] in UNCAST_BY_PEFT
+    for module in model.modules():
         for param in module.parameters(recurse=False):
-            of_norm = "Norm" in kind and param.dim() < 2  # RMSNormGated; not the matrix of a NormHead
-            spared[param] = (spares or of_norm) and spared.get(param, True)
+            spared[param] = "Norm" in type(module).__name__ and is_vector(param) and spared.get(param, True)
     return [param for param, spares in spared.items() if spares]
 
 
+def is_vector(param: Tensor) -> bool:
+    """Also as a matrix of one row: few weights, each of which acts on every token."""
+    return param.numel() == max(param.shape, default=1)
+
+
 def spared_in(objective: Tensor, spared: set[int], around: bool, gathered: Mapping[int, int]) -> set[int]:
-    """The parameters that autocast has left alone in the objective's graph, by id: it casts other tensors to 16 bits
-    there, and not these, nor what is made of these alone. Of `spared`, whose modules tell, also what enters a function
-    that may cast inside; of others those of which all uses are seen.
+    """The vectors that autocast has left alone in the objective's graph, by id: it casts other tensors to 16 bits there,
+    and not these, nor what is made of these and other parameters alone. Of `spared`, whose modules tell, also what enters a
+    function that may cast inside; of others those of which all uses are seen.
 
     around: it was on around all of the graph, also of compiled code, whose casts are not seen. gathered: what the graph
     has in the place of sharded parameters, by id.
     """
-    cast, used, seen, hidden, casts = set(), set(), set(), set(), around
+    cast, seen, hidden, casts = set(), set(), set(), around
     made_of: dict[Node, Set[int]] = {}  # the parameters that something is made of, where it is made of nothing else
     nothing: Set[int] = frozenset()
-    looked_up: set[Node] = set()  # rows as an embedding has found them: activations to whatever computes with them
     for node in leaves_first(objective.grad_fn) if objective.grad_fn is not None else ():
         if (leaf := getattr(node, "variable", None)) is not None:
             made_of[node] = {gathered.get(id(leaf), id(leaf))}
+            if not is_vector(leaf):  # as if it were
+                cast.update(made_of[node])
             continue
         children = [child for child, _ in node.next_functions if child is not None]
         is_cast = node.name() == "ToCopyBackward0" and not _is_view(node)
@@ -103,25 +102,16 @@ def spared_in(objective: Tensor, spared: set[int], around: bool, gathered: Mappi
         leaves = set().union(*(made_of[child] for child in children))
         if _is_view(node):  # what it gives is cast, or used, further up
             made_of[node] = leaves
-            if not looked_up.isdisjoint(children):
-                looked_up.add(node)
             continue
         if is_cast:  # of what is made of a weight alone, too: on the grid it may be as the weight is, and lose what is less
             cast.update(leaves)
             made_of[node] = nothing
             continue
-        entering = {id(leaf) for child in children if (leaf := _leaf(child)) is not None}
-        entering = {gathered.get(leaf, leaf) for leaf in entering}
-        used.update(entering)
         as_seen = _computes_as_seen(node)
-        weights = [made_of[child] for child in children if child not in looked_up]
-        (seen if as_seen else hidden).update(*weights)
-        # A sum of weights, or rows of one, may be cast yet, and what an embedding has looked up, as long as it is that.
-        of_weights = as_seen and looked_up.isdisjoint(children) and all(weights)
-        made_of[node] = leaves if of_weights else nothing
-        if node.name().startswith("Embedding"):
-            looked_up.add(node)
-    known = (spared if around else spared & used) | seen - hidden
+        (seen if as_seen else hidden).update(leaves)
+        # A sum of weights, or rows of one, may be cast yet.
+        made_of[node] = leaves if as_seen and all(made_of[child] for child in children) else nothing
+    known = seen - hidden | (spared if around else spared & hidden)
     return known - cast if casts else set()
 
 
@@ -137,11 +127,10 @@ def cast_in(objective: Tensor, params: Sequence[Tensor]) -> torch.dtype | None:
 
 
 def _computes_as_seen(node: Node) -> bool:
-    """Not so compiled code, others' functions, and what gives 16 bits: a cast, a copy, or a product with a scalar, which
-    may be rounded before."""
-    known = node.name().rstrip("0123456789").endswith("Backward")
-    if isinstance(node, BackwardCFunction):  # our own are given what is cast already
-        known = hasattr(getattr(node, "_forward_cls", None), "parameter_gradients")
+    """Not so compiled code, functions written in Python, an embedding, whose rows are activations, and what gives 16 bits: a
+    cast, a copy, or a product with a scalar, which may be rounded before."""
+    known = node.name().rstrip("0123456789").endswith("Backward") and not node.name().startswith("Embedding")
+    known = known and not isinstance(node, BackwardCFunction)
     return known and not any(metadata.dtype in HALF for metadata in node._input_metadata)
 
 

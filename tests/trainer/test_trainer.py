@@ -705,7 +705,7 @@ def assert_a_radius_of_zero_leaves_no_gap(trainer):
 
 
 def test_under_autocast_a_radius_of_zero_leaves_no_gap(tokenizer, tmp_path):
-    """The anchor is that of the values which the forward computes with: norms and embeddings stay in float32."""
+    """The anchor is that of the values which the forward computes with: norms and embeddings are not cast."""
     model = tiny_model(torch.float32, tie_word_embeddings=False)
     trainer = make_trainer(tokenizer, tmp_path, model, bf16=True, max_steps=1)
     trainer.train()
