@@ -89,6 +89,7 @@ def csv_of(content: dict[str, Any]) -> str:
     rows = [row for case in content["cases"] for row in _lines(case)]
     origin = content["environment"]
     common = {name: origin.get(name) for name in ("device", "commit", "measured", "python", "gapo_kernels")} | origin["versions"]
+    common["allocator"] = " ".join(f"{name}={value}" for name, value in origin["allocator"].items())
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, [*columns, *common], lineterminator="\n")
