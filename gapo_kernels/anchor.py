@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from gapo_kernels import displacement, distributed, validation
+from gapo_kernels.autocast import cast_in, spared_by_autocast, spared_in, without_autocast
 from gapo_kernels.interrupts import interrupt_held
 from gapo_kernels.scope import find as find_scope
-from gapo_kernels.scope import cast_in, spared_by_autocast, spared_in, without_autocast
 from gapo_kernels.validation import HALF
 
 GEOMETRIES = ("asam", "sam")

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gapo_kernels import distributed, leaf_uses
+from gapo_kernels.autocast import without_autocast
 from gapo_kernels.interrupts import interrupt_held
-from gapo_kernels.scope import without_autocast
 
 TINY = 1e-20  # a probe's weight below which the gradients that it scaled may have lost digits
 # (of a parameter's gradient, of all) that may differ when sequences are told apart, by the coarsest dtype on the way.

@@ -40,6 +40,7 @@ from gapo_kernels import (
     step,
 )
 from gapo_kernels import anchor as anchor_module
+from gapo_kernels.autocast import spared_by_autocast
 
 RHO = 0.3  # large, so that an anchor that is not there is seen
 VOCABULARY = 11
@@ -958,7 +959,7 @@ class NormHead(nn.Linear):
 def test_norms_are_known_where_no_graph_shows_them():
     model = nn.Sequential(RMSNormGated(8), LayerNorm1P(8), Scale(8), NormHead(8, 8, bias=False))
     named = dict(model.named_parameters())
-    spared = set(map(id, scope.spared_by_autocast(model)))
+    spared = set(map(id, spared_by_autocast(model)))
     assert {name for name, param in named.items() if id(param) in spared} == {"0.weight", "1.weight", "1.bias"}
 
 
