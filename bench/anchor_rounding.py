@@ -334,9 +334,11 @@ def off_the_grid(
 def margins_at_autocasts_anchor(
     model: nn.Module, batches: Sequence[dict[str, Tensor]], grads: Weights, seed: int
 ) -> Tensor:
-    """(B,) float64: at the anchor that is made with autocast on."""
+    """(B,) float64: at the anchor of a forward that casts matrices and multiplies norms' weights as they are."""
     anchor = GeometricAnchor.from_model(model, rho=RHO, compute_dtype=GRID, seed=seed)
-    with torch.autocast("cpu", GRID), anchor.perturbed(grads=grads), torch.autocast("cpu", enabled=False):
+    one = torch.zeros((), requires_grad=True).to(GRID).float().exp()  # an activation, and the cast that shows the dtype
+    objective = sum((param * one * grad).sum() for param, grad in zip(anchor.params, grads, strict=True))
+    with anchor.perturbed(objective, retain_graph=False):
         return autocast_margins(model, batches)
 
 

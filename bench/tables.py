@@ -90,7 +90,7 @@ def blocks(results: Results, pictures: Mapping[str, tuple[str, str]]) -> dict[st
         "gpu-tests": lambda: _gpu_tests(results.gpus),
         "gpu-missing": lambda: _gpu_missing(results.gpus),
         "tuning": lambda: _tuning(results.gpus),
-        "machines": lambda: _machines(runs()),
+        "machines": lambda: _machines(runs(), results.rounding),
         **{f"{kind}-plots": partial(_images, pictures, kind) for kind in ("logits", "linear", "step", "roofline")},
         "demo": lambda: "\n\n".join(map(_demo, results.demo)) or "No results yet: `make demo` measures them.",
         # The last one's: what rounding does to the gaps is arithmetic, the same on the next machine but for its last digits.
@@ -448,14 +448,15 @@ def _step_floor(run: Run) -> str:
 # ---- where it was measured ----
 
 
-def _machines(runs: Sequence[Run]) -> str:
+def _machines(runs: Sequence[Run], rounding: Sequence[dict]) -> str:
     rows = {}
-    for run in runs:
-        found = run.environment
+    origins = [(run.environment, run.command, run.suite) for run in runs]
+    origins += [(content["environment"], content["command"], "rounding") for content in rounding]
+    for found, command, suite in origins:
         peers = [f"{name} {version}" for name, version in found["versions"].items() if version != "none"]
         knobs = ", ".join(f"`{name}={value}`" for name, value in found["allocator"].items()) or "as it comes"
-        key = (run.device, ", ".join(peers), found["python"], found["commit"], knobs, f"`{run.command}`")
-        rows.setdefault(key, []).append(run.suite)
+        key = (found["device"], ", ".join(peers), found["python"], found["commit"], knobs, f"`{command}`")
+        rows.setdefault(key, []).append(suite)
     columns = ["device", "packages", "Python", "commit", "allocator", "command", "measured"]
     return table(columns, [[*key, ", ".join(suites)] for key, suites in rows.items()]) if rows else NOTHING
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from gapo_kernels import displacement, distributed, validation
-from gapo_kernels.autocast import cast_in, spared_by_autocast, spared_in, without_autocast
+from gapo_kernels.autocast import cast_in, uncast_in, without_autocast
 from gapo_kernels.interrupts import interrupt_held
 from gapo_kernels.scope import find as find_scope
 from gapo_kernels.validation import HALF
@@ -131,10 +131,8 @@ class GeometricAnchor:
             perturbation there. On float32 and float64 grids both round to nearest.
         compute_dtype: the dtype that the forward computes with; default: the parameter's own, or that of FSDP2's
             MixedPrecisionPolicy. With float32 masters and compute_dtype=torch.bfloat16 every weight moves from one
-            bfloat16 value to another, and keeps the difference between itself and its cast, but for vectors that
-            autocast leaves as they are, norms' say, where it is on around the step or seen in the objective's graph:
-            these move in float32. Of compiled code and functions in Python, and without an objective, only the modules
-            tell, which `from_model` knows.
+            bfloat16 value to another, and keeps the difference between itself and its cast; but what the
+            objective's graph shows that autocast leaves alone, norms' weights say, moves in float32.
         process_group: the data-parallel ranks over which the probe's gradient is averaged; default: those of the
             DistributedDataParallel that `from_model` is given, or all ranks, if torch.distributed runs. A group of one
             rank alone averages nothing.
@@ -180,7 +178,6 @@ class GeometricAnchor:
         self.compute_dtype, self.process_group = compute_dtype, process_group
         self.names, self.params = _collect(params)
         self._sharded: distributed.ShardedModel | None = None
-        self._spared_by_autocast: list[nn.Parameter] = []  # vectors, as far as a model's modules tell
         if not isinstance(params, _OfShardedModel):
             for name, param in zip(self.names, self.params):
                 if distributed.is_sharded(param):
@@ -211,7 +208,6 @@ class GeometricAnchor:
             kwargs["process_group"] = distributed.own_group(model)
         anchor = cls(found.named if sharded is None else _OfShardedModel(found.named), **kwargs)
         anchor.unmoved_layers = found.unmoved
-        anchor._spared_by_autocast = spared_by_autocast(model)
         anchor.replicas = distributed.replicas(model)
         if sharded is not None:
             anchor._shard(sharded)
@@ -345,26 +341,13 @@ class GeometricAnchor:
     def _grids(self, objective: Tensor | None = None) -> list[torch.dtype]:
         """The grid of each parameter's anchor: that of the dtype which the forward computes with, or the parameter's own
         if that is coarser. Asked anew each time: model.to(dtype) keeps its Parameter objects."""
-        grids, spared = [], set()
+        grids, uncast = [], set()
         gathered_dtypes = {} if self._sharded is None else self._sharded.compute_dtypes()
-        if self._has_masters():
-            around = torch.is_autocast_enabled(self._computes_on(objective).type)
-            spared = set(map(id, self._spared_by_autocast))
-            if isinstance(objective, Tensor):
-                gathered = {} if self._sharded is None else self._sharded.gathered()
-                spared = spared_in(objective, spared, around, gathered)
-                if not spared and not around and any(distributed.compiled(objective)):
-                    warnings.warn(
-                        f"what compiled code casts to {self.compute_dtype} is not seen, so the anchor moves all parameters "
-                        "on that grid. If autocast, which leaves norms alone, is entered inside of the model, enter it "
-                        "around the step as well",
-                        stacklevel=1,
-                    )
-            elif not around:
-                spared = set()
+        if self._has_masters() and isinstance(objective, Tensor):
+            uncast = uncast_in(objective, {} if self._sharded is None else self._sharded.gathered())
         for name, param in zip(self.names, self.params):
             distributed.check_whole(name, param)
-            said = None if id(param) in spared else self.compute_dtype
+            said = None if id(param) in uncast else self.compute_dtype
             wanted = said or gathered_dtypes.get(id(param)) or param.dtype
             if {wanted, param.dtype} == set(HALF):
                 raise ValueError(

@@ -256,7 +256,7 @@ class GAPOTrainer(Trainer):
             # The probe's gradient is averaged over the ranks in every micro-batch, so Trainer's no_sync is overruled.
             model.set_requires_gradient_sync(True)
         self.anchor.replicas = distributed.replicas(model)  # wrapped when training begins
-        with self.accelerator.autocast():  # where the anchor sees it, and leaves norms in float32, too
+        with self.accelerator.autocast():  # where the anchor sees it
             out = gapo_step(
                 lambda: self._logps(model, inputs),
                 self.anchor,

@@ -24,7 +24,7 @@ from gapo_kernels import (
     validation,
 )
 from gapo_kernels.displacement import Displacement
-from gapo_kernels.distributed import averaged
+from gapo_kernels.distributed import averaged, local
 
 RANKS, PAIRS, RHO = 2, 4, 0.3
 
@@ -304,19 +304,25 @@ def originals(rank, kind, model, **options):
 
 
 def autocast_gaps(rank, kind):
-    """Gaps of a radius of 0 and of one that is none, under autocast in the forward, with float32 masters."""
+    """Gaps of a radius of 0 and of one that is none, under autocast in the forward, with float32 masters; and of which
+    parameters, or shards, some weights were moved by less than the grid's steps."""
     model = tiny_models.build("llama", torch.float32)
     model = nn.parallel.DistributedDataParallel(model) if kind == "ddp" else _shard(model)
-    logps, gaps = logps_of(model, rank), []
+    logps, gaps, finely = logps_of(model, rank), [], set()
+    before = {name: local(param).detach().clone() for name, param in model.named_parameters()}
 
     def under_autocast():
+        for name, param in model.named_parameters():
+            if not torch.is_grad_enabled() and not moved_on_grid(before[name], local(param).detach()):
+                finely.add(name)
         with torch.autocast("cpu", torch.bfloat16):
             return logps()
 
     for rho in (0.0, 3.0):
         anchor = GeometricAnchor.from_model(model, rho=rho, scope="all", compute_dtype=torch.bfloat16)
+        finely.clear()
         gaps.append(gapo_step(under_autocast, anchor).gap)
-    return gaps
+    return *gaps, finely
 
 
 def uneven(rank, kind="one process", **options):

@@ -129,8 +129,9 @@ def test_fsdp2_mixed_precision(on_two_ranks, masters, computed, reshard, checkpo
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_what_autocast_leaves_alone_makes_no_gap(on_two_ranks, kind):
-    for none, some in on_two_ranks("autocast_gaps", kind=kind):
+    for none, some, finely in on_two_ranks("autocast_gaps", kind=kind):
         assert not none.any() and some.all()
+        assert finely and all("norm" in name for name in finely)
 
 
 @pytest.mark.parametrize("name", tiny_models.NAMES)
