@@ -99,8 +99,9 @@ class Artefact(NamedTuple):
     hash: str  # of the source, the target and all that the JIT specialised on
     num_warps: int
     resources: dict[str, int]  # REG, STACK, LOCAL, ... of CUDA; vgpr_count, vgpr_spill_count, ... of AMD
-    instructions: list[str]  # empty if not asked for: disassembling takes longer than compiling
+    instructions: list[str]
     loops: list[list[str]]  # the instructions of each innermost loop
+    in_loops: list[str]  # and of any
     ttgir: str
 
     @property
@@ -109,14 +110,14 @@ class Artefact(NamedTuple):
         return max(self.loops, key=len, default=[])
 
 
-def read(kernel: object, target: str, disassemble: bool = True) -> Artefact:
+def read(kernel: object, target: str) -> Artefact:
     if target.startswith("gfx"):
         code = kernel.asm["amdgcn"]
         found, listing = amd_resources(code), parse_amdgcn(code)
     else:
         found = cuda_resources(_output_of("cuobjdump", kernel.asm["cubin"], "-res-usage"))
         # As cuobjdump calls it, less encodings and the analysis of data flow: a quarter of the time.
-        listing = parse_sass(_output_of("nvdisasm", kernel.asm["cubin"], "-pb", "-novliw", "-ndf", "-c") if disassemble else "")
+        listing = parse_sass(_output_of("nvdisasm", kernel.asm["cubin"], "-pb", "-novliw", "-ndf", "-c"))
     return Artefact(kernel.hash, kernel.metadata.num_warps, found, *listing, kernel.asm["ttgir"])
 
 
@@ -158,13 +159,12 @@ def loops_within_loops(ttgir: str) -> int:
 
 class Listing(NamedTuple):
     instructions: list[str]
-    loops: list[list[str]]
+    loops: list[list[str]]  # innermost ones
+    in_loops: list[str]  # what lies in any loop
 
 
 def parse_sass(listing: str) -> Listing:
-    """Instructions, and of them each innermost loop: what lies between a branch back and its target. Outer loops are left
-    out, and the branch to itself behind every kernel's end.
-    """
+    """Of loops: what lies between a branch back and its target, less the branch to itself behind every kernel's end."""
     lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?)(?:\s+[&?][a-z].*?)?\s*;", listing, re.MULTILINE)
     place = {int(address, 16): number for number, (address, _) in enumerate(lines)}
     instructions = [instruction for _, instruction in lines]
@@ -174,7 +174,9 @@ def parse_sass(listing: str) -> Listing:
         if branch and (target := place[int(branch.group(1), 16)]) < number:
             spans.append((target, number))
     innermost = [span for span in spans if not any(span != o and span[0] <= o[0] and o[1] <= span[1] for o in spans)]
-    return Listing(instructions, [instructions[start : stop + 1] for start, stop in innermost])
+    in_loops = sorted({number for start, stop in spans for number in range(start, stop + 1)})
+    loops = [instructions[start : stop + 1] for start, stop in innermost]
+    return Listing(instructions, loops, [instructions[number] for number in in_loops])
 
 
 def parse_amdgcn(assembly: str) -> Listing:
@@ -189,13 +191,14 @@ def parse_amdgcn(assembly: str) -> Listing:
             label, loop = found.group(1), None
         if found := re.search(r"in Loop: Header=(BB\w+)", line):
             loop = found.group(1)
-        if "This Inner Loop Header" in line:
+        if found := re.search(r"=>\s*This (Inner )?Loop Header", line):
             loop = label
-            innermost.append(label)
+            innermost += [label] if found.group(1) else []
         if found := re.match(r"\t([a-z]\w+.*?)\s*(?:;.*)?$", line):  # directives begin with a dot
             instructions.append(found.group(1))
             loops.setdefault(loop, []).append(found.group(1))
-    return Listing(instructions, [loops[head] for head in innermost])
+    in_loops = [instruction for head, loop in loops.items() if head is not None for instruction in loop]
+    return Listing(instructions, [loops[head] for head in innermost], in_loops)
 
 
 def count(instructions: list[str], pattern: str) -> int:

@@ -106,7 +106,7 @@ CUT_REGISTERS = {"REG": 144, "vgpr_count": 152}  # of the exchange
 MASTERS_INSTRUCTIONS = {"exchange_kernel": 37}  # what the cast takes away is kept
 # An address for each element.
 UNALIGNED_INSTRUCTIONS = {"norm_kernel": 12, "exchange_kernel": 44}
-TABLE_LOADS = 7  # of noise_kernel: the tile's row, and its columns
+ROW_LOADS = 7  # of restore_kernel and noise_kernel: the tile's flag, its move's number, and that move's row of the table
 
 
 class Stream(NamedTuple):
@@ -251,26 +251,46 @@ def other_loop_problems(artefact: Artefact, target: str, expected: Stream) -> li
     return problems
 
 
-def whole_tile_problems(name: str, artefact: Artefact, target: str, itemsize: int, aligned: bool) -> list[str]:
-    """restore_kernel and noise_kernel have their whole tile in hand at once."""
-    code, restores = dialect(target), name == "restore_kernel"
-    load, store, width = (code.wide_load, code.wide_store, 16) if aligned else (code.load, code.store, itemsize)
-    wanted = (philox.TILE if restores else philox.NOISE_TILE) * itemsize // (width * code.threads * artefact.num_warps)
-    if not restores:  # whose branch around whole tiles is made of predicates
-        stores, most = count(artefact.instructions, store), wanted if aligned else 2 * wanted  # the other branch's, too
-        problems = [] if wanted <= stores <= most else [f"{stores} stores of {width} bytes, {wanted} expected"]
-        if not aligned and (wide := count(artefact.instructions, code.wide_store)):
-            problems.append(f"{wide} stores of 16 bytes, 0 expected")
-        # Of its table; what it loads of the noise for the sake of a layout must be gone.
-        if (loads := count(artefact.instructions, code.load)) > TABLE_LOADS:
-            problems.append(f"{loads} loads, at most {TABLE_LOADS} expected")
-        return problems + unwanted_problems(artefact.instructions, code.across, "the kernel")
-    unmasked = [instruction for instruction in artefact.instructions if not instruction.startswith("@")]
-    found = {"loads": count(unmasked, load), "stores": count(unmasked, store)}
-    problems = [f"{n} {what} of {width} bytes, {wanted} expected" for what, n in found.items() if n < wanted]
+def restore_problems(artefact: Artefact, target: str, itemsize: int, aligned: bool) -> list[str]:
+    """restore_kernel has a whole tile in hand at once, and goes through a tile's part in a loop, behind masks."""
+    code, loop = dialect(target), [instruction for loop in artefact.loops for instruction in loop]
+    threads = code.threads * artefact.num_warps
+    width, part = 16 if aligned else itemsize, 2 * philox.LANES // threads
+    wanted, problems = philox.TILE * itemsize // (width * threads), []
+    accesses = [("loads", code.load, code.wide_load, ROW_LOADS), ("stores", code.store, code.wide_store, 1)]
+    for what, any_width, wide, others in accesses:
+        inside, everywhere = count(loop, any_width), count(artefact.instructions, any_width)
+        found = everywhere - inside
+        found_wide = count(artefact.instructions, wide) - count(loop, wide)
+        if found_wide != wanted * aligned or not wanted <= found <= wanted + others:
+            expected = f"{wanted} of {width} bytes and at most {others} others expected"
+            problems.append(f"{found} {what}, {found_wide} of them 16 bytes, {expected}")
+        if inside != part:
+            problems.append(f"{inside} {what} in the loop over a tile's part, {part} expected")
     # One barrier: behind it the tile's mark is taken back.
     unwanted = unwanted_problems(artefact.instructions, code.across, "the kernel")
     return problems + [problem for problem in unwanted if not re.match(r"1 (?:BAR|s_barrier)\b", problem)]
+
+
+def noise_problems(artefact: Artefact, target: str, itemsize: int, aligned: bool) -> list[str]:
+    """noise_kernel has its tile in hand at once; its branch around whole tiles is made of predicates."""
+    code = dialect(target)
+    store, width = (code.wide_store, 16) if aligned else (code.store, itemsize)
+    wanted = philox.NOISE_TILE * itemsize // (width * code.threads * artefact.num_warps)
+    stores, most = count(artefact.instructions, store), wanted if aligned else 2 * wanted  # the other branch's, too
+    problems = [] if wanted <= stores <= most else [f"{stores} stores of {width} bytes, {wanted} expected"]
+    if not aligned and (wide := count(artefact.instructions, code.wide_store)):
+        problems.append(f"{wide} stores of 16 bytes, 0 expected")
+    # What it loads of the noise for the sake of a layout must be gone.
+    if (loads := count(artefact.instructions, code.load)) > ROW_LOADS:
+        problems.append(f"{loads} loads, at most {ROW_LOADS} expected")
+    return problems + unwanted_problems(artefact.instructions, code.across, "the kernel")
+
+
+def row_loops_problems(artefact: Artefact, target: str) -> list[str]:
+    """pairs_kernel and logps_kernel add up some numbers a row, which every thread takes some of."""
+    code = dialect(target)
+    return unwanted_problems(artefact.in_loops, f"{code.spill}|{code.across}", "a loop over rows")
 
 
 def without_cut(artefact: Artefact, target: str) -> tuple[Artefact, list[str]]:
@@ -319,6 +339,11 @@ def problems(
     found += register_problems(artefact, target, ceilings)
     if expected := stream(name, artefact, target, itemsize, block, staged, weights):
         found += loop_problems(artefact, target, expected)
-    if name in ("restore_kernel", "noise_kernel"):
-        found += whole_tile_problems(name, artefact, target, itemsize, weights is None or weights.aligned)
+    aligned = weights is None or weights.aligned
+    if name == "restore_kernel":
+        found += restore_problems(artefact, target, itemsize, aligned)
+    elif name == "noise_kernel":
+        found += noise_problems(artefact, target, itemsize, aligned)
+    elif name in ("pairs_kernel", "logps_kernel"):
+        found += row_loops_problems(artefact, target)
     return found

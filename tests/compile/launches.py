@@ -208,9 +208,6 @@ JOBS = [
     *(Job("candidates", target, "float32") for target in ("sm_90", "gfx942")),
     Job("candidates", "sm_90", "float16"),
 ]
-# Whose instructions are looked at. The second launch of the forward reads some bytes a row.
-STREAMING = {"statistics_kernel", "gradient_kernel", "norm_kernel", "exchange_kernel", "restore_kernel", "noise_kernel"}
-
 
 # By their hash: cases and jobs share kernels, and to disassemble one takes longer than to compile it.
 _read: dict[str, artefacts.Artefact] = {}
@@ -223,6 +220,6 @@ def compile_job(job: Job) -> dict[str, dict[str, artefacts.Artefact]]:
         compiled = artefacts.compile_launches(launch, job.target)
         for name, kernel in compiled.items():
             if kernel.hash not in _read:
-                _read[kernel.hash] = artefacts.read(kernel, job.target, disassemble=name in STREAMING)
+                _read[kernel.hash] = artefacts.read(kernel, job.target)
         result[case] = {name: _read[kernel.hash] for name, kernel in compiled.items()}
     return result

@@ -27,7 +27,7 @@ import triton.language as tl
 
 import artefacts
 import gate
-from gapo_kernels.kernels import config, gradient, noise, perturbation, statistics, tuning
+from gapo_kernels.kernels import config, gradient, noise, pairs, perturbation, statistics, tuning
 from launches import (
     BF16,
     DTYPES,
@@ -285,11 +285,47 @@ def test_more_than_a_staged_gradients_detour_is_caught(monkeypatch, target, step
     assert_said([step, f"{detour} in the hot loop, at most 2 expected"], problems)
 
 
-def test_too_few_wide_accesses_in_a_whole_tile_are_caught():
-    with config.forced(perturbation={"num_warps": 8}):
-        artefact = compile_one(perturbation_path(BF16, BF16, BF16), "restore_kernel")
-    complaints = ["0 loads of 16 bytes, 4 expected", "0 stores of 16 bytes, 4 expected"]
-    assert_said(complaints, gate.problems("restore_kernel", artefact, "sm_90", 2))
+@triton.jit
+def restored_twice(x, out, size, TILE: tl.constexpr, PAIR: tl.constexpr):
+    """What not to do: beside a whole tile's wide accesses and the loop over a tile's part both once more, by elements."""
+    o_tile, o_pair = tl.arange(0, TILE), tl.arange(0, PAIR)
+    if size == TILE:
+        tl.store(out + o_tile, tl.load(x + o_tile))
+        tl.store(out + 3 * o_tile, tl.load(x + 3 * o_tile))
+    for step in tl.static_range(1, 3):
+        for i in range(0, size, PAIR):
+            m_pair = o_pair < size - i
+            tl.store(out + i + step * o_pair, tl.load(x + i + step * o_pair, mask=m_pair), mask=m_pair)
+
+
+@pytest.mark.parametrize("target, warps", [("sm_90", 4), ("gfx942", 2)])
+def test_more_accesses_than_those_of_a_tile_are_caught(target, warps):
+    def launch():
+        x, out = torch.zeros(8192, dtype=torch.int16), torch.zeros(8192, dtype=torch.int16)
+        restored_twice[(1,)](x, out, 8192, TILE=8192, PAIR=2048, num_warps=warps, **config.OPTIONS)
+
+    artefact = compile_one(launch, "restored_twice", target)
+    complaints = [f"8 of 16 bytes and at most {others} others expected" for others in (7, 1)]
+    complaints += [f"{what} in the loop over a tile's part, 16 expected" for what in ("loads", "stores")]
+    assert_said(complaints, gate.restore_problems(artefact, target, 2, aligned=True))
+
+
+@triton.jit
+def label_behind_a_sum(o_row, end, labels, ignore_index, SHIFT: tl.constexpr):
+    """What not to do: a sum across threads for each of the rows."""
+    m_row = o_row < end
+    b_label = tl.load(labels + o_row + SHIFT, mask=m_row, other=0)
+    return b_label + tl.sum(b_label, 0), m_row & (b_label != ignore_index)
+
+
+@pytest.mark.parametrize("target, step", [("sm_90", "SHFL"), ("gfx942", "_dpp")])
+@pytest.mark.parametrize("name", ["pairs_kernel", "logps_kernel"])
+def test_steps_across_threads_for_each_row_are_caught(monkeypatch, name, target, step):
+    monkeypatch.setattr(pairs, "predicted_label", label_behind_a_sum)
+    for function in ("sequence_sum", "pairs_kernel", "logps_kernel"):
+        monkeypatch.setattr(pairs, function, triton.jit(getattr(pairs, function).fn))
+    problems = gate.problems(name, compile_one(loss_path(F32), name, target), target, 4)
+    assert_said([step], [problem for problem in problems if "in a loop over rows" in problem])
 
 
 def test_a_size_that_is_specialised_is_caught(monkeypatch):
@@ -438,7 +474,8 @@ def test_loops_are_found():
         /*00a0*/                   EXIT ;                           /* 0x000000000000794d */
         /*00b0*/                   BRA 0xb0;                        /* 0xfffffff000007947 */
 """
-    first, second = artefacts.parse_sass(listing).loops
+    instructions, (first, second), in_loops = artefacts.parse_sass(listing)
+    assert in_loops == [instructions[1], *first, "@P2 BRA 0x10", *second]
     assert first == ["LDG.E.128 R4, [R2.64]", "@P1 BRA 0x50", "MUFU.EX2 R4, R4", "@!P0 BRA 0x20"]
     assert second == ["LDG.E.U16 R4, [R2.64]", "BRA.U !UP0, 0x80"]
     load, wide = gate.CUDA.load, gate.CUDA.wide_load
