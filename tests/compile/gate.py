@@ -100,10 +100,12 @@ FLOAT64_REGISTERS = {
 }
 FLOAT64_STAGED_REGISTERS = {"REG": 128, "vgpr_count": 224}
 FLOAT64_INSTRUCTIONS = {"statistics_kernel": 72, "gradient_kernel": 52, "norm_kernel": 8, "exchange_kernel": 36}
-if not NEW_ENOUGH:  # Triton 3.6, on sm_120: 173 and 122
-    FLOAT64_INSTRUCTIONS |= {"statistics_kernel": 180, "gradient_kernel": 128}
 CUT_REGISTERS = {"REG": 144, "vgpr_count": 152}  # of the exchange
 MASTERS_INSTRUCTIONS = {"exchange_kernel": 37}  # what the cast takes away is kept
+if not NEW_ENOUGH:  # Triton 3.6: the instructions of float64 on sm_120; the exchange with 154 registers, 150 in float64
+    FLOAT64_INSTRUCTIONS = {"statistics_kernel": 180, "gradient_kernel": 128, "norm_kernel": 14, "exchange_kernel": 54}
+    FLOAT64_REGISTERS["exchange_kernel"] = {"REG": 152, "vgpr_count": 192}
+    CUT_REGISTERS["REG"], MASTERS_INSTRUCTIONS["exchange_kernel"] = 160, 39
 # An address for each element.
 UNALIGNED_INSTRUCTIONS = {"norm_kernel": 12, "exchange_kernel": 44}
 ROW_LOADS = 7  # of restore_kernel and noise_kernel: the tile's flag, its move's number, and that move's row of the table
