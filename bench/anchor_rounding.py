@@ -5,10 +5,10 @@
 
 Four measurements. The error is || gaps - truth ||_2 / || truth ||_2 over the pairs of one batch.
     rho         SmolLM2 with weights on bfloat16's grid, over the radius of the perturbation
-    batches     the same at one radius, on every batch of the shipped pairs: one pair's large gap can decide a norm; and
-                where the forward runs under autocast, whose anchor keeps norms in float32
+    batches     the same at one radius, on every batch of the shipped pairs: one pair's large gap can decide a norm
     parameters  Llamas with random weights on that grid, over their number of parameters
-    masters     SmolLM2 with float32 masters off the grid, whose forward computes with bf16(theta)
+    masters     SmolLM2 with float32 masters off the grid, whose forward computes with bf16(theta), or as under
+                autocast, where norms and embedding lookups are not cast
 
 All but the truth is float32 arithmetic (and of the batches the truth, too: what "rho" says of float32 is how exact that
 is), so what is compared is the rounding of the weights alone. A forward that casts its weights to bfloat16 is a forward
@@ -277,10 +277,6 @@ def one_batch(model: nn.Module, batches: Sequence[dict[str, Tensor]], seeds: int
     runs = {
         "nearest": [measurement.gaps(RHO, GRID, "nearest")[0]],
         "stochastic": [measurement.gaps(RHO, GRID, "stochastic", seed)[0] for seed in range(seeds)],
-        "stochastic, autocast": [
-            measurement.clean - margins_at_autocasts_anchor(model, batches, measurement.grads, seed)
-            for seed in range(seeds)
-        ],
     }
     roundings = {
         name: {**_described(run, truth), "errors_of_others": [error(gaps[others], truth[others]) for gaps in run]}
@@ -310,6 +306,12 @@ def off_the_grid(
     in_float32 = uncast.gaps(RHO, torch.float32)[0]
     generators = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
     clean = autocast_margins(model, batches)
+
+    def autocast_gaps(seed: int) -> Tensor:
+        anchor = GeometricAnchor.from_model(model, rho=RHO, compute_dtype=GRID, seed=seed)
+        with anchor.perturbed(grads=measurement.grads):
+            return clean - autocast_margins(model, batches)
+
     ways = {
         "cast(theta + delta)": [measurement.gaps(RHO, torch.float32, then=to_grid)[0]],
         "SR(theta + delta)": [
@@ -319,9 +321,7 @@ def off_the_grid(
         "SR(cast(theta) + delta)": [
             measurement.gaps(RHO, GRID, "stochastic", seed, then=to_grid)[0] for seed in range(seeds)
         ],
-        "SR(cast(theta) + delta), autocast": [
-            clean - margins_at_autocasts_anchor(model, batches, measurement.grads, seed) for seed in range(seeds)
-        ],
+        "SR(cast(theta) + delta), autocast": list(map(autocast_gaps, range(seeds))),
     }
     load(model, grid)
     return {
@@ -329,17 +329,6 @@ def off_the_grid(
         "float32_training": _described([in_float32], truth),
         "ways": {name: _described(gaps, truth) for name, gaps in ways.items()},
     }
-
-
-def margins_at_autocasts_anchor(
-    model: nn.Module, batches: Sequence[dict[str, Tensor]], grads: Weights, seed: int
-) -> Tensor:
-    """(B,) float64: at the anchor of a forward that casts matrices and multiplies norms' weights as they are."""
-    anchor = GeometricAnchor.from_model(model, rho=RHO, compute_dtype=GRID, seed=seed)
-    one = torch.zeros((), requires_grad=True).to(GRID).float().exp()  # an activation, and the cast that shows the dtype
-    objective = sum((param * one * grad).sum() for param, grad in zip(anchor.params, grads, strict=True))
-    with anchor.perturbed(objective, retain_graph=False):
-        return autocast_margins(model, batches)
 
 
 def autocast_margins(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> Tensor:

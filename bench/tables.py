@@ -589,9 +589,9 @@ def _rounding(content: dict) -> dict[str, Callable[[], str]]:
         return spread([fmean(case["roundings"][name]["errors"]) for case in batches])
 
     def by_batch_table() -> str:
-        ways = ("nearest", "stochastic", "stochastic, autocast")
-        columns = ["pairs", "true mean gap", "largest gap of one pair", "nearest: error", "stochastic", "under autocast"]
-        columns += ["without that pair, nearest", "stochastic", "under autocast"]
+        ways = ("nearest", "stochastic")
+        columns = ["pairs", "true mean gap", "largest gap of one pair", "nearest: error", "stochastic"]
+        columns += ["without that pair, nearest", "stochastic"]
         rows = []
         for case in batches:
             row = [case["batch"], f"{case['true_mean_gap']:.4f}", f"{max(case['true_gaps'], key=abs):.3f}"]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from gapo_kernels import displacement, distributed, validation
-from gapo_kernels.autocast import cast_in, uncast_in, without_autocast
+from gapo_kernels.autocast import cast_in, without_autocast
 from gapo_kernels.interrupts import interrupt_held
 from gapo_kernels.scope import find as find_scope
 from gapo_kernels.validation import HALF
@@ -131,8 +131,7 @@ class GeometricAnchor:
             perturbation there. On float32 and float64 grids both round to nearest.
         compute_dtype: the dtype that the forward computes with; default: the parameter's own, or that of FSDP2's
             MixedPrecisionPolicy. With float32 masters and compute_dtype=torch.bfloat16 every weight moves from one
-            bfloat16 value to another, and keeps the difference between itself and its cast; but what the
-            objective's graph shows that autocast leaves alone, norms' weights say, moves in float32.
+            bfloat16 value to another, and keeps the difference between itself and its cast.
         process_group: the data-parallel ranks over which the probe's gradient is averaged; default: those of the
             DistributedDataParallel that `from_model` is given, or all ranks, if torch.distributed runs. A group of one
             rank alone averages nothing.
@@ -245,8 +244,7 @@ class GeometricAnchor:
         or noise one copy of the parameters that move).
 
         Args:
-            objective: scalar with a graph; theta~ is uphill of it. direction="gaussian" asks its graph, if it is given one,
-                which vectors autocast leaves alone.
+            objective: scalar with a graph; theta~ is uphill of it. direction="gaussian" needs none.
             grads: its gradients instead, in the order of `self.params`; None for a parameter without. They are only
                 read. With several ranks they are averaged, too.
             retain_graph: keep the objective's graph for a later backward.
@@ -260,7 +258,7 @@ class GeometricAnchor:
         """
         claim = _Claim(self.params)
         claim.check()  # before the probe's backward, and once more after it
-        grids = self._grids(objective)
+        grids = self._grids()
         self._warn_of_autocast(grids, objective)
         directions, ours = self._directions(objective, grads, retain_graph)
         for number, param in enumerate(self.params):
@@ -338,17 +336,14 @@ class GeometricAnchor:
                 f"of {everyone} ranks: expected process_group=, the ranks that average its gradient, got None"
             )
 
-    def _grids(self, objective: Tensor | None = None) -> list[torch.dtype]:
+    def _grids(self) -> list[torch.dtype]:
         """The grid of each parameter's anchor: that of the dtype which the forward computes with, or the parameter's own
         if that is coarser. Asked anew each time: model.to(dtype) keeps its Parameter objects."""
-        grids, uncast = [], set()
+        grids = []
         gathered_dtypes = {} if self._sharded is None else self._sharded.compute_dtypes()
-        if self._has_masters() and isinstance(objective, Tensor):
-            uncast = uncast_in(objective, {} if self._sharded is None else self._sharded.gathered())
         for name, param in zip(self.names, self.params):
             distributed.check_whole(name, param)
-            said = None if id(param) in uncast else self.compute_dtype
-            wanted = said or gathered_dtypes.get(id(param)) or param.dtype
+            wanted = self.compute_dtype or gathered_dtypes.get(id(param)) or param.dtype
             if {wanted, param.dtype} == set(HALF):
                 raise ValueError(
                     f"{name} is {param.dtype} and cannot hold the values of compute_dtype {wanted}; expected the same "
@@ -357,14 +352,6 @@ class GeometricAnchor:
             finer = torch.promote_types(wanted, param.dtype) == wanted
             grids.append(param.dtype if finer else wanted)
         return grids
-
-    def _computes_on(self, objective: Tensor | None) -> torch.device:
-        """Offloaded weights are elsewhere."""
-        return (objective if isinstance(objective, Tensor) else self.params[0]).device
-
-    def _has_masters(self) -> bool:
-        """Whether the forward computes in 16 bits with parameters that are finer."""
-        return self.compute_dtype in HALF and any(param.dtype not in HALF for param in self.params)
 
     def _directions(
         self, objective: Tensor | None, grads: Sequence[Tensor | None] | None, retain_graph: bool
@@ -479,18 +466,19 @@ class GeometricAnchor:
     def _warn_of_autocast(self, grids: list[torch.dtype], objective: Tensor | None) -> None:
         """Where it is on, or at the first use the objective's graph shows casts of parameters, to another dtype than the
         anchor's."""
-        in_half = self.compute_dtype in HALF
         finer = [grid for grid in grids if grid not in HALF]
-        if not (self._has_masters() if in_half else finer):
+        masters = self.compute_dtype in HALF and any(param.dtype not in HALF for param in self.params)
+        if not (masters or finer):
             return
-        device, dtype = self._computes_on(objective).type, None
+        # Offloaded weights are elsewhere.
+        device, dtype = (objective if isinstance(objective, Tensor) else self.params[0]).device.type, None
         # Beside weights of 16 bits the finer ones may be norms, which it leaves alone: then the graph has to tell.
-        if torch.is_autocast_enabled(device) and (in_half or len(finer) == len(grids)):
+        if torch.is_autocast_enabled(device) and (masters or len(finer) == len(grids)):
             dtype = torch.get_autocast_dtype(device)
         elif self.stats is None and isinstance(objective, Tensor):
-            dtype = cast_in(objective, self.params)
+            dtype = cast_in(objective, self.params, {} if self._sharded is None else self._sharded.gathered())
         if dtype is not None and dtype != self.compute_dtype:
-            moved = self.compute_dtype if in_half else finer[0]
+            moved = self.compute_dtype if masters else finer[0]
             warnings.warn(
                 f"autocast computes with {dtype} while the anchor moves the parameters in {moved}: the gap is mostly "
                 f"the casts' rounding. Pass compute_dtype={dtype} to the anchor, or train without autocast",
