@@ -72,9 +72,10 @@ def gapo_step(
             gradients are the same to rounding, not to the bit. It keeps the layers' inputs and their outputs' gradients
             until then, in the place of the graph, and makes all of the parameters' at once. For models that keep
             sequences apart, in a batch (S, T): the 1st step is compared with log2(S) real backwards, the 4th, 16th, ...
-            with one. Without a probe nothing is shared, and where it gave a pair no weight (below 1e-20) logps_fn may
-            run once more, for a real backward. No other loss of the same forward, no hooks but on parameters, and
-            gradients of torch.nn.Parameter alone.
+            with one; a change in between, of the sequences' order in the model say, goes unseen until the next. Without
+            a probe nothing is shared, and where it gave a pair no weight (below 1e-20) logps_fn may run once more, for a
+            real backward. No other loss of the same forward, no hooks but on parameters, and gradients of
+            torch.nn.Parameter alone.
 
     Returns:
         GAPOOutput; only its `loss` carries gradient.
@@ -139,7 +140,7 @@ def gapo_step(
                 _check_walked_twice(margin, not anchor.graph_was_checked)
                 anchor.graph_was_checked = True
             # In here, too: a backward of dynamic shapes is compiled when it first runs.
-            graph = margin if objective is None else objective  # which shows what autocast leaves alone
+            graph = margin if objective is None else objective  # shows autocast's casts
             with anchor.buffers_held():
                 with buffers(), recorded, anchor.perturbed(graph, retain_graph=kept), torch.no_grad():
                     if sharing is not None and not sharing.tells_apart(valid):

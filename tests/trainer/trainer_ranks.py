@@ -1,6 +1,5 @@
 """What each of two processes runs: five updates of `GAPOTrainer` under DDP or FSDP2, on the CPU over gloo."""
 
-import json
 import os
 import sys
 from pathlib import Path
