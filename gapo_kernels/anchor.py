@@ -139,7 +139,8 @@ class GeometricAnchor:
             same on every rank.
 
     Raises:
-        ValueError, TypeError: no parameter requires grad, or an argument outside of what is said above.
+        ValueError, TypeError: no parameter requires grad, or an argument outside of what is said above; a 16-bit
+            MixedPrecisionPolicy whose dtype is not compute_dtype.
         NotImplementedError: parameters sharded by something other than `fully_shard` (FSDP2).
     """
 
@@ -335,6 +336,7 @@ class GeometricAnchor:
                 f"{whole[0]} is not sharded, and the model's other parameters are over {min(mesh.size() for mesh in meshes)} "
                 f"of {everyone} ranks: expected process_group=, the ranks that average its gradient, got None"
             )
+        self._grids()  # raises where a policy casts to another dtype
 
     def _grids(self) -> list[torch.dtype]:
         """The grid of each parameter's anchor: that of the dtype which the forward computes with, or the parameter's own
@@ -343,7 +345,13 @@ class GeometricAnchor:
         gathered_dtypes = {} if self._sharded is None else self._sharded.compute_dtypes()
         for name, param in zip(self.names, self.params):
             distributed.check_whole(name, param)
-            wanted = self.compute_dtype or gathered_dtypes.get(id(param)) or param.dtype
+            gathered = gathered_dtypes.get(id(param))
+            if gathered in HALF and self.compute_dtype not in (None, gathered):
+                raise ValueError(
+                    f"{name} is gathered in {gathered}, as its MixedPrecisionPolicy says: expected compute_dtype None or "
+                    f"{gathered}, got {self.compute_dtype}"
+                )
+            wanted = self.compute_dtype or gathered or param.dtype
             if {wanted, param.dtype} == set(HALF):
                 raise ValueError(
                     f"{name} is {param.dtype} and cannot hold the values of compute_dtype {wanted}; expected the same "

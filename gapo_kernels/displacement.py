@@ -13,10 +13,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from gapo_kernels import distributed, ownership, perturbation
+from gapo_kernels import dense, distributed, ownership, perturbation
 
 RESTORE_ATTEMPTS = 3
-REORDERED_AT_ONCE = 2**24  # bytes of a gradient whose elements lie in another order than its parameter's
 logger = logging.getLogger(__name__)
 
 
@@ -44,20 +43,17 @@ class Displacement:
         tensors = [distributed.local(param) for param in params]
         self._memory = list(zip(params, tensors))
         _check_apart(tensors)
-        dense = [_is_dense(tensor) for tensor in tensors]
         groups: dict[tuple, list[perturbation.Move]] = {}
         free = ownership.exclusive(directions) if ours else [False] * len(params)
         for number, (param, tensor) in enumerate(zip(params, tensors)):
             direction, directions[number] = directions[number], None
             if direction is None:
                 continue
-            exclusive = free[number]
-            theta = _flat(tensor) if dense[number] else self._stage(tensor)
-            if dense[number] and direction.stride() != tensor.stride():
-                direction, exclusive = _ordered_as(tensor, direction, exclusive), True
-            # not reshape(-1), which of an expanded tensor gives a view without memory for each element
-            flat = _flat(direction) if dense[number] else direction.contiguous().view(-1)
-            fits = exclusive and dense[number] and flat.element_size() == theta.element_size()
+            in_place = dense.is_dense(tensor)
+            moved = tensor if in_place else self._stage(tensor)
+            direction, exclusive = dense.ordered_as(moved.stride(), direction, free[number])
+            theta, flat = dense.flat(moved), dense.flat(direction)
+            fits = exclusive and in_place and flat.element_size() == theta.element_size()
             original = flat.view(theta.dtype) if fits else torch.empty_like(theta)
             place = distributed.place_of_shard(param)
             move = perturbation.Move(theta, flat, original, grids[number], number, *place)
@@ -103,7 +99,7 @@ class Displacement:
     def _stage(self, tensor: Tensor) -> Tensor:
         stand_in = tensor.contiguous() if not tensor.is_contiguous() else tensor.clone()
         self._staged.append((tensor, stand_in))
-        return stand_in.view(-1)
+        return stand_in
 
     def _total(self, values: list[Tensor]) -> Tensor:
         """Sums over the shards of each part and over the parts."""
@@ -155,40 +151,6 @@ def noise(params: Sequence[nn.Parameter], step: int, seed: int) -> list[Tensor]:
             places.append((first, number, shard))
         _back_end(device).fill_with_noise([drawn[number].view(-1) for number in numbers], places, step, seed)
     return drawn
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether its elements fill its memory, in any order of the dimensions."""
-    return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
-
-
-def _ordered_as(tensor: Tensor, direction: Tensor, exclusive: bool) -> Tensor:
-    """The direction with its elements in the tensor's order of memory: in its own memory, if that is nobody else's."""
-    if not exclusive or not _is_dense(direction):
-        return torch.empty_like(tensor, dtype=direction.dtype).copy_(direction)
-    ordered = direction.as_strided(tensor.shape, tensor.stride())
-    _reorder(ordered, direction)
-    return ordered
-
-
-def _reorder(target: Tensor, source: Tensor) -> None:
-    """Copies from one order to the other in the same memory: parts of it that hold the same elements in both orders, experts'
-    matrices say, one after the other."""
-    if source.nbytes > REORDERED_AT_ONCE:
-        for dim, size in enumerate(source.shape):
-            stride = source.numel() // size
-            if size > 1 and source.stride(dim) == target.stride(dim) == stride:  # the outermost one of both
-                count = max(1, REORDERED_AT_ONCE // (stride * source.element_size()))
-                for first in range(0, size, count):
-                    length = min(count, size - first)
-                    _reorder(target.narrow(dim, first, length), source.narrow(dim, first, length))
-                return
-    target.copy_(source.clone())
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """A dense tensor's elements in the order of memory, whatever the order of its dimensions."""
-    return tensor.as_strided((tensor.numel(),), (1,))
 
 
 def _check_apart(tensors: Sequence[Tensor]) -> None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from gapo_kernels import ownership
+from gapo_kernels import dense, ownership
 from gapo_kernels.interrupts import interrupt_held
 
 BUCKET_BYTES = 32 * 2**20
@@ -173,18 +173,21 @@ def averaged(
         grad, grads[number] = grads[number], None
         dtype = DTYPES[kind - 1]
         if kind and grad is None:
-            grad = torch.zeros_like(param, dtype=dtype, memory_format=torch.contiguous_format)
-        elif kind and not (free[number] and grad.is_contiguous() and grad.dtype == dtype):
-            grad = torch.empty_like(grad, dtype=dtype, memory_format=torch.contiguous_format).copy_(grad)
+            grad = torch.zeros_like(param, dtype=dtype)
+        elif kind and not (free[number] and grad.dtype == dtype):
+            grad = torch.empty_like(param, dtype=dtype).copy_(grad)
+        elif kind:  # in the parameter's order, which is the same on all ranks
+            grad, _ = dense.ordered_as(dense.strides(param), grad, exclusive=True)
         means.append(grad)
     del grad
     for bucket in _buckets([mean for mean in means if mean is not None]):
-        flat = bucket[0].view(-1) if len(bucket) == 1 else torch.cat([mean.view(-1) for mean in bucket])
+        parts = list(map(dense.flat, bucket))
+        flat = parts[0] if len(parts) == 1 else torch.cat(parts)
         flat /= size  # before: a sum may overflow where the mean does not
         torch.distributed.all_reduce(flat, group=group)
-        if len(bucket) > 1:
-            for mean, part in zip(bucket, flat.split([mean.numel() for mean in bucket])):
-                mean.view(-1).copy_(part)
+        if len(parts) > 1:
+            for part, mean in zip(parts, flat.split([part.numel() for part in parts])):
+                part.copy_(mean)
     return means, True, most[len(params) :]
 
 

@@ -15,7 +15,7 @@ import torch
 from signalled import SignalAt
 from torch import nn
 
-from gapo_kernels import GeometricAnchor, displacement, gapo_step, interrupts, perturbation
+from gapo_kernels import GeometricAnchor, dense, displacement, gapo_step, interrupts, perturbation
 
 AWKWARD = [-0.0, 0.0, 5e-324, 1e-38, -1e-30, 1.0]  # what arithmetic on the way back would not reproduce
 
@@ -179,7 +179,7 @@ def test_views_and_transposed_parameters():
 @pytest.mark.parametrize("at_once", [1, 200, 2**24])
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
 def test_a_gradient_in_another_order_of_memory_is_put_in_the_parameters_where_it_lies(order, at_once, monkeypatch):
-    monkeypatch.setattr(displacement, "REORDERED_AT_ONCE", at_once)
+    monkeypatch.setattr(dense, "REORDERED_AT_ONCE", at_once)
     found, start, clone, cloned = [], perturbation.Perturbation.__init__, torch.Tensor.clone, [0]
 
     def recording(self, moves, *arguments):

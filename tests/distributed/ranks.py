@@ -227,6 +227,28 @@ def averaged_gradients(rank):
     return averaged(grads, params, None, ours=False)[0]
 
 
+def gradients_in_other_orders(rank):
+    """Than their parameters': on both ranks, as experts' are, and on one. And whether the mean lies where the gradient did."""
+    params = [nn.Parameter(torch.ones(2, 5, 3)), nn.Parameter(torch.ones(5, 3).t())]
+    grads = [torch.arange(30.0).mul(1 + rank).view(2, 3, 5).transpose(1, 2), torch.arange(15.0).mul(1 + rank).view(3, 5)]
+    if rank:
+        grads[1] = grads[1].t().contiguous().t()
+    places = [grad.data_ptr() for grad in grads]
+    means, ours, _ = averaged(grads, params, None, ours=True)
+    return *means, ours and places == [mean.data_ptr() for mean in means]
+
+
+def another_dtype_than_the_policys(rank):
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    model = _shard(tiny_models.build("llama", torch.float32), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    GeometricAnchor.from_model(model, compute_dtype=torch.bfloat16)
+    try:
+        GeometricAnchor.from_model(model, compute_dtype=torch.float32)
+    except ValueError as error:
+        return str(error)
+
+
 def not_finite_on_one_rank(rank):
     param = nn.Parameter(torch.ones(4))
     try:

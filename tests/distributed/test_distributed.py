@@ -287,6 +287,17 @@ def test_averages_of_large_numbers_and_of_other_dtypes(on_two_ranks):
         assert torch.equal(wide, torch.full((3,), 2.5, dtype=torch.float64))
 
 
+def test_gradients_in_other_orders_of_memory_are_averaged_where_they_lie(on_two_ranks):
+    for experts, matrix, in_place in on_two_ranks("gradients_in_other_orders"):
+        assert torch.equal(experts, torch.arange(30.0).mul(1.5).view(2, 3, 5).transpose(1, 2))
+        assert torch.equal(matrix, torch.arange(15.0).mul(1.5).view(3, 5)) and in_place
+
+
+def test_another_dtype_than_the_policys_is_refused(on_two_ranks):
+    for said in on_two_ranks("another_dtype_than_the_policys"):
+        assert "as its MixedPrecisionPolicy says: expected compute_dtype None or torch.bfloat16, got torch.float32" in said
+
+
 def test_a_group_of_each_rank_alone(on_two_ranks):
     one, other = on_two_ranks("given_gradients", alone=True)
     for moved, grads in ((one, [torch.full((4,), 1.0), torch.zeros(3)]), (other, [torch.full((4,), 2.0), torch.arange(3.0)])):
