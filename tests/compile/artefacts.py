@@ -72,9 +72,14 @@ def compile_launches(launch: Callable[[], object], target: str) -> dict[str, obj
 
     def warm_up(self, *args, grid, warmup, **kwargs):
         self.device_caches.clear()  # of compiled code, per device number and arguments: the target is not among them
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        name = self.fn.__name__
+        try:
+            kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        except Exception as error:
+            raise RuntimeError(f"{name} for {target} does not compile: {type(error).__name__}: {error}") from error
         self.device_caches.clear()
-        compiled[self.fn.__name__] = kernel
+        if compiled.setdefault(name, kernel).hash != kernel.hash:  # of which one would go unread
+            raise AssertionError(f"expected one binary of {name} in a case, got two")
         return kernel
 
     JITFunction.run = warm_up

@@ -39,7 +39,7 @@ CUDA = Dialect(
     wide_load=r"LDG\.E\.128",
     store="STG",
     wide_store=r"STG\.E\.128",
-    across=r"SHFL|BAR|LDS|LDSM|STS|STSM|LDGSTS|SYNCS|WARPSYNC|VOTE|MATCH|RED\w*|ATOM\w*|LD|ST",
+    across=r"SHFL|BAR|LDS|LDSM|STS|STSM|LDGSTS|SYNCS|WARPSYNC|VOTEU?|MATCH|C?RED\w*|ATOM\w*|LD|ST",
     floating=r"[FD](?:ADD|MUL|FMA|MNMX|SETP|SET)\w*|H(?:ADD|MUL|MNMX|SETP|SET)\w*|MUFU",  # by HFMA2 constants are loaded, too
     exp2=r"MUFU\.EX2",
     multiply_add=r"[FD](?:FMA|MUL)\w*",
@@ -269,9 +269,10 @@ def restore_problems(artefact: Artefact, target: str, itemsize: int, aligned: bo
             problems.append(f"{found} {what}, {found_wide} of them 16 bytes, {expected}")
         if inside != part:
             problems.append(f"{inside} {what} in the loop over a tile's part, {part} expected")
-    # One barrier: behind it the tile's mark is taken back.
+    # One barrier behind the loop: then the tile's mark is taken back.
     unwanted = unwanted_problems(artefact.instructions, code.across, "the kernel")
-    return problems + [problem for problem in unwanted if not re.match(r"1 (?:BAR|s_barrier)\b", problem)]
+    problems += [problem for problem in unwanted if not re.match(r"1 (?:BAR|s_barrier)\b", problem)]
+    return problems + unwanted_problems(loop, code.across, "the loop over a tile's part")
 
 
 def noise_problems(artefact: Artefact, target: str, itemsize: int, aligned: bool) -> list[str]:

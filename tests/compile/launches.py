@@ -217,7 +217,10 @@ def compile_job(job: Job) -> dict[str, dict[str, artefacts.Artefact]]:
     """Case -> kernel -> what came out."""
     result = {}
     for case, launch in GROUPS[job.group](job.target, job.what).items():
-        compiled = artefacts.compile_launches(launch, job.target)
+        try:
+            compiled = artefacts.compile_launches(launch, job.target)
+        except Exception as error:
+            raise RuntimeError(f"{job}, {case}: {error}") from error
         for name, kernel in compiled.items():
             if kernel.hash not in _read:
                 _read[kernel.hash] = artefacts.read(kernel, job.target)

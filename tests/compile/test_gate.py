@@ -24,6 +24,7 @@ from multiprocessing import get_context
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.jit import JITFunction
 
 import artefacts
 import gate
@@ -33,6 +34,7 @@ from launches import (
     DTYPES,
     F32,
     JOBS,
+    Job,
     LOSS_SIZES,
     ORDINARY,
     PERTURBATION_CASES,
@@ -328,6 +330,36 @@ def test_steps_across_threads_for_each_row_are_caught(monkeypatch, name, target,
     assert_said([step], [problem for problem in problems if "in a loop over rows" in problem])
 
 
+def test_two_binaries_of_one_kernel_are_caught():
+    """Of which one would go unread."""
+    with pytest.raises(AssertionError, match="expected one binary of statistics_kernel in a case, got two"):
+        artefacts.compile_launches(lambda: (loss_path(BF16)(), loss_path(F32)()), "sm_90")
+
+
+def test_no_number_is_specialised(monkeypatch):
+    """Also those that are the same in every case above, the first tile of a second launch say."""
+    seen, specialised = set(), []
+
+    def record(self, *args, grid, warmup, **kwargs):
+        given = dict(zip(self.arg_names, args)) | kwargs
+        numbers = [p for p in self.params if isinstance(given[p.name], (int, float)) and not p.is_constexpr]
+        seen.add(self.fn.__name__)
+        specialised.extend((self.fn.__name__, p.name) for p in numbers if not p.do_not_specialize)
+
+    monkeypatch.setattr(JITFunction, "run", record)
+    with artefacts.as_if_on("sm_90"):
+        for launch in (loss_path(BF16), loss_path(BF16, packed=True, others=True), perturbation_path(BF16, BF16, BF16)):
+            launch()
+    assert seen == LOSS_KERNELS | PERTURBATION_KERNELS and not specialised
+
+
+def test_a_kernel_that_does_not_compile_is_named(monkeypatch):
+    monkeypatch.setattr(pairs, "sequence_sum", None)
+    monkeypatch.setattr(pairs, "logps_kernel", triton.jit(pairs.logps_kernel.fn))
+    with pytest.raises(RuntimeError, match=r"loss-sm_90-float32, .*: logps_kernel for sm_90 does not compile: \w+: "):
+        compile_job(Job("loss", "sm_90", "float32"))
+
+
 def test_a_size_that_is_specialised_is_caught(monkeypatch):
     """Batches of 1 have a binary of their own if the JIT is let."""
     sizes = [loss_path(BF16, pairs=1, length=1), loss_path(BF16)]
@@ -429,6 +461,7 @@ def twice(x, out, size, BLOCK: tl.constexpr):
             "gfx942",
             ["loads in the hot loop, 0 of them 16 bytes, 2 expected", "_dpp in the", "s_barrier in the", "ds_read"],
         ),
+        (masked_everywhere, "sm_100", ["loads in the hot loop, 0 of them 16 bytes, 4 expected", "CREDUX", "BAR"]),
         (rescaled, "sm_90", ["64 exponentials in the hot loop, 32"]),
         (pipelined, "sm_90", ["0 loads in the hot loop", "LDS", "LDGSTS", "BAR", "0 exponentials in the hot loop, 32"]),
         (
