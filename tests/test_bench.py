@@ -304,7 +304,7 @@ def test_the_clock_stops_a_case_and_leaves_out_the_rest(session, monkeypatch):
                 pass
         return result_of(case)
 
-    content = session(measure, seconds=1.0)
+    content = session(measure, seconds=3.0)
     assert [case["name"] for case in content["cases"]] == ["first"]
     assert content["left_out"]["suite: second"].startswith("not done in the")
     assert content["left_out"]["suite: third"] == "no time was left"
