@@ -605,9 +605,9 @@ def _rounding(content: dict) -> dict[str, Callable[[], str]]:
 
     def masters_table() -> str:
         ours = "SR(cast(theta) + delta)"
-        ways = ("cast(theta + delta)", "SR(theta + delta)", ours, f"{ours}, autocast")
+        ways = ("cast(theta + delta)", "SR(theta + delta)", ours)
         columns = ["masters", "cast($\\theta + \\delta$)", "SR($\\theta + \\delta$)"]
-        columns += ["SR(cast($\\theta$) + $\\delta$), ours", "ours under autocast", "no casts at all"]
+        columns += ["SR(cast($\\theta$) + $\\delta$), ours", "no casts at all"]
         rows = [
             [
                 MASTERS[case["masters"]],
@@ -617,11 +617,6 @@ def _rounding(content: dict) -> dict[str, Callable[[], str]]:
             for case in masters
         ]
         return table(columns, rows)
-
-    def autocast_gaps() -> str:
-        case = next(case for case in masters if case["masters"] == "anywhere off the grid")
-        found = fmean(case["ways"]["SR(cast(theta) + delta), autocast"]["mean_gaps"])
-        return f"{found:.4f} instead of {case['true_mean_gap']:.4f}"
 
     return {
         "rounding-rho": lambda: str(rho),
@@ -644,5 +639,4 @@ def _rounding(content: dict) -> dict[str, Callable[[], str]]:
             f"that did jump, and the gaps were {error(largest['roundings'], 'nearest')} wrong without a warning"
         ),
         "masters-table": masters_table,
-        "autocast-gaps": autocast_gaps,
     }
