@@ -346,7 +346,7 @@ class GeometricAnchor:
         for name, param in zip(self.names, self.params):
             distributed.check_whole(name, param)
             gathered = gathered_dtypes.get(id(param))
-            if gathered in HALF and self.compute_dtype not in (None, gathered):
+            if gathered in HALF and param.dtype not in HALF and self.compute_dtype not in (None, gathered):
                 raise ValueError(
                     f"{name} is gathered in {gathered}, as its MixedPrecisionPolicy says: expected compute_dtype None or "
                     f"{gathered}, got {self.compute_dtype}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -164,20 +165,26 @@ def averaged(
     if size == 1 or not grads:
         return grads, ours, numbers
     kinds = [0 if grad is None else 1 + DTYPES.index(grad.dtype) for grad in grads]
-    most = torch.tensor([*kinds, *numbers], dtype=torch.int64, device=params[0].device)
+    orders = [dense.strides(param) for param in params]
+    # Strides along one element say nothing. ~: of the least on any rank.
+    told = [[stride for size, stride in zip(param.shape, order) if size != 1] for param, order in zip(params, orders)]
+    order = zlib.crc32(repr(told).encode())
+    most = torch.tensor([*kinds, *numbers, order, ~order], dtype=torch.int64, device=params[0].device)
     torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, group=group)
     free = ownership.exclusive(grads) if ours else [False] * len(params)
     means: list[Tensor | None] = []
-    most = most.tolist()
+    *most, largest_order, least_order = most.tolist()
+    if largest_order != ~least_order:  # the parameters lie in another order on another rank
+        orders = [torch.empty(param.shape, device="meta").stride() for param in params]
     for number, (param, kind) in enumerate(zip(params, most)):
         grad, grads[number] = grads[number], None
         dtype = DTYPES[kind - 1]
         if kind and grad is None:
-            grad = torch.zeros_like(param, dtype=dtype)
+            grad = torch.empty_strided(param.shape, orders[number], dtype=dtype, device=param.device).zero_()
         elif kind and not (free[number] and grad.dtype == dtype):
-            grad = torch.empty_like(param, dtype=dtype).copy_(grad)
-        elif kind:  # in the parameter's order, which is the same on all ranks
-            grad, _ = dense.ordered_as(dense.strides(param), grad, exclusive=True)
+            grad = torch.empty_strided(param.shape, orders[number], dtype=dtype, device=param.device).copy_(grad)
+        elif kind:
+            grad, _ = dense.ordered_as(orders[number], grad, exclusive=True)
         means.append(grad)
     del grad
     for bucket in _buckets([mean for mean in means if mean is not None]):

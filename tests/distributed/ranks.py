@@ -227,12 +227,15 @@ def averaged_gradients(rank):
     return averaged(grads, params, None, ours=False)[0]
 
 
-def gradients_in_other_orders(rank):
-    """Than their parameters': on both ranks, as experts' are, and on one. And whether the mean lies where the gradient did."""
+def gradients_in_other_orders(rank, apart=False):
+    """Than their parameters': on both ranks, as experts' are, and on one. And whether the mean lies where the gradient did.
+    apart: one of the parameters lies in another order on the other rank."""
     params = [nn.Parameter(torch.ones(2, 5, 3)), nn.Parameter(torch.ones(5, 3).t())]
     grads = [torch.arange(30.0).mul(1 + rank).view(2, 3, 5).transpose(1, 2), torch.arange(15.0).mul(1 + rank).view(3, 5)]
     if rank:
         grads[1] = grads[1].t().contiguous().t()
+    if rank and apart:
+        params[1] = nn.Parameter(torch.ones(3, 5))
     places = [grad.data_ptr() for grad in grads]
     means, ours, _ = averaged(grads, params, None, ours=True)
     return *means, ours and places == [mean.data_ptr() for mean in means]

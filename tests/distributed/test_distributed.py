@@ -287,8 +287,9 @@ def test_averages_of_large_numbers_and_of_other_dtypes(on_two_ranks):
         assert torch.equal(wide, torch.full((3,), 2.5, dtype=torch.float64))
 
 
-def test_gradients_in_other_orders_of_memory_are_averaged_where_they_lie(on_two_ranks):
-    for experts, matrix, in_place in on_two_ranks("gradients_in_other_orders"):
+@pytest.mark.parametrize("apart", [False, True])
+def test_gradients_in_other_orders_of_memory_are_averaged_where_they_lie(on_two_ranks, apart):
+    for experts, matrix, in_place in on_two_ranks("gradients_in_other_orders", apart=apart):
         assert torch.equal(experts, torch.arange(30.0).mul(1.5).view(2, 3, 5).transpose(1, 2))
         assert torch.equal(matrix, torch.arange(15.0).mul(1.5).view(3, 5)) and in_place
 
