@@ -605,9 +605,9 @@ def _rounding(content: dict) -> dict[str, Callable[[], str]]:
 
     def masters_table() -> str:
         ours = "SR(cast(theta) + delta)"
-        ways = ("cast(theta + delta)", "SR(theta + delta)", ours)
+        ways = ("cast(theta + delta)", "SR(theta + delta)", ours, f"{ours}, autocast")
         columns = ["masters", "cast($\\theta + \\delta$)", "SR($\\theta + \\delta$)"]
-        columns += ["SR(cast($\\theta$) + $\\delta$), ours", "no casts at all"]
+        columns += ["SR(cast($\\theta$) + $\\delta$), ours", "ours under autocast", "no casts at all"]
         rows = [
             [
                 MASTERS[case["masters"]],
