@@ -21,7 +21,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from gapo_kernels import displacement, distributed, validation
+from gapo_kernels import displacement, distributed, ownership, validation
 from gapo_kernels.autocast import cast_in, without_autocast
 from gapo_kernels.interrupts import interrupt_held
 from gapo_kernels.scope import find as find_scope
@@ -261,7 +261,7 @@ class GeometricAnchor:
         claim.check()  # before the probe's backward, and once more after it
         grids = self._grids()
         self._warn_of_autocast(grids, objective)
-        directions, ours = self._directions(objective, grads, retain_graph)
+        directions, free = self._directions(objective, grads, retain_graph)
         for number, param in enumerate(self.params):
             if not param.requires_grad:  # frozen since
                 directions[number] = None
@@ -275,7 +275,7 @@ class GeometricAnchor:
                 move = displacement.Displacement(
                     self.params,
                     directions,
-                    ours=ours,
+                    free=free,
                     grids=grids,
                     geometry=self.geometry,
                     stochastic=self.rounding == "stochastic",
@@ -363,8 +363,8 @@ class GeometricAnchor:
 
     def _directions(
         self, objective: Tensor | None, grads: Sequence[Tensor | None] | None, retain_graph: bool
-    ) -> tuple[list[Tensor | None], bool]:
-        """g for every parameter, or its shard, averaged over the ranks; and whether its memory may be written."""
+    ) -> tuple[list[Tensor | None], list[bool]]:
+        """g for every parameter, or its shard, averaged over the ranks; and of each whether its memory may be written."""
         if self._sharded is not None:
             self._sharded.check_no_backward_was_cut_off()
         if not isinstance(objective, (Tensor, type(None))):
@@ -373,7 +373,7 @@ class GeometricAnchor:
             if grads is not None:
                 raise ValueError("direction='gaussian' draws its own: expected no grads, got some")
             self._agree(distributed.largest(self._numbers(), self.params, self.process_group))
-            return displacement.noise(self.params, self._step, self.seed % 2**64), True
+            return displacement.noise(self.params, self._step, self.seed % 2**64), [True] * len(self.params)
         if (objective is None) == (grads is None):
             raise ValueError(f"expected an objective or its grads, got {'neither' if grads is None else 'both'}")
         ours = grads is None
@@ -395,7 +395,7 @@ class GeometricAnchor:
                 directions[number] = _plain(grad, param)
                 del grad
         whole = [number for number, param in enumerate(self.params) if not distributed.is_sharded(param)]
-        means, made, numbers = distributed.averaged(
+        means, averaged, numbers = distributed.averaged(
             _taken(directions, whole),
             [self.params[number] for number in whole],
             self.process_group,
@@ -407,7 +407,10 @@ class GeometricAnchor:
         self._agree(numbers)
         for number in whole:
             directions[number] = means.pop(0)
-        return directions, ours or made and len(whole) == len(self.params)
+        free = ownership.exclusive(directions) if ours else [False] * len(directions)
+        for number in whole if averaged else ():
+            free[number] = True
+        return directions, free
 
     def _numbers(self) -> tuple[int, int, int]:
         """As int64, of which ranks find the largest: the step, the seed, and what is the larger the less the seed is."""

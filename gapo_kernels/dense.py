@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 REORDERED_AT_ONCE = 2**24  # bytes of a gradient whose elements lie in another order than its parameter's
+SHORTEST_RUN = 256  # elements that stay together where a matrix is transposed in its own memory
 
 
 def strides(tensor: Tensor) -> tuple[int, ...]:
@@ -49,4 +52,79 @@ def _reorder(target: Tensor, source: Tensor) -> None:
                     length = min(count, size - first)
                     _reorder(target.narrow(dim, first, length), source.narrow(dim, first, length))
                 return
+        if _transposed_in_parts(target, source):
+            return
     target.copy_(source.clone())
+
+
+def _transposed_in_parts(target: Tensor, source: Tensor) -> bool:
+    """`_reorder` of what lies as a matrix whose transpose is wanted, each of its sides some dimensions. False, and nothing
+    done, where no part of a row or column is long enough.
+
+    A matrix (R, C, b) of runs of b elements becomes (C, R, b), run by run, and each of its (R, b) then (b, R); or first its
+    (b, C) become (C, b), and (R, C, b) then (C, R, b).
+    """
+    dims = [dim for dim, size in enumerate(source.shape) if size > 1]
+    held, wanted = (sorted(dims, key=tensor.stride, reverse=True) for tensor in (source, target))
+    turn = held.index(wanted[0]) if dims else 0
+    if turn == 0 or held[turn:] + held[:turn] != wanted:
+        return False
+    columns = math.prod(source.shape[dim] for dim in held[turn:])
+    rows = source.numel() // columns
+    most = REORDERED_AT_ONCE // source.element_size()
+    by_column, by_row = _runs(columns, rows, most, SHORTEST_RUN), _runs(rows, columns, most, SHORTEST_RUN)
+    if not (by_column or by_row):
+        return False
+    memory = flat(source)
+    if by_column and not 0 < by_row * columns < by_column * rows:  # the fewer runs
+        _transpose_runs(memory, rows, by_column, columns // by_column)
+        _transpose_each(memory, rows, columns // by_column)
+    else:
+        _transpose_each(memory, rows // by_row, columns)
+        _transpose_runs(memory, by_row, columns, rows // by_row)
+    return True
+
+
+@lru_cache(maxsize=256)
+def _runs(cut: int, whole: int, most: int, shortest: int) -> int:
+    """Into how many runs a side is cut, so that each, with all of the other side, has at most so many elements; 0: into none
+    that are long enough."""
+    least = -(-cut * whole // max(1, most))
+    return next((count for count in range(least, cut // shortest + 1) if cut % count == 0), 0)
+
+
+def _transpose_each(memory: Tensor, rows: int, columns: int) -> None:
+    """Of the matrices (rows, columns) that the memory is made of, one after the other."""
+    for matrix in memory.view(-1, rows * columns):
+        matrix.view(columns, rows).copy_(matrix.view(rows, columns).clone().t())
+
+
+def _transpose_runs(memory: Tensor, rows: int, columns: int, length: int) -> None:
+    """(rows, columns) runs of elements become (columns, rows)."""
+    runs = memory.view(rows * columns, length)
+    at_once = max(1, REORDERED_AT_ONCE // (length * memory.element_size()))
+    for swaps in _swaps(rows, columns):
+        for one, other in zip(*(side.to(memory.device, torch.int64).split(at_once) for side in swaps)):
+            kept = runs[one]
+            runs[one] = runs[other]
+            runs[other] = kept
+
+
+@lru_cache(maxsize=32)
+def _swaps(rows: int, columns: int) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of places that change contents, all pairs of the first list at once, then all of the second, so that a matrix
+    (rows, columns), row after row, becomes its transpose: a cycle of places is passed on by turning it round twice."""
+    takes = torch.arange(rows * columns, device="cpu").view(rows, columns).t().flatten().tolist()  # from where each place does
+    sides: list[tuple[list[int], list[int]]] = [([], []), ([], [])]
+    seen = bytearray(len(takes))
+    for first in range(len(takes)):
+        cycle, place = [], first
+        while not seen[place]:
+            seen[place] = True
+            cycle.append(place)
+            place = takes[place]
+        for (ones, others), mirrored in zip(sides, (cycle, cycle[:-1])):
+            half = len(mirrored) // 2
+            ones += mirrored[:half]
+            others += mirrored[::-1][:half]
+    return [tuple(torch.tensor(side, dtype=torch.int32, device="cpu") for side in pair) for pair in sides]

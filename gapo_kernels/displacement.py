@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from gapo_kernels import dense, distributed, ownership, perturbation
+from gapo_kernels import dense, distributed, perturbation
 
 RESTORE_ATTEMPTS = 3
 logger = logging.getLogger(__name__)
@@ -24,8 +24,8 @@ class Displacement:
 
     Args:
         params: the anchor's parameters; DTensors count as their local shards.
-        directions: for each its g (a shard's own part), or None: not moved. Used up when `ours`.
-        ours: whether the directions' memory may take the original weights, where no one else refers to it.
+        directions: for each its g (a shard's own part), or None: not moved. Used up.
+        free: for each whether its direction's memory is nobody else's and may take the original weights.
         grids: for each parameter the dtype that the forward computes with.
     """
 
@@ -34,7 +34,7 @@ class Displacement:
         params: Sequence[nn.Parameter],
         directions: list[Tensor | None],
         *,
-        ours: bool,
+        free: Sequence[bool],
         grids: Sequence[torch.dtype],
         geometry: str,
         stochastic: bool,
@@ -44,14 +44,17 @@ class Displacement:
         self._memory = list(zip(params, tensors))
         _check_apart(tensors)
         groups: dict[tuple, list[perturbation.Move]] = {}
-        free = ownership.exclusive(directions) if ours else [False] * len(params)
+        weights = {tensor.untyped_storage().data_ptr() for tensor in tensors}
         for number, (param, tensor) in enumerate(zip(params, tensors)):
             direction, directions[number] = directions[number], None
             if direction is None:
                 continue
+            exclusive = free[number]
+            if not exclusive and direction.untyped_storage().data_ptr() in weights:
+                direction, exclusive = direction.clone(), True  # of a weight that may move first
             in_place = dense.is_dense(tensor)
             moved = tensor if in_place else self._stage(tensor)
-            direction, exclusive = dense.ordered_as(moved.stride(), direction, free[number])
+            direction, exclusive = dense.ordered_as(moved.stride(), direction, exclusive)
             theta, flat = dense.flat(moved), dense.flat(direction)
             fits = exclusive and in_place and flat.element_size() == theta.element_size()
             original = flat.view(theta.dtype) if fits else torch.empty_like(theta)

@@ -156,14 +156,15 @@ def averaged(
     numbers: Sequence[int] = (),
 ) -> tuple[list[Tensor | None], bool, Sequence[int]]:
     """The gradients' mean over the group's ranks; a rank without one counts as zeros, None where no rank has one. And
-    whether they are ours, as what was averaged is; and the largest of each of the numbers (int64) on any rank.
+    whether they were averaged: then their memory is nobody else's, though what has communicated it may hold on to it for
+    a moment. And the largest of each of the numbers (int64) on any rank.
 
     Uses up `grads`. With `ours` their memory is written where nobody else refers to it; beyond that memory this holds
     BUCKET_BYTES.
     """
     size = ranks(group)
     if size == 1 or not grads:
-        return grads, ours, numbers
+        return grads, False, numbers
     kinds = [0 if grad is None else 1 + DTYPES.index(grad.dtype) for grad in grads]
     orders = [dense.strides(param) for param in params]
     # Strides along one element say nothing. ~: of the least on any rank.
@@ -188,14 +189,18 @@ def averaged(
         means.append(grad)
     del grad
     for bucket in _buckets([mean for mean in means if mean is not None]):
-        parts = list(map(dense.flat, bucket))
-        flat = parts[0] if len(parts) == 1 else torch.cat(parts)
-        flat /= size  # before: a sum may overflow where the mean does not
-        torch.distributed.all_reduce(flat, group=group)
-        if len(parts) > 1:
-            for part, mean in zip(parts, flat.split([part.numel() for part in parts])):
-                part.copy_(mean)
+        _average(list(map(dense.flat, bucket)), size, group)
     return means, True, most[len(params) :]
+
+
+def _average(parts: list[Tensor], size: int, group: torch.distributed.ProcessGroup | None) -> None:
+    """In place, of parts that a bucket is made of."""
+    flat = parts[0] if len(parts) == 1 else torch.cat(parts)
+    flat /= size  # before: a sum may overflow where the mean does not
+    torch.distributed.all_reduce(flat, group=group)
+    if len(parts) > 1:
+        for part, mean in zip(parts, flat.split([part.numel() for part in parts])):
+            part.copy_(mean)
 
 
 def _buckets(grads: list[Tensor]) -> Iterator[list[Tensor]]:

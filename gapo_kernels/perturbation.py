@@ -25,7 +25,7 @@ from gapo_kernels.validation import HALF
 # Elements. Two of these, in float32, fit the L2 cache; drawing random numbers takes so many calls that larger ones pay.
 CHUNK, ROUNDED_CHUNK = 24 * philox.TILE, 48 * philox.TILE
 SQUARED_TOGETHER = 4 * philox.TILE
-MOST_THREADS = 48  # with scratch of their own, however short the chunks: together below 64 MiB, also in float64
+MOST_THREADS = 48  # with scratch of their own, however short the chunks: together below 64 MiB
 # float16: the least normal number, 2^-14, and below the leading bit ten more.
 _FLOAT16_LEAST_NORMAL, _FLOAT16_LARGEST_POWER, _FLOAT16_DIGITS = 2.0**-14, 2.0**15, 2.0**10
 
@@ -70,8 +70,11 @@ class Perturbation:
         self._asam, self._stochastic = geometry == "asam", stochastic
         self._device = moves[0].theta.device
         self._chunks: list[Chunk] = []
+        # Elements that are wide, or rounded by arithmetic instead of integers, take up to twice the scratch.
+        wide = any(move.theta.dtype == torch.float64 or move.grid == torch.float16 for move in moves)
+        self._threads = MOST_THREADS // 2 if wide else MOST_THREADS
         for move in moves:
-            size = _shortened(ROUNDED_CHUNK if stochastic and move.grid in HALF else CHUNK)
+            size = _shortened(ROUNDED_CHUNK if stochastic and move.grid in HALF and not wide else CHUNK)
             begin, end = -move.first % SQUARED_TOGETHER, move.theta.numel()  # random numbers come in tiles of the whole
             for start, stop in pairwise(sorted({0, *range(min(begin, end), end, size), end})):
                 self._chunks.append(Chunk(move, len(self._chunks), start, stop))
@@ -90,7 +93,7 @@ class Perturbation:
                 theta = _widened(chunk, wide) if self._asam else None
                 squares[chunk.number] = _squares(self._scaled(chunk, scaled, theta))
 
-        threads.share(self._chunks, drain, self._device, MOST_THREADS)
+        threads.share(self._chunks, drain, self._device, self._threads)
         return torch.tensor(math.fsum(chain(*squares)), dtype=torch.float64, device=self._device)
 
     def exchange(self, step_size: float | Tensor, seed: int, step: int) -> Tensor:
@@ -102,7 +105,7 @@ class Perturbation:
             for chunk in queue:
                 stats[chunk.number] = self._move(chunk, step_size, seed, step, scratch)
 
-        threads.share(self._chunks, drain, self._device, MOST_THREADS)
+        threads.share(self._chunks, drain, self._device, self._threads)
         sums = [math.fsum(chain(*column)) for column in zip(*stats)] or [0.0] * 3
         return torch.tensor(sums, dtype=torch.float64, device=self._device)
 

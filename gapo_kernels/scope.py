@@ -109,9 +109,13 @@ class UnmovedLayers:
 
     The outputs, and what enters the first of them, are held in between; the kept graph of trained float32 layers holds them
     anyway. The same inputs must come in the same order.
+
+    Args:
+        layers: from the first on.
+        randomness: () -> the random states, which tell whether the layers have drawn.
     """
 
-    def __init__(self, layers: list[nn.Module]) -> None:
+    def __init__(self, layers: list[nn.Module], randomness: Callable[[], list[Tensor]]) -> None:
         # Somebody's hooks may do anything. Those on a layer would be applied again to what is replayed, those within it
         # would not see the anchor's forward: then it runs again.
         hooked = bool(module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks) or any(
@@ -121,6 +125,9 @@ class UnmovedLayers:
         self._inputs: list[object] = []  # of the first layer: hidden states
         self._outputs: list[list[object]] = [[] for _ in self._layers]
         self._cached = False  # whether keys and values came from a call before: a layer that is replayed leaves none
+        self._randomness, self._before = randomness, []
+        # Whether a layer has: what logps_fn itself does, seeding say, may leave the states as if nothing had been drawn.
+        self.drawn = False
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
@@ -129,6 +136,7 @@ class UnmovedLayers:
         with interrupt_held() if self._layers else nullcontext():
             try:
                 for number, layer in enumerate(self._layers):
+                    handles.append(layer.register_forward_pre_hook(self._enter))
                     handles.append(layer.register_forward_hook(self._keep(number), with_kwargs=True))
                 yield
             except BaseException:
@@ -162,9 +170,14 @@ class UnmovedLayers:
                     layer.forward = forward
             self._forget()
 
+    def _enter(self, module: nn.Module, args: tuple) -> None:
+        if not torch.compiler.is_compiling():
+            self._before = self._randomness()
+
     def _keep(self, number: int):
         def hook(module, args, kwargs, output):
             if not torch.compiler.is_compiling():
+                self.drawn = self.drawn or not all(map(torch.equal, self._before, self._randomness()))
                 if number == 0:
                     self._inputs.append(_detached(_hidden_states(args, kwargs)))
                 self._outputs[number].append(_detached(output))

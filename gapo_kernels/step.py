@@ -98,7 +98,7 @@ def gapo_step(
     if anchor is not None:
         anchor.leave_forward()  # of a step whose first forward was cut off
     randomness = None if anchor is None else _Randomness(_devices(anchor.params))
-    unmoved = UnmovedLayers([] if anchor is None else anchor.unmoved_layers)
+    unmoved = UnmovedLayers([], list) if anchor is None else UnmovedLayers(anchor.unmoved_layers, randomness.states)
     walked_twice = anchor is not None and anchor.direction != "gaussian"
     buffers = _kept_buffers if walked_twice else nullcontext
     with buffers(), unmoved.recorded():
@@ -116,7 +116,7 @@ def gapo_step(
     try:
         anchor_margin = torch.zeros_like(margin)
         if anchor is not None:
-            drawn = randomness.drawn()
+            drawn = unmoved.drawn or randomness.drawn()
             if drawn and not allow_dropout:
                 raise RuntimeError(
                     "logps_fn drew random numbers (is dropout active?): its two runs would differ by more than the "
@@ -257,9 +257,9 @@ class _Randomness:
 
     def __init__(self, devices: set[torch.device]) -> None:
         self._devices = [(torch.get_device_module(device), device) for device in devices if device.type != "cpu"]
-        self._before = self._states()
+        self._before = self.states()
 
-    def _states(self) -> list[Tensor]:
+    def states(self) -> list[Tensor]:
         """On the host: reading them waits for no device."""
         return [torch.get_rng_state(), *(module.get_rng_state(device) for module, device in self._devices)]
 
@@ -269,12 +269,12 @@ class _Randomness:
             module.set_rng_state(state, device)
 
     def drawn(self) -> bool:
-        return not all(map(torch.equal, self._before, self._states()))
+        return not all(map(torch.equal, self._before, self.states()))
 
     @contextmanager
     def repeated(self) -> Iterator[None]:
         """Draws the same numbers again as since this was made."""
-        after = self._states()
+        after = self.states()
         self._set(self._before)
         try:
             yield

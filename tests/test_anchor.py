@@ -130,6 +130,18 @@ def test_the_norm_of_a_large_float32_matrix_is_right():
     assert anchor.stats.intended_norm == pytest.approx(0.05, rel=1e-6)
 
 
+def test_given_gradients_may_be_other_weights():
+    """Which move first."""
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(5, generator=generator, dtype=torch.float64)) for _ in range(2)]
+    theta = [param.detach().clone() for param in params]
+    norm = theta[0].mul(theta[1]).square().sum().mul(2).sqrt()
+    with GeometricAnchor(params, rho=0.5).perturbed(grads=[params[1].detach(), params[0].detach()]):
+        for param, one, other in zip(params, theta, theta[::-1]):
+            torch.testing.assert_close(param.detach(), one + 0.5 * one**2 * other / norm, atol=1e-12, rtol=0)
+    assert all(torch.equal(param, one) for param, one in zip(params, theta))
+
+
 def test_bfloat16_to_nearest_hardly_moves():
     generator = torch.Generator().manual_seed(0)
     param = nn.Parameter(torch.randn(200, 300, generator=generator).bfloat16())
@@ -203,6 +215,26 @@ def test_a_gradient_in_another_order_of_memory_is_put_in_the_parameters_where_it
     assert [move.original.data_ptr() for move in found] == [move.direction.data_ptr() for move in found]
     if order == (0, 2, 1):  # three matrices, of 160 bytes each
         assert largest == (60 if at_once == 2**24 else 20)
+
+
+@pytest.mark.parametrize("at_once", [8, 96, 200, 1000])
+@pytest.mark.parametrize(
+    "shape, turned", [((6, 10), 1), ((12, 35), 1), ((35, 12), 1), ((4, 3, 10), 1), ((4, 3, 10), 2), ((1, 8, 9), 2)]
+)
+def test_a_matrix_is_transposed_in_its_own_memory(shape, turned, at_once, monkeypatch):
+    monkeypatch.setattr(dense, "REORDERED_AT_ONCE", at_once)
+    monkeypatch.setattr(dense, "SHORTEST_RUN", 1)
+    count = math.prod(shape)
+    order = [*range(turned, len(shape)), *range(turned)]  # of the dimensions, from the outermost on
+    back = [order.index(dim) for dim in range(len(shape))]
+    held = torch.arange(3.0 + count)[3:].view([shape[dim] for dim in order]).permute(back)
+    before, wanted = held.clone(memory_format=torch.contiguous_format), torch.empty(shape).stride()
+    largest, make = [], torch.Tensor.clone
+    monkeypatch.setattr(torch.Tensor, "clone", lambda tensor: largest.append(tensor.nbytes) or make(tensor))
+    found, exclusive = dense.ordered_as(wanted, held, exclusive=True)
+    assert found.stride() == wanted and torch.equal(found, before) and exclusive and found.data_ptr() == held.data_ptr()
+    whole = 4 * min(math.prod(shape[:turned]), math.prod(shape[turned:]))  # bytes of the shorter side
+    assert max(largest) <= max(at_once, 4) or at_once < whole
 
 
 def test_a_parameter_whose_elements_share_memory_is_refused():

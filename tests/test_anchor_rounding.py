@@ -342,6 +342,7 @@ from gapo_kernels import GeometricAnchor
 PRODUCTS = {
     "matmul": torch.matmul,
     "linear": torch.nn.functional.linear,
+    "einsum": lambda f, p: torch.einsum("bi,oi->bo", f, p),  # the gradient is a transpose
     "experts": lambda f, p: torch.bmm(f.expand(len(p), *f.shape), p.transpose(1, 2)),
 }
 
@@ -350,7 +351,7 @@ def status(field):
 
 def beyond_the_gradients(dtype, grid, product, direction, threads):
     torch.set_num_threads(threads)
-    shape, count = ((24, 1024, 1024), 4) if product == "experts" else ((2048, 2048), 20)
+    shape, count = dict(experts=((24, 1024, 1024), 4), einsum=((6144, 4096), 4)).get(product, ((2048, 2048), 20))
     dtype, grid = getattr(torch, dtype), grid and getattr(torch, grid)
     params = [torch.nn.Parameter(torch.full(shape, 0.5, dtype=dtype)) for _ in range(count)]
     factors = [torch.full((2, shape[-1]), 0.1 + i, dtype=dtype) for i in range(count)]
@@ -375,6 +376,7 @@ PEAK_CASES = [  # dtype, grid, product, direction, threads
     ("float32", "bfloat16", "matmul", "pessimistic", 2),
     ("float32", "bfloat16", "linear", "pessimistic", 2),
     ("float32", None, "experts", "pessimistic", 2),  # their gradients' elements lie in another order
+    ("float32", None, "einsum", "pessimistic", 2),
     ("bfloat16", None, "linear", "pessimistic", 2),
     ("bfloat16", None, "linear", "pessimistic", 32),
     ("bfloat16", None, "linear", "gaussian", 2),

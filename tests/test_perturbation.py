@@ -6,9 +6,12 @@ the interpreter. A compiled kernel fuses multiply and add, so a float32 anchor m
 
 import itertools
 import math
+import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gapo_kernels import philox
 from gapo_kernels import perturbation as torch_version
@@ -354,22 +357,47 @@ def test_threads_change_nothing(dtype, first):
         assert all(torch.equal(one, other) for one, other in zip(outcome, outcomes[0]))
 
 
-def test_scratch_of_many_threads_stays_below_64_mib(monkeypatch):
-    made, begin = [], torch_version._Scratch.__init__
-    monkeypatch.setattr(torch_version._Scratch, "__init__", lambda self, *args: made.append(self) or begin(self, *args))
+class Held(TorchDispatchMode):
+    """The most bytes at once of what torch operations have made in here."""
+
+    def __init__(self):
+        super().__init__()
+        self._alive, self.most = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given, made = (
+            [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)] for tree in ((args, kwargs), result)
+        )
+        known = {tensor.untyped_storage().data_ptr() for tensor in given}
+        for tensor in made:
+            if (place := tensor.untyped_storage().data_ptr()) not in known:
+                self._alive[place] = tensor.untyped_storage().nbytes()
+                weakref.finalize(tensor.untyped_storage(), self._alive.pop, place, None)
+        self.most = max(self.most, sum(self._alive.values()))
+        return result
+
+
+@pytest.mark.parametrize("threads", [4, 16, 48, 192])
+@pytest.mark.parametrize(
+    "dtypes", [(BF16, BF16, BF16), (F16, F16, F16), (F32, F32, BF16), (F32, F32, F16), (F64, F64, BF16), (F64, F64, F16)]
+)
+def test_scratch_of_many_threads_stays_below_64_mib(dtypes, threads):
+    """All that one thread holds at its worst, times the threads."""
     before = torch.get_num_threads()
+    move = make_move(torch_version.ROUNDED_CHUNK + 5, dtypes, torch.device("cpu"))
     try:
-        torch.set_num_threads(192)
-        move = make_move(192 * torch_version.SQUARED_TOGETHER, (torch.float64, torch.float64, BF16), torch.device("cpu"))
+        torch.set_num_threads(threads)
         subject = torch_version.Perturbation([move], "asam", True)
-        subject.exchange(0.03, 5, 1)
     finally:
         torch.set_num_threads(before)
-    sizes = []
-    for scratch in made:  # some threads came too late for a chunk
-        buffers, bits = scratch.random()
-        sizes.append(sum(part.nbytes for part in (*scratch.of(subject._chunks[0]), bits, *buffers._rows)))
-    assert len(made) == torch_version.MOST_THREADS and len(made) * max(sizes) <= 2**26
+    subject._chunks = subject._chunks[:1]
+    held = 0
+    for work in (subject.squared_norm, lambda: subject.exchange(0.03, 5, 1)):
+        with Held() as found:
+            work()
+        held = max(held, found.most)
+    assert subject._size * 12 < held and min(threads, subject._threads) * held < 2**26
 
 
 # ---- Stochastic rounding ----

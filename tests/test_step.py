@@ -1432,6 +1432,47 @@ def test_allowed_dropout_draws_the_same_masks_again(dropout_model):
     assert (first.gap != 0).all()
 
 
+@pytest.mark.parametrize("allow_dropout", [False, True])
+def test_dropout_in_the_layers_below_the_scope_is_seen_whatever_the_step_seeds(allow_dropout):
+    """From the second step on logps_fn leaves torch's state as it found it."""
+    model = tiny_models.build("llama")
+    for layer in model.model.layers:
+        layer.mlp.act_fn = nn.Sequential(layer.mlp.act_fn, nn.Dropout(0.5))
+    logps = language_logps(model.train())
+
+    def seeded():
+        torch.manual_seed(3)
+        return logps()
+
+    anchor = GeometricAnchor.from_model(model, rho=0.0, scope=2)
+    assert anchor.unmoved_layers
+    for _ in range(2):
+        if allow_dropout:
+            assert not gapo_step(seeded, anchor, allow_dropout=True).gap.any()
+            continue
+        with pytest.raises(RuntimeError, match="drew random numbers"):
+            gapo_step(seeded, anchor)
+
+
+def test_a_shared_backward_that_falls_back_draws_the_same_masks_again(dropout_model):
+    """In the second step, which keeps no graph: the first pair's log-probs are so far apart that the probe gives it no
+    weight."""
+    logps, gradients = logps_fn(dropout_model, *batch(), plain_logps), []
+    apart = torch.zeros_like(logps().detach())
+    apart[0] = 100.0
+    for share_backward in (False, True):
+        torch.manual_seed(1)
+        anchor = GeometricAnchor(dropout_model.parameters(), rho=RHO)
+        options = dict(allow_dropout=True, share_backward=share_backward)
+        for offset in (0 * apart, apart):
+            dropout_model.zero_grad()
+            gapo_step(lambda: logps() + offset, anchor, **options).loss.backward()
+        gradients.append([param.grad for param in dropout_model.parameters()])
+        dropout_model.zero_grad()
+    for shared, real in zip(*gradients[::-1]):
+        torch.testing.assert_close(shared, real, atol=1e-12, rtol=0)
+
+
 class Accelerators:
     """Stands in for torch.cuda: a random state for each device."""
 

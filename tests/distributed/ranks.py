@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import tiny_models
 from grids import moved_on_grid
 
+import gapo_kernels.distributed
 from gapo_kernels import (
     GeometricAnchor,
     fused_linear_gapo_loss,
@@ -125,12 +126,12 @@ def ddp(
     return _train(wrapped, anchor, logps_of(wrapped, rank), steps, lr, **step_options)
 
 
-def ddp_bfloat16(rank, fails=None):
+def ddp_bfloat16(rank, fails=None, **options):
     """The anchors' bits on every rank, from gradients that differ before they are averaged. fails: the rank whose use before
     that does."""
     torch.manual_seed(0)
     model = nn.Linear(300, 70).bfloat16()
-    anchor = GeometricAnchor(model.named_parameters(), rho=50.0, seed=3)
+    anchor = GeometricAnchor(model.named_parameters(), rho=50.0, seed=3, **options)
     theta = [p.detach().clone() for p in anchor.params]
     torch.manual_seed(rank)
     for failing in (rank == fails, False):
@@ -196,8 +197,8 @@ def buffers_that_differ(rank):
 def unused_on_one_rank(rank):
     """A parameter that only rank 1's objective depends on, one that nobody's does, and two that share a gradient."""
     torch.manual_seed(0)
-    params = [nn.Parameter(torch.randn(3, dtype=torch.float64)) for _ in range(5)]
-    kept = torch.randn(3, dtype=torch.float64)
+    params = [nn.Parameter(torch.randn(3, 2, dtype=torch.float64).t()) for _ in range(5)]
+    kept = torch.randn(2, 3, dtype=torch.float64)
     objective = (params[0] ** 3).sum() * (rank + 1) + ((params[3] + params[4]) * kept).sum() ** 2
     if rank == 1:
         objective = objective + (params[1] ** 2).sum()
@@ -308,8 +309,12 @@ def fsdp(
     return _train(model, anchor, logps_of(model, rank), steps, lr, full)
 
 
-def originals(rank, kind, model, **options):
-    """For each parameter, whether its original weights wait in the memory of its gradient, or of its given one's average."""
+def originals(rank, kind, model, alone=False, **options):
+    """For each parameter, whether its original weights wait in the memory of its gradient, or of its given one's average.
+    alone: each is averaged by itself, and what communicates it holds on to it, as gloo's threads do for a moment."""
+    if alone:
+        gapo_kernels.distributed.BUCKET_BYTES, held, all_reduce = 0, [], distributed.all_reduce
+        distributed.all_reduce = lambda tensor, *given, **more: held.append(tensor) or all_reduce(tensor, *given, **more)
     model = tiny_models.build(model, torch.bfloat16)
     model = _shard(model, **options) if kind == "fsdp" else nn.parallel.DistributedDataParallel(model)
     anchor = GeometricAnchor.from_model(model, rho=RHO)

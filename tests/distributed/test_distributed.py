@@ -1,11 +1,14 @@
 """Two real processes over gloo against one process on the joined batch."""
 
+import weakref
+
 import ranks
 import pytest
 import tiny_models
 import torch
 
 from gapo_kernels import GeometricAnchor
+from gapo_kernels import distributed as library
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
@@ -140,6 +143,11 @@ def test_no_third_copy_of_the_weights(on_two_ranks, kind, name):
         assert len(found) > 20 and all(found) and restored
 
 
+def test_no_third_copy_of_a_weight_whose_gradient_is_still_held(on_two_ranks):
+    for found, restored in on_two_ranks("originals", kind="ddp", model="llama", alone=True):
+        assert len(found) > 20 and all(found) and restored
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_gradients_accumulate(on_two_ranks, kind):
     found = on_two_ranks("accumulates", kind=kind)
@@ -230,10 +238,10 @@ def test_fsdp2_leaves_gradients_outside_of_the_model_alone(on_two_ranks):
         assert untouched == 5.0 and trained and gap > 1e-3
 
 
-@pytest.mark.parametrize("fails", [None, 0, 1])
-def test_ranks_move_to_the_same_bfloat16_weights(on_two_ranks, fails):
+@pytest.mark.parametrize("fails, direction", [(None, "pessimistic"), (0, "pessimistic"), (1, "pessimistic"), (0, "gaussian")])
+def test_ranks_move_to_the_same_bfloat16_weights(on_two_ranks, fails, direction):
     """Also after a use that one of them alone takes back."""
-    one, other = on_two_ranks("ddp_bfloat16", fails=fails)
+    one, other = on_two_ranks("ddp_bfloat16", fails=fails, direction=direction)
     assert all(torch.equal(a, b) for a, b in zip(one, other))
 
 
@@ -255,10 +263,10 @@ def test_a_parameter_that_one_rank_does_not_use(on_two_ranks):
     assert [bool(delta.any()) for delta in one] == [True, True, False, True, True]
     # asam's delta is theta^2 g: with the averaged g known in closed form, the directions are, too
     torch.manual_seed(0)
-    theta = [torch.randn(3, dtype=torch.float64) for _ in range(5)]
-    kept = torch.randn(3, dtype=torch.float64)
+    theta = [torch.randn(3, 2, dtype=torch.float64).t() for _ in range(5)]
+    kept = torch.randn(2, 3, dtype=torch.float64)
     shared = 2 * ((theta[3] + theta[4]) * kept).sum() * kept
-    g = [4.5 * theta[0] ** 2, theta[1], torch.zeros(3, dtype=torch.float64), shared, shared]
+    g = [4.5 * theta[0] ** 2, theta[1], torch.zeros(2, 3, dtype=torch.float64), shared, shared]
     norm = torch.cat([t * d for t, d in zip(theta, g)]).norm()
     for found, t, d in zip(one, theta, g):
         torch.testing.assert_close(found, ranks.RHO * t**2 * d / norm, atol=1e-12, rtol=0)
@@ -285,6 +293,25 @@ def test_averages_of_large_numbers_and_of_other_dtypes(on_two_ranks):
     for large, wide in on_two_ranks("averaged_gradients"):
         assert torch.equal(large, torch.full((4,), 4e4, dtype=torch.float16))
         assert torch.equal(wide, torch.full((3,), 2.5, dtype=torch.float64))
+
+
+def test_averages_hold_one_bucket(monkeypatch):
+    """Two ranks that are alike, on one."""
+    buckets, held = [], []
+
+    def all_reduce(tensor, operation=None, group=None):
+        if operation is None:
+            buckets.append(weakref.ref(tensor))
+            held.append([bucket().nbytes for bucket in buckets if bucket() is not None])
+            tensor.mul_(2)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    monkeypatch.setattr(library, "ranks", lambda group: 2)
+    monkeypatch.setattr(library, "BUCKET_BYTES", 100)
+    params = [torch.zeros(10) for _ in range(7)]
+    means, averaged, _ = library.averaged([torch.full((10,), 2.0) for _ in params], params, None, ours=True)
+    assert averaged and all(torch.equal(mean, torch.full((10,), 2.0)) for mean in means)
+    assert held == [[80], [80], [80], [40]]
 
 
 @pytest.mark.parametrize("apart", [False, True])
