@@ -126,7 +126,7 @@ class UnmovedLayers:
         self._outputs: list[list[object]] = [[] for _ in self._layers]
         self._cached = False  # whether keys and values came from a call before: a layer that is replayed leaves none
         self._randomness, self._before = randomness, []
-        # Whether a layer has: what logps_fn itself does, seeding say, may leave the states as if nothing had been drawn.
+        # Whether they have: what logps_fn itself does, seeding say, may leave the states as if nothing had been drawn.
         self.drawn = False
 
     @contextmanager
@@ -135,8 +135,9 @@ class UnmovedLayers:
         # A Ctrl-C between two lines would leave a hook in place, and with it the outputs of every forward to come.
         with interrupt_held() if self._layers else nullcontext():
             try:
-                for number, layer in enumerate(self._layers):
+                for layer in self._layers[:1]:
                     handles.append(layer.register_forward_pre_hook(self._enter))
+                for number, layer in enumerate(self._layers):
                     handles.append(layer.register_forward_hook(self._keep(number), with_kwargs=True))
                 yield
             except BaseException:
@@ -177,10 +178,11 @@ class UnmovedLayers:
     def _keep(self, number: int):
         def hook(module, args, kwargs, output):
             if not torch.compiler.is_compiling():
-                self.drawn = self.drawn or not all(map(torch.equal, self._before, self._randomness()))
                 if number == 0:
                     self._inputs.append(_detached(_hidden_states(args, kwargs)))
                 self._outputs[number].append(_detached(output))
+                if number == len(self._layers) - 1:
+                    self.drawn = self.drawn or not all(map(torch.equal, self._before, self._randomness()))
                 self._cached = self._cached or _from_before(number, args, kwargs)
 
         return hook
