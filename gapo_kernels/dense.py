@@ -9,8 +9,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-REORDERED_AT_ONCE = 2**24  # bytes of a gradient whose elements lie in another order than its parameter's
-SHORTEST_RUN = 256  # elements that stay together where a matrix is transposed in its own memory
+REORDERED_AT_ONCE = 40 * 2**20  # bytes of a gradient whose elements lie in another order than its parameter's
+MOST_RUNS = 2**19  # of elements that stay together where a matrix is transposed in its own memory
 
 
 def strides(tensor: Tensor) -> tuple[int, ...]:
@@ -59,7 +59,7 @@ def _reorder(target: Tensor, source: Tensor) -> None:
 
 def _transposed_in_parts(target: Tensor, source: Tensor) -> bool:
     """`_reorder` of what lies as a matrix whose transpose is wanted, each of its sides some dimensions. False, and nothing
-    done, where no part of a row or column is long enough.
+    done, where neither side can be cut into equal parts of the right length.
 
     A matrix (R, C, b) of runs of b elements becomes (C, R, b), run by run, and each of its (R, b) then (b, R); or first its
     (b, C) become (C, b), and (R, C, b) then (C, R, b).
@@ -72,7 +72,7 @@ def _transposed_in_parts(target: Tensor, source: Tensor) -> bool:
     columns = math.prod(source.shape[dim] for dim in held[turn:])
     rows = source.numel() // columns
     most = REORDERED_AT_ONCE // source.element_size()
-    by_column, by_row = _runs(columns, rows, most, SHORTEST_RUN), _runs(rows, columns, most, SHORTEST_RUN)
+    by_column, by_row = _parts(columns, rows, most), _parts(rows, columns, most)
     if not (by_column or by_row):
         return False
     memory = flat(source)
@@ -85,46 +85,56 @@ def _transposed_in_parts(target: Tensor, source: Tensor) -> bool:
     return True
 
 
-@lru_cache(maxsize=256)
-def _runs(cut: int, whole: int, most: int, shortest: int) -> int:
-    """Into how many runs a side is cut, so that each, with all of the other side, has at most so many elements; 0: into none
-    that are long enough."""
+def _parts(cut: int, whole: int, most: int) -> int:
+    """Into how many parts a side is cut, so that each, with all of the other side, has at most so many elements; 0: into
+    none without too many runs."""
     least = -(-cut * whole // max(1, most))
-    return next((count for count in range(least, cut // shortest + 1) if cut % count == 0), 0)
+    return next((count for count in range(least, min(cut, MOST_RUNS // whole) + 1) if cut % count == 0), 0)
 
 
 def _transpose_each(memory: Tensor, rows: int, columns: int) -> None:
     """Of the matrices (rows, columns) that the memory is made of, one after the other."""
-    for matrix in memory.view(-1, rows * columns):
-        matrix.view(columns, rows).copy_(matrix.view(rows, columns).clone().t())
+    scratch = memory.new_empty(rows, columns)
+    for matrix in memory.view(-1, rows, columns):
+        scratch.copy_(matrix)
+        matrix.view(columns, rows).copy_(scratch.t())
 
 
 def _transpose_runs(memory: Tensor, rows: int, columns: int, length: int) -> None:
     """(rows, columns) runs of elements become (columns, rows)."""
     runs = memory.view(rows * columns, length)
-    at_once = max(1, REORDERED_AT_ONCE // (length * memory.element_size()))
+    at_once = max(1, REORDERED_AT_ONCE // (4 * length * memory.element_size()))
+    scratch = runs.new_empty(2, min(at_once, len(runs)), length)
     for swaps in _swaps(rows, columns):
-        for one, other in zip(*(side.to(memory.device, torch.int64).split(at_once) for side in swaps)):
-            kept = runs[one]
-            runs[one] = runs[other]
-            runs[other] = kept
+        for places in zip(*(side.to(memory.device, torch.int64).split(at_once) for side in swaps)):
+            kept = scratch[:, : len(places[0])]
+            for side, place in zip(kept, places):
+                torch.index_select(runs, 0, place, out=side)
+            for side, place in zip(kept, reversed(places)):
+                runs.index_copy_(0, place, side)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=16)
 def _swaps(rows: int, columns: int) -> list[tuple[Tensor, Tensor]]:
     """Pairs of places that change contents, all pairs of the first list at once, then all of the second, so that a matrix
-    (rows, columns), row after row, becomes its transpose: a cycle of places is passed on by turning it round twice."""
-    takes = torch.arange(rows * columns, device="cpu").view(rows, columns).t().flatten().tolist()  # from where each place does
-    sides: list[tuple[list[int], list[int]]] = [([], []), ([], [])]
-    seen = bytearray(len(takes))
-    for first in range(len(takes)):
-        cycle, place = [], first
-        while not seen[place]:
-            seen[place] = True
-            cycle.append(place)
-            place = takes[place]
-        for (ones, others), mirrored in zip(sides, (cycle, cycle[:-1])):
-            half = len(mirrored) // 2
-            ones += mirrored[:half]
-            others += mirrored[::-1][:half]
-    return [tuple(torch.tensor(side, dtype=torch.int32, device="cpu") for side in pair) for pair in sides]
+    (rows, columns), row after row, becomes its transpose. A cycle of places is passed on by turning it round, and then once
+    more without one of them; all cycles are found together, in steps that double."""
+    with torch.inference_mode(False), torch.no_grad():
+        own = torch.arange(rows * columns, device="cpu")
+        takes = own.view(rows, columns).t().flatten()  # from where each place does
+        doublings = len(own).bit_length()
+        first, ahead = own, takes  # of its cycle; as many places ahead as have been looked at
+        for _ in range(doublings):
+            first, ahead = torch.minimum(first, first[ahead]), ahead[ahead]
+        is_first = first == own
+        steps, ahead = (~is_first).long(), torch.where(is_first, own, takes)  # to the first place, where one stays
+        for _ in range(doublings):
+            steps, ahead = steps + steps[ahead], ahead[ahead]
+        length = torch.bincount(first, minlength=len(own))[first]
+        order = (first * len(own) + steps).argsort()  # a place takes from the one before, the first from the last
+        steps, length = steps[order], length[order]
+        swaps = []
+        for mirrored in (own - 2 * steps + length - 1, torch.where(steps > 0, own - 2 * steps + length, own)):
+            pairs = mirrored > own
+            swaps.append(tuple(order[side[pairs]].int() for side in (own, mirrored)))
+        return swaps

@@ -7,8 +7,10 @@ copy of the model exists.
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -44,13 +46,13 @@ class Displacement:
         self._memory = list(zip(params, tensors))
         _check_apart(tensors)
         groups: dict[tuple, list[perturbation.Move]] = {}
-        weights = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        weights = _spans(tensors)
         for number, (param, tensor) in enumerate(zip(params, tensors)):
             direction, directions[number] = directions[number], None
             if direction is None:
                 continue
             exclusive = free[number]
-            if not exclusive and direction.untyped_storage().data_ptr() in weights:
+            if not exclusive and _reaches_into(direction, *weights):
                 direction, exclusive = direction.clone(), True  # of a weight that may move first
             in_place = dense.is_dense(tensor)
             moved = tensor if in_place else self._stage(tensor)
@@ -169,6 +171,20 @@ def _check_apart(tensors: Sequence[Tensor]) -> None:
             f"parameters {one} and {other} of the anchor, of shapes {tuple(tensors[one].shape)} and "
             f"{tuple(tensors[other].shape)}, share memory but are two Parameters: tie them by using one Parameter"
         )
+
+
+def _spans(tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:
+    """Where their memory begins, in order, and the end of all up to each."""
+    spans = sorted((tensor.data_ptr(), tensor.data_ptr() + _extent(tensor)) for tensor in tensors if tensor.numel())
+    return [start for start, _ in spans], list(accumulate((stop for _, stop in spans), max))
+
+
+def _reaches_into(tensor: Tensor, starts: list[int], ends: list[int]) -> bool:
+    """Whether its memory, from end to end, may be some of theirs."""
+    if not tensor.numel():
+        return False
+    before = bisect_left(starts, tensor.data_ptr() + _extent(tensor))
+    return before > 0 and ends[before - 1] > tensor.data_ptr()
 
 
 def sharing(tensors: Sequence[Tensor]) -> Iterator[tuple[int, int]]:

@@ -133,11 +133,13 @@ def test_the_norm_of_a_large_float32_matrix_is_right():
 def test_given_gradients_may_be_other_weights():
     """Which move first."""
     generator = torch.Generator().manual_seed(0)
-    params = [nn.Parameter(torch.randn(5, generator=generator, dtype=torch.float64)) for _ in range(2)]
-    theta = [param.detach().clone() for param in params]
-    norm = theta[0].mul(theta[1]).square().sum().mul(2).sqrt()
-    with GeometricAnchor(params, rho=0.5).perturbed(grads=[params[1].detach(), params[0].detach()]):
-        for param, one, other in zip(params, theta, theta[::-1]):
+    memory = torch.randn(20, generator=generator, dtype=torch.float64)
+    params = [nn.Parameter(memory[:8]), nn.Parameter(memory[8:16])]
+    grads = [memory[8:16], torch.from_numpy(memory.numpy()[4:12])]
+    theta, given = ([tensor.detach().clone() for tensor in tensors] for tensors in (params, grads))
+    norm = torch.stack([one * other for one, other in zip(theta, given)]).norm()
+    with GeometricAnchor(params, rho=0.5).perturbed(grads=grads):
+        for param, one, other in zip(params, theta, given):
             torch.testing.assert_close(param.detach(), one + 0.5 * one**2 * other / norm, atol=1e-12, rtol=0)
     assert all(torch.equal(param, one) for param, one in zip(params, theta))
 
@@ -223,18 +225,17 @@ def test_a_gradient_in_another_order_of_memory_is_put_in_the_parameters_where_it
 )
 def test_a_matrix_is_transposed_in_its_own_memory(shape, turned, at_once, monkeypatch):
     monkeypatch.setattr(dense, "REORDERED_AT_ONCE", at_once)
-    monkeypatch.setattr(dense, "SHORTEST_RUN", 1)
     count = math.prod(shape)
     order = [*range(turned, len(shape)), *range(turned)]  # of the dimensions, from the outermost on
     back = [order.index(dim) for dim in range(len(shape))]
     held = torch.arange(3.0 + count)[3:].view([shape[dim] for dim in order]).permute(back)
     before, wanted = held.clone(memory_format=torch.contiguous_format), torch.empty(shape).stride()
-    largest, make = [], torch.Tensor.clone
-    monkeypatch.setattr(torch.Tensor, "clone", lambda tensor: largest.append(tensor.nbytes) or make(tensor))
+    cloned, make = [], torch.Tensor.clone
+    monkeypatch.setattr(torch.Tensor, "clone", lambda tensor: cloned.append(tensor) or make(tensor))
     found, exclusive = dense.ordered_as(wanted, held, exclusive=True)
     assert found.stride() == wanted and torch.equal(found, before) and exclusive and found.data_ptr() == held.data_ptr()
-    whole = 4 * min(math.prod(shape[:turned]), math.prod(shape[turned:]))  # bytes of the shorter side
-    assert max(largest) <= max(at_once, 4) or at_once < whole
+    shorter = 4 * min(math.prod(shape[:turned]), math.prod(shape[turned:]))  # side, in bytes
+    assert len(cloned) == (at_once < shorter or at_once >= 4 * count)
 
 
 def test_a_parameter_whose_elements_share_memory_is_refused():
