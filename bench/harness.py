@@ -153,7 +153,8 @@ def deadline(seconds: float, error: type[OutOfTime] = OutOfTime) -> Iterator[Non
         signal.signal(signal.SIGALRM, handler)
         if outer:
             left = outer - (time.monotonic() - begin)
-            signal.setitimer(signal.ITIMER_REAL, max(left, 1e-3), RING_AGAIN)
+            # Not at once where it rings below: a second ring on the way out would cut off the outer one's own end.
+            signal.setitimer(signal.ITIMER_REAL, left if left > 0 else RING_AGAIN, RING_AGAIN)
             if left <= 0:
                 signal.raise_signal(signal.SIGALRM)
 
