@@ -46,7 +46,7 @@ class Displacement:
         self._memory = list(zip(params, tensors))
         _check_apart(tensors)
         groups: dict[tuple, list[perturbation.Move]] = {}
-        weights = _spans(tensors)
+        weights = ([], []) if all(free) else _spans(tensors)
         for number, (param, tensor) in enumerate(zip(params, tensors)):
             direction, directions[number] = directions[number], None
             if direction is None:

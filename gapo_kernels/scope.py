@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -112,10 +112,10 @@ class UnmovedLayers:
 
     Args:
         layers: from the first on.
-        randomness: () -> the random states, which tell whether the layers have drawn.
+        watched: () -> the random states as they are then, whose drawn() tells whether the layers have drawn since.
     """
 
-    def __init__(self, layers: list[nn.Module], randomness: Callable[[], list[Tensor]]) -> None:
+    def __init__(self, layers: list[nn.Module], watched: Callable[[], Any]) -> None:
         # Somebody's hooks may do anything. Those on a layer would be applied again to what is replayed, those within it
         # would not see the anchor's forward: then it runs again.
         hooked = bool(module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks) or any(
@@ -125,7 +125,7 @@ class UnmovedLayers:
         self._inputs: list[object] = []  # of the first layer: hidden states
         self._outputs: list[list[object]] = [[] for _ in self._layers]
         self._cached = False  # whether keys and values came from a call before: a layer that is replayed leaves none
-        self._randomness, self._before = randomness, []
+        self._watched, self._randomness = watched, None
         # Whether they have: what logps_fn itself does, seeding say, may leave the states as if nothing had been drawn.
         self.drawn = False
 
@@ -173,7 +173,7 @@ class UnmovedLayers:
 
     def _enter(self, module: nn.Module, args: tuple) -> None:
         if not torch.compiler.is_compiling():
-            self._before = self._randomness()
+            self._randomness = self._watched()
 
     def _keep(self, number: int):
         def hook(module, args, kwargs, output):
@@ -182,7 +182,7 @@ class UnmovedLayers:
                     self._inputs.append(_detached(_hidden_states(args, kwargs)))
                 self._outputs[number].append(_detached(output))
                 if number == len(self._layers) - 1:
-                    self.drawn = self.drawn or not all(map(torch.equal, self._before, self._randomness()))
+                    self.drawn = self.drawn or self._randomness.drawn()
                 self._cached = self._cached or _from_before(number, args, kwargs)
 
         return hook

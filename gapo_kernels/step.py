@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 import torch._functorch.config
@@ -97,8 +98,9 @@ def gapo_step(
         raise TypeError(f"anchor must be a GeometricAnchor or None, got {type(anchor).__name__}")
     if anchor is not None:
         anchor.leave_forward()  # of a step whose first forward was cut off
-    randomness = None if anchor is None else _Randomness(_devices(anchor.params))
-    unmoved = UnmovedLayers([], list) if anchor is None else UnmovedLayers(anchor.unmoved_layers, randomness.states)
+    watched = partial(_Randomness, set() if anchor is None else _devices(anchor.params))
+    randomness = None if anchor is None else watched()
+    unmoved = UnmovedLayers([] if anchor is None else anchor.unmoved_layers, watched)
     walked_twice = anchor is not None and anchor.direction != "gaussian"
     buffers = _kept_buffers if walked_twice else nullcontext
     with buffers(), unmoved.recorded():
@@ -257,9 +259,9 @@ class _Randomness:
 
     def __init__(self, devices: set[torch.device]) -> None:
         self._devices = [(torch.get_device_module(device), device) for device in devices if device.type != "cpu"]
-        self._before = self.states()
+        self._before = self._states()
 
-    def states(self) -> list[Tensor]:
+    def _states(self) -> list[Tensor]:
         """On the host: reading them waits for no device."""
         return [torch.get_rng_state(), *(module.get_rng_state(device) for module, device in self._devices)]
 
@@ -269,12 +271,12 @@ class _Randomness:
             module.set_rng_state(state, device)
 
     def drawn(self) -> bool:
-        return not all(map(torch.equal, self._before, self.states()))
+        return not all(map(torch.equal, self._before, self._states()))
 
     @contextmanager
     def repeated(self) -> Iterator[None]:
         """Draws the same numbers again as since this was made."""
-        after = self.states()
+        after = self._states()
         self._set(self._before)
         try:
             yield

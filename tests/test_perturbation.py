@@ -400,6 +400,20 @@ def test_scratch_of_many_threads_stays_below_64_mib(dtypes, threads):
     assert subject._size * 12 < held and min(threads, subject._threads) * held < 2**26
 
 
+@pytest.mark.parametrize("theta, most", [(BF16, torch_version.MOST_THREADS), (F64, torch_version.MOST_THREADS // 2)])
+def test_few_of_many_threads_have_scratch(theta, most, monkeypatch):
+    made, begin = [], torch_version._Scratch.__init__
+    monkeypatch.setattr(torch_version._Scratch, "__init__", lambda self, *args: made.append(self) or begin(self, *args))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(192)
+        move = make_move(192 * torch_version.SQUARED_TOGETHER, (theta, theta, BF16), torch.device("cpu"))
+        torch_version.Perturbation([move], "asam", True).exchange(0.03, 5, 1)
+    finally:
+        torch.set_num_threads(before)
+    assert len(made) == most
+
+
 # ---- Stochastic rounding ----
 
 ROUNDED = {  # theta: its exponent in the grid's range; float16's subnormal numbers begin at 2^-14
